@@ -1,0 +1,1 @@
+"""Facts about models, read from config.json and the tokenizer files; no torch, no transformers."""
