@@ -1,0 +1,1 @@
+"""Typed settings, one section a file, and every rule between fields."""

@@ -1,0 +1,46 @@
+"""Settings: data sets, templates, packing."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from megaswift.config.field import setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which rows to train on and how they become token ids."""
+
+    dataset: list[str] = setting(
+        [], "files, folders or ids; `path#500` samples 500 rows", aliases=("train_dataset",)
+    )
+    val_dataset: list[str] = setting([], "rows for the validation loss, same syntax")
+    split_dataset_ratio: float = setting(0.0, "share of --dataset held back for validation")
+    data_seed: int | None = setting(None, "seed of sampling, shuffling and splitting; default: --seed")
+    dataset_shuffle: bool = setting(
+        True, "shuffle the training rows anew each epoch", aliases=("train_dataloader_shuffle",)
+    )
+    columns: dict[str, Any] = setting({}, 'rename columns: {"old": "new"}')
+    strict: bool = setting(False, "stop at the first bad row instead of reporting and counting it")
+    system: str | None = setting(None, "system message (text or a .txt file) for rows that have none")
+    use_chat_template: bool = setting(
+        True, "render messages with the tokenizer's chat template; false: plain concatenation"
+    )
+    loss_scale: str = setting(
+        "default",
+        "which tokens carry loss: every assistant turn, the last one, or all tokens",
+        choices=("default", "last_round", "all"),
+    )
+    enable_thinking: bool | None = setting(None, "passed to chat templates of thinking models")
+    max_length: int | None = setting(None, "tokens a sample may have; default: the model's context length")
+    truncation_strategy: str = setting(
+        "delete",
+        "what to do with longer samples: drop and count, cut the left or right end, or split (text rows)",
+        choices=("delete", "left", "right", "split"),
+    )
+    packing: bool = setting(False, "pack samples into rows of --packing_length (global best-fit decreasing)")
+    packing_length: int | None = setting(None, "tokens in a pack; default: --max_length")
+    padding_free: bool = setting(True, "concatenate the samples of a micro batch instead of padding them")
+    dataset_num_proc: int = setting(1, "processes that encode rows", aliases=("preprocess_num_proc",))
+    dataloader_num_workers: int = setting(0, "processes that build batches", aliases=("num_workers",))
+    model_name: str | None = setting(None, "replaces {{NAME}} in self-cognition rows")
+    model_author: str | None = setting(None, "replaces {{AUTHOR}} in self-cognition rows")

@@ -1,0 +1,36 @@
+"""Settings: which model, in which dtype."""
+
+from dataclasses import dataclass
+
+from megaswift.config.field import setting
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model to train and how to read it."""
+
+    model: str | None = setting(
+        None, "hub id or folder with config.json and safetensors", aliases=("model_id_or_path",)
+    )
+    model_type: str | None = setting(None, "override the model_type of config.json")
+    model_revision: str | None = setting(None, "branch, tag or commit on the hub", aliases=("revision",))
+    use_hf: bool = setting(True, "look ids up on Hugging Face rather than ModelScope")
+    hub_token: str | None = setting(None, "token for private repositories")
+    torch_dtype: str | None = setting(
+        None,
+        "dtype of weights and activations; default: config.json's on a GPU, float32 on a CPU",
+        choices=DTYPES,
+        aliases=("dtype",),
+    )
+    trust_remote_code: bool = setting(False, "allow code from the model folder to run")
+    task_type: str = setting("causal_lm", "what the head predicts", choices=("causal_lm",))
+    attention_backend: str = setting(
+        "auto",
+        "core attention: auto lets Transformer Engine choose on a GPU and uses SDPA on a CPU",
+        choices=("auto", "flash", "fused", "unfused", "local"),
+    )
+    random_init: bool = setting(
+        False, "start from random weights instead of reading safetensors (pre-training)"
+    )

@@ -1,0 +1,372 @@
+"""Flags of ms-swift that ask for something this project does not do (yet): refused by name, never ignored.
+
+Each flag stands with the values that ask for nothing (ms-swift's own defaults that equal what happens here); with one
+of those it is accepted. Names and defaults: ms-swift 4.6.0.dev0.
+"""
+
+from dataclasses import dataclass
+
+from megaswift.config.value import Raw
+from megaswift.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refused:
+    """Why a flag is refused, what to do instead, and the values that are harmless."""
+
+    what: str
+    instead: str = ""
+    harmless: tuple[str, ...] = ()
+
+
+def _refuse(what: str, instead: str = "", **flags: str) -> dict[str, Refused]:
+    """Return one Refused for every flag; its value lists the harmless values, separated by blanks."""
+    return {
+        flag: Refused(what=what, instead=instead, harmless=tuple(words.split()))
+        for flag, words in flags.items()
+    }
+
+
+# Flags of `megaswift rlhf`; the values are ms-swift's defaults, none of which asks `sft` or `pt` for anything.
+_RLHF = """
+    rlhf_type ref_model ref_adapters ref_load ref_adapter_load mcore_ref_model mcore_ref_adapter beta rpo_alpha reference_free label_smoothing f_divergence_type
+    desirable_weight undesirable_weight calculate_KL center_rewards_coefficient teacher_model teacher_model_server teacher_tag_key
+    gkd_logits_topk lmbda sft_alpha offload_teacher_model teacher_kl_coef num_generations generation_batch_size steps_per_generation
+    max_completion_length temperature top_k top_p repetition_penalty epsilon epsilon_high delta importance_sampling_level scale_rewards
+    advantage_estimator kl_in_reward dynamic_sample max_resample_times overlong_filter reward_funcs reward_weights
+    cosine_min_len_value_wrong cosine_max_len_value_wrong cosine_min_len_value_correct cosine_max_len_value_correct cosine_max_len
+    repetition_n_grams repetition_max_penalty soft_max_length soft_cache_length
+    log_completions log_entropy top_entropy_quantile rollout_importance_sampling_mode rollout_importance_sampling_threshold
+    off_policy_sequence_mask_delta multi_turn_scheduler max_turns use_gym_env use_vllm vllm_mode vllm_gpu_memory_utilization
+    vllm_tensor_parallel_size vllm_max_model_len vllm_enable_prefix_caching vllm_enforce_eager vllm_max_num_seqs vllm_enable_lora
+    vllm_engine_kwargs vllm_server_host vllm_server_port vllm_server_timeout vllm_server_base_url vllm_server_group_port sleep_level offload_model
+    offload_optimizer offload_bridge use_ray cpo_alpha simpo_gamma ld_alpha discopop_tau loss_weights reward_model reward_adapters
+    num_ppo_epochs kl_coef cliprange vf_coef cliprange_value gamma lam num_mini_batches response_length async_generate
+    sync_ref_model num_iterations seq_kd whiten_rewards missing_eos_penalty
+""".split()
+
+REFUSED: dict[str, Refused] = {
+    # Model and template
+    **_refuse("other heads than the language model's", num_labels="none", problem_type="none"),
+    **_refuse(
+        "changing the rotary embedding",
+        "Write rope_scaling into config.json.",
+        rope_scaling="none",
+        max_model_len="none",
+    ),
+    **_refuse("resizing the embedding", "Add the tokens to the model folder first.", new_special_tokens=""),
+    **_refuse(
+        "running code files of your own",
+        external_plugins="",
+        custom_register_path="",
+        callbacks="",
+        megatron_extra_kwargs="none {}",
+    ),
+    **_refuse(
+        "choosing a template by name",
+        "The chat template of the model's tokenizer is used; edit its chat_template to change it.",
+        template="none",
+        template_backend="jinja",
+        agent_template="none",
+        response_prefix="none",
+        preserve_thinking="none false",
+        add_non_thinking_prefix="true",
+    ),
+    **_refuse(
+        "images", max_pixels="none", norm_bbox="none", vit_attn_impl="none", vit_lr="none", aligner_lr="none"
+    ),
+    **_refuse(
+        "images",
+        freeze_llm="false",
+        freeze_vit="true",
+        freeze_aligner="true",
+        vit_gradient_checkpointing="true false none",
+    ),
+    **_refuse("images", language_model_only="false true"),
+    # Data
+    **_refuse(
+        "streaming rows",
+        "Give files: they are memory-mapped, and --dataset path#N takes a sample.",
+        streaming="false",
+        interleave_prob="none",
+        stopping_strategy="first_exhausted",
+        shuffle_buffer_size="1000",
+    ),
+    **_refuse(
+        "data sets encoded beforehand",
+        "Give the rows as --dataset.",
+        cached_dataset="",
+        cached_val_dataset="",
+    ),
+    **_refuse(
+        "a registry of data sets",
+        "Give files, folders or hub ids as --dataset, with --columns.",
+        custom_dataset_info="",
+    ),
+    **_refuse("shuffling validation rows", val_dataset_shuffle="false"),
+    **_refuse(
+        "another order of packs",
+        "Packing is best-fit decreasing over all samples.",
+        packing_strategy="binpack",
+        sequence_packing_scheduler="none",
+    ),
+    **_refuse(
+        "reading columns by their exact names only",
+        "Use --columns.",
+        disable_auto_column_mapping="false",
+        remove_unused_columns="true",
+    ),
+    **_refuse("another order of samples", data_sharding="false", group_by_length="false"),
+    # Loss
+    **_refuse(
+        "another loss",
+        enable_dft_loss="false",
+        enable_channel_loss="false",
+        mrl_dims="none",
+        loss_type="none",
+        neftune_noise_alpha="none 0",
+    ),
+    **_refuse("metrics of generated text", eval_metric="none", predict_with_generate="false"),
+    # Layout and speed
+    **_refuse(
+        "a layout written as text",
+        "Use --decoder_first_pipeline_num_layers and --decoder_last_pipeline_num_layers.",
+        pipeline_model_parallel_layout="none",
+        account_for_embedding_in_pipeline_split="false",
+        account_for_loss_in_pipeline_split="false",
+    ),
+    **_refuse(
+        "groups of micro batches in the interleaved schedule", microbatch_group_size_per_vp_stage="none"
+    ),
+    **_refuse("another split of the sequence", cp_partition_mode="zigzag"),
+    **_refuse(
+        "FSDP and other ways of sharding weights",
+        "Use --tensor_model_parallel_size or --pipeline_model_parallel_size.",
+        use_megatron_fsdp="false",
+        data_parallel_sharding_strategy="no_shard optim",
+        fsdp="none",
+        zero_hpz_partition_size="none",
+        deepspeed_autotp_size="none 1",
+    ),
+    **_refuse(
+        "moving optimizer state to the CPU",
+        "Shard it over more data-parallel ranks.",
+        optimizer_cpu_offload="false",
+        optimizer_offload_fraction="1.0 1",
+    ),
+    **_refuse(
+        "optimizer state in low precision",
+        use_precision_aware_optimizer="false",
+        main_grads_dtype="fp32",
+        main_params_dtype="fp32",
+        exp_avg_dtype="fp32",
+        exp_avg_sq_dtype="fp32",
+    ),
+    **_refuse(
+        "FP8",
+        fp8_format="none",
+        fp8_recipe="delayed",
+        fp8_param_gather="false",
+        fp8_amax_history_len="1024",
+        fp8_amax_compute_algo="max",
+    ),
+    **_refuse("FP4", fp4_format="none", fp4_recipe="nvfp4", fp4_param_gather="false"),
+    **_refuse(
+        "choosing fusions one by one",
+        "They follow the platform.",
+        apply_rope_fusion="false",
+        masked_softmax_fusion="true",
+        bias_dropout_fusion="true",
+    ),
+    **_refuse(
+        "choosing fusions one by one",
+        "They follow the platform.",
+        bias_activation_fusion="true",
+        attention_softmax_in_fp32="true",
+    ),
+    **_refuse(
+        "reducing gradients in another dtype",
+        "Gradients are accumulated in fp32.",
+        accumulate_allreduce_grads_in_fp32="true",
+    ),
+    **_refuse("Transformer Engine's random states", te_rng_tracker="false"),
+    **_refuse("steering Python's garbage collector", manual_gc="false", manual_gc_steps="0"),
+    **_refuse("linear attention", linear_decoupled_in_proj="false"),
+    # Mixture of experts, multi-token prediction
+    **_refuse(
+        "this part of expert routing",
+        moe_shared_expert_overlap="false",
+        moe_enable_deepep="false",
+        moe_expert_capacity_factor="none",
+    ),
+    **_refuse(
+        "this part of expert routing",
+        moe_pad_expert_input_to_capacity="false",
+        moe_token_drop_policy="probs",
+        router_replay_mode="disabled",
+    ),
+    **_refuse("multi-token prediction", mtp_num_layers="none 0", mtp_loss_scaling_factor="0.1"),
+    # Optimizer
+    **_refuse(
+        "another optimizer",
+        "Choose --optimizer adamw, adam or sgd.",
+        use_galore="false",
+        galore_rank="128",
+        galore_update_proj_gap="50",
+        galore_scale="1 1.0",
+        galore_proj_type="std",
+        galore_quantization="false",
+        galore_target_modules="none",
+        use_q_galore="false",
+    ),
+    **_refuse(
+        "another optimizer",
+        "Choose --optimizer adamw, adam or sgd.",
+        muon_momentum="",
+        muon_use_nesterov="",
+        muon_scale_mode="",
+        muon_fp32_matmul_prec="",
+        muon_num_ns_steps="",
+        muon_tp_mode="",
+        muon_extra_scale_factor="",
+        muon_split_qkv="",
+    ),
+    **_refuse(
+        "weight decay that changes over the run",
+        weight_decay_incr_style="constant",
+        start_weight_decay="none",
+        end_weight_decay="none",
+    ),
+    # Tuners
+    **_refuse(
+        "choosing LoRA modules by a pattern",
+        "List them in --target_modules.",
+        target_regex="none",
+        modules_to_save="",
+    ),
+    **_refuse(
+        "this variant of LoRA",
+        lora_bias="none",
+        lora_dtype="none",
+        use_dora="false",
+        lorap_lr_ratio="none",
+        init_weights="true",
+        lora_ga_batch_size="2",
+    ),
+    **_refuse("LISA", lisa_activated_layers="0", lisa_step_interval="20"),
+    **_refuse(
+        "freezing single parameters",
+        freeze_parameters="",
+        freeze_parameters_regex="none",
+        freeze_parameters_ratio="0 0.0",
+    ),
+    **_refuse("training single parameters", trainable_parameters="", trainable_parameters_regex="none"),
+    **_refuse(
+        "quantised base weights",
+        quant_method="none",
+        quant_bits="none",
+        hqq_axis="none",
+        load_in_4bit="false",
+        load_in_8bit="false",
+    ),
+    **_refuse(
+        "quantised base weights",
+        bnb_4bit_compute_dtype="none",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant="true",
+        bnb_4bit_quant_storage="none",
+    ),
+    # Checkpoints and logs
+    **_refuse(
+        "folders with a time in their name",
+        "The folder is --output_dir, so that the same command resumes.",
+        add_version="false",
+    ),
+    **_refuse(
+        "keeping the best checkpoint",
+        metric_for_best_model="none loss",
+        greater_is_better="none false",
+        early_stop_interval="none",
+        load_best_model_at_end="false",
+    ),
+    **_refuse(
+        "a checkpoint that resumes only in part",
+        no_save_rng="false",
+        no_load_optim="false",
+        no_load_rng="false",
+        ignore_data_skip="false",
+    ),
+    **_refuse("writing checkpoints in the background", async_save="false", use_flash_ckpt="false"),
+    **_refuse(
+        "starting from a Megatron-Core checkpoint",
+        "Give the exported Hugging Face folder as --model; --resume continues a run.",
+        mcore_model="none",
+        mcore_adapter="none",
+        mcore_adapters="none",
+        load="none",
+    ),
+    **_refuse(
+        "sending files to a hub",
+        push_to_hub="false",
+        hub_model_id="none",
+        hub_private_repo="false",
+        hub_strategy="every_save",
+    ),
+    **_refuse(
+        "reporting to this service",
+        "Use --report_to tensorboard; logging.jsonl is always written.",
+        wandb_project="none",
+        wandb_exp_name="none",
+    ),
+    **_refuse(
+        "reporting to this service",
+        "Use --report_to tensorboard; logging.jsonl is always written.",
+        swanlab_project="none",
+        swanlab_exp_name="none",
+    ),
+    # Export
+    **_refuse(
+        "`megaswift convert`",
+        "Training reads and writes Hugging Face folders itself.",
+        to_mcore="false",
+        to_hf="false",
+        exist_ok="false",
+    ),
+    **_refuse(
+        "`megaswift export`",
+        test_convert_precision="false",
+        test_convert_dtype="float32",
+        thread_count="none",
+        to_peft_format="false",
+        to_ollama="false",
+    ),
+    **_refuse(
+        "`megaswift export`",
+        to_cached_dataset="false",
+        template_mode="train",
+        quant_n_samples="256",
+        quant_batch_size="1",
+        group_size="128",
+    ),
+    **{flag: Refused(what="preference and reinforcement learning (`megaswift rlhf`)") for flag in _RLHF},
+}
+
+
+def check_refused(name: str, raw: Raw) -> bool:
+    """Return true where `name` is a refused flag with a harmless value, false where it is none; raises ConfigError."""
+    refused = REFUSED.get(name)
+    if refused is None:
+        return False
+    words = (
+        [raw]
+        if not isinstance(raw, (list, tuple))
+        else list(raw) or ([True] if "" not in refused.harmless else [])
+    )
+    text = " ".join(
+        "none" if word is None else str(word).lower() if isinstance(word, bool) else str(word)
+        for word in words
+    )
+    if not text or text in refused.harmless or text.lower() in refused.harmless:
+        return True
+    instead = f" {refused.instead}" if refused.instead else " Leave it out."
+    raise ConfigError(f"{name}={text} asks for {refused.what}, which is not built.{instead}")

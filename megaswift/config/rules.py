@@ -1,0 +1,90 @@
+"""The rules between settings, in the order in which they are applied; each is a function of layout_rules or training_rules."""
+
+from dataclasses import dataclass
+from math import lcm
+
+from megaswift.config import layout_rules as layout
+from megaswift.config import training_rules as training
+from megaswift.config.case import Case, Rule
+from megaswift.config.run import RunConfig
+from megaswift.metadata.meta import ModelMeta
+from megaswift.parallel.layout import Layout
+
+# What needs neither the model nor the ranks.
+REQUEST_RULES = (
+    training.a_model_is_named,
+    training.rows_are_named,
+    training.sizes_are_positive,
+    training.random_weights_are_for_pre_training,
+)
+
+RULES: tuple[Rule, ...] = (
+    layout.axes_are_positive,
+    layout.context_parallel_is_not_built,
+    layout.expert_axes_need_experts,
+    layout.expert_settings_need_experts,
+    layout.tp_divides_the_feed_forward_part,
+    layout.tp_shares_out_the_heads,
+    layout.pipeline_divides_the_layers,
+    layout.experts_divide,
+    layout.world_holds_whole_copies,
+    layout.world_holds_whole_copies_of_experts,
+    layout.sequence_parallel_follows_tp,
+    layout.interleaved_stages_send_one_by_one,
+    layout.overlap_needs_the_distributed_optimizer,
+    layout.timeouts_are_in_order,
+    training.dtype_fits_the_platform,
+    training.fused_kernels_need_a_gpu,
+    training.batches_divide,
+    training.interleaved_stages_need_full_rounds,
+    training.the_run_has_one_end,
+    training.recomputation_is_complete,
+    training.the_learning_rate_has_a_default,
+    training.the_schedule_is_complete,
+    training.lengths_fit_the_model,
+    training.packs_are_free_of_padding,
+    training.text_is_split_for_pre_training_only,
+    training.adapters_need_lora,
+    training.reports_are_known,
+    training.reports_have_a_place_and_a_time,
+    training.a_run_without_optimizer_state_does_not_resume,
+    training.router_losses_have_a_kind,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedRun:
+    """A run whose settings agree with each other, the model and the world, and its layout.
+
+    Settings whose default depends on the model, the platform or the world are filled. What is left to Megatron-Core or
+    to the length of the data stays None: gradient_accumulation_fusion on a GPU, lr_decay_iters, train_iters or
+    num_train_epochs (one of them).
+    """
+
+    config: RunConfig
+    layout: Layout
+    notes: tuple[str, ...] = ()  # what was decided for the user; rank 0 logs them
+
+
+def check_request(run: RunConfig) -> None:
+    """Check what needs neither the model nor the ranks; raises ConfigError."""
+    for rule in REQUEST_RULES:
+        rule(run)
+
+
+def resolve(run: RunConfig, meta: ModelMeta, world_size: int, platform_name: str) -> ResolvedRun:
+    """Return `run` with its defaults filled, and its layout; raises ConfigError for the first broken rule.
+
+    `platform_name` is "cuda" or "cpu". The result is the same on every rank.
+    """
+    check_request(run)
+    case = Case(run=run, meta=meta, world=world_size, platform=platform_name)
+    for rule in RULES:
+        case = rule(case) or case
+    return ResolvedRun(config=case.run, layout=case.layout, notes=case.notes)
+
+
+def minimal_world(run: RunConfig) -> int:
+    """Return the fewest ranks that hold one copy of the model and of its experts."""
+    parallel = run.parallel
+    return parallel.pp * lcm(parallel.tp * parallel.cp, parallel.ep * (parallel.etp or 1))

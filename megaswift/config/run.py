@@ -1,0 +1,31 @@
+"""RunConfig: every setting of a run, one section a file."""
+
+from dataclasses import dataclass, field
+
+from megaswift.config.checkpoint import CheckpointConfig
+from megaswift.config.data import DataConfig
+from megaswift.config.launch import LaunchConfig
+from megaswift.config.logging import LoggingConfig
+from megaswift.config.model import ModelConfig
+from megaswift.config.moe import MoEConfig
+from megaswift.config.optimizer import OptimizerConfig
+from megaswift.config.parallel import ParallelConfig
+from megaswift.config.training import TrainingConfig
+from megaswift.config.tuner import TunerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The settings of one run; never edited after config/rules.py has resolved them."""
+
+    task: str = "sft"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    tuner: TunerConfig = field(default_factory=TunerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)

@@ -1,0 +1,28 @@
+"""Settings: which parameters train."""
+
+from dataclasses import dataclass
+
+from megaswift.config.field import setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunerConfig:
+    """Full training or LoRA."""
+
+    tuner_type: str = setting(
+        "full",
+        "all parameters, or low-rank adapters",
+        choices=("full", "lora"),
+        aliases=("train_type", "sft_type"),
+    )
+    target_modules: list[str] = setting(
+        ["all-linear"],
+        "modules that get an adapter: Hugging Face or Megatron names, or all-linear",
+        aliases=("lora_target_modules",),
+    )
+    lora_rank: int = setting(8, "rank r of the adapters")
+    lora_alpha: int = setting(32, "the update is scaled by alpha / r")
+    lora_dropout: float = setting(0.05, "dropout on the adapter's input")
+    use_rslora: bool = setting(False, "scale by alpha / sqrt(r)")
+    adapters: list[str] = setting([], "PEFT adapter folder to start from", aliases=("adapter_load",))
+    merge_lora: bool = setting(False, "export the merged model as well as the adapter")

@@ -1,0 +1,224 @@
+"""Every rule between settings, a model's facts and the ranks there are."""
+
+from typing import Any
+
+import pytest
+
+from megaswift.config import layout_rules, training_rules
+from megaswift.config.dump import dump_run
+from megaswift.config.parse import parse_run
+from megaswift.config.rules import REQUEST_RULES, RULES, ResolvedRun, minimal_world, resolve
+from megaswift.errors import ConfigError
+from megaswift.metadata.meta import ModelMeta, MoEMeta
+from megaswift.parallel.layout import Layout
+
+NEEDED = "--model m --dataset rows.jsonl "
+
+
+def dense(**changes: Any) -> ModelMeta:
+    """A dense model of 8 layers with the heads of an 8B model."""
+    facts: dict[str, Any] = {
+        "model_type": "llama",
+        "architecture": "LlamaForCausalLM",
+        "family": "llama",
+        "folder": None,
+        "num_layers": 8,
+        "hidden_size": 256,
+        "ffn_hidden_size": 1024,
+        "num_heads": 32,
+        "num_kv_heads": 8,
+        "head_dim": 8,
+        "vocab_size": 1000,
+        "max_length": 4096,
+    }
+    return ModelMeta(**{**facts, **changes})
+
+
+def moe(**changes: Any) -> ModelMeta:
+    """The same with 8 experts in every layer."""
+    experts = MoEMeta(num_experts=8, topk=2, ffn_hidden_size=96, layer_is_moe=(True,) * 8)
+    return dense(**{"moe": experts, **changes})
+
+
+def resolved(
+    words: str, meta: ModelMeta, *, world: int = 1, platform: str = "cpu", task: str = "sft"
+) -> ResolvedRun:
+    return resolve(parse_run(task, (NEEDED + words).split()), meta, world, platform)
+
+
+@pytest.mark.parametrize(
+    ("words", "meta", "world", "message"),
+    [
+        ("--tp 0", dense(), 1, "tensor_model_parallel_size=0 is not a size. Give 1 or more."),
+        ("--tp 3", dense(), 3, "tp=3 does not divide ffn_hidden_size=1024 (llama). Choose tp from 1, 2, 4, 8, 16, 32."),
+        ("--tp 64", dense(), 64, "tp=64 is above num_heads=32 (llama). Choose tp from 1, 2, 4, 8, 16, 32."),
+        ("--tp 2", dense(), 3, "world_size=3 is not a multiple of tp=2 x pp=1 x cp=1 = 2"),
+        ("--cp 2", dense(), 2, "context_parallel_size=2 is not built"),
+        ("--ep 2", dense(), 2, "expert_model_parallel_size=2 but llama has no experts"),
+        ("--etp 2", dense(), 2, "expert_tensor_parallel_size=2 but llama has no experts"),
+        ("--moe_aux_loss_coeff 0.1", dense(), 1, "moe_aux_loss_coeff is set but llama has no experts"),
+        ("--ep 3", moe(), 3, "ep=3 does not divide num_experts=8 (llama). Choose ep from 1, 2, 4, 8."),
+        ("--etp 5", moe(), 5, "etp=5 does not divide the expert's ffn_hidden_size=96"),
+        ("--ep 4", moe(), 2, "world_size=2 is not a multiple of ep=4 x etp=1 x pp=1 = 4. This layout needs a multiple of 4"),
+        ("--pp 3", dense(), 3, "pp=3 x vpp=1 does not divide num_layers=8"),
+        ("--pp 2 --vpp 3", dense(), 2, "pp=2 x vpp=3 does not divide num_layers=8"),
+        ("--vpp 2", dense(), 1, "vpp=2 needs pipeline stages"),
+        ("--decoder_first_pipeline_num_layers 2", dense(), 1, "need pipeline stages"),
+        ("--pp 3 --decoder_first_pipeline_num_layers 3", dense(), 3, "leave 5 of num_layers=8 for 2 stages"),
+        ("--pp 2 --vpp 2 --global_batch_size 3", dense(), 2, "vpp=2 needs micro batches in multiples of pp=2"),
+        ("--overlap_param_gather", dense(), 1, "overlap_param_gather=true needs"),
+        ("--ddp_timeout 0", dense(), 1, "ddp_timeout_minutes=0.0 is not a time"),
+        ("--hang_timeout_seconds 600", dense(), 1, "hang_timeout_seconds=600 is not below ddp_timeout_minutes=10"),
+        ("--fp16", dense(), 1, "torch_dtype=float16 does not train on a CPU"),
+        ("--global_batch_size 6", dense(), 4, "global_batch_size=6 is not a multiple of micro_batch_size=1 x dp=4 = 4. Choose 4 or 8"),
+        ("--global_batch_size 1", dense(), 4, "Choose 4, or another micro batch"),
+        ("--global_batch_size 8 --gradient_accumulation_steps 3", dense(), 2, "makes it 4. Give one of them."),
+        ("--recompute_granularity full --recompute_modules mlp", dense(), 1, "recompute_modules is for recompute_granularity=selective"),
+        ("--recompute_granularity full --recompute_num_layers 9", dense(), 1, "is not between 1 and num_layers=8"),
+        ("--recompute_method block", dense(), 1, "need recompute_granularity=full, not none"),
+        ("--recompute_modules mlp", dense(), 1, "recompute_modules needs recompute_granularity=selective"),
+        ("--recompute_granularity selective --recompute_modules mpl", dense(), 1, "recompute_modules=mpl is not known. Did you mean mlp?"),
+        ("--warmup_ratio 0.1 --warmup_steps 5", dense(), 1, "are both set"),
+        ("--lr 1e-5 --min_lr 1e-4", dense(), 1, "must be at least min_lr=0.0001"),
+        ("--lr_decay_style WSD", dense(), 1, "lr_decay_style=WSD needs --lr_wsd_decay_iters"),
+        ("--max_length 8192", dense(), 1, "max_length=8192 is above the context of llama, 4096 tokens"),
+        ("--max_length 512 --packing_length 256", dense(), 1, "packing_length=256 is below max_length=512"),
+        ("--packing --padding_free false", dense(), 1, "packing=true needs padding_free=true"),
+        ("--truncation_strategy split", dense(), 1, "truncation_strategy=split is for `megaswift pt`, not sft"),
+        ("--adapters a", dense(), 1, "adapters needs tuner_type=lora, not full"),
+        ("--merge_lora", dense(), 1, "merge_lora needs tuner_type=lora"),
+        ("--tuner_type lora --adapters a b", dense(), 1, "training starts from one adapter"),
+        ("--tuner_type lora --target_modules", dense(), 1, "target_modules is empty"),
+        ("--report_to wandb", dense(), 1, "report_to=wandb is not built"),
+        ("--random_init", dense(), 1, "random_init=true is for pre-training"),
+        ("--save_total_limit 0", dense(), 1, "save_total_limit=0 is too small"),
+        ("--split_dataset_ratio 1", dense(), 1, "split_dataset_ratio=1.0 is not a share"),
+        ("--num_train_epochs 0", dense(), 1, "num_train_epochs=0.0 is too small"),
+    ],
+)  # fmt: skip
+def test_a_broken_rule_says_what_to_do(words: str, meta: ModelMeta, world: int, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolved(words, meta, world=world)
+    assert message in str(caught.value)
+
+
+def test_a_model_and_rows_must_be_named() -> None:
+    with pytest.raises(ConfigError, match="model is not set"):
+        resolve(parse_run("sft", ["--dataset", "a"]), dense(), 1, "cpu")
+    with pytest.raises(ConfigError, match="dataset is not set"):
+        resolve(parse_run("sft", ["--model", "a"]), dense(), 1, "cpu")
+
+
+def test_adapters_do_not_start_from_random_weights() -> None:
+    with pytest.raises(ConfigError, match="needs tuner_type=full"):
+        resolved("--random_init --tuner_type lora", dense(), task="pt")
+
+
+def test_every_rule_is_applied() -> None:
+    applied = {*RULES, *REQUEST_RULES}
+    for module in (layout_rules, training_rules):
+        for name, rule in vars(module).items():
+            if callable(rule) and rule.__module__ == module.__name__ and not name.startswith("_"):
+                assert rule in applied, name
+
+
+def test_the_layout_is_what_was_asked_for() -> None:
+    layout = resolved(
+        "--tp 2 --pp 2 --vpp 2 --sequence_parallel --gradient_accumulation_steps 4", dense(), world=8
+    ).layout
+    assert layout == Layout(world=8, tp=2, pp=2, vpp=2, sequence_parallel=True) and layout.dp == 2
+    uneven = resolved("--pp 3 --decoder_first_pipeline_num_layers 2", dense(), world=3).layout
+    assert (uneven.pp_first, uneven.pp_last) == (2, None)
+
+
+def test_the_defaults_are_filled() -> None:
+    run = resolved("", dense()).config
+    assert run.training.global_batch_size == 16 and run.training.num_train_epochs == 1.0
+    assert run.optimizer.lr == 1e-5 and run.model.torch_dtype == "float32"
+    assert (run.data.max_length, run.data.packing_length, run.data.data_seed) == (4096, 4096, 42)
+    assert run.logging.eval_steps == 500 and run.logging.tensorboard_dir == "output/runs"
+    assert run.parallel.etp == 1 and run.launch.hang_timeout_seconds == 300
+    assert resolved("--train_type lora", dense()).config.optimizer.lr == 1e-4
+    assert resolved("", dense(), platform="cuda").config.model.torch_dtype == "bfloat16"
+    assert resolved("--data_seed 0", dense()).config.data.data_seed == 0
+
+
+def test_the_global_batch_follows_the_ranks() -> None:
+    assert (
+        resolved(
+            "--gradient_accumulation_steps 4 --micro_batch_size 2", dense(), world=2
+        ).config.training.global_batch_size
+        == 16
+    )
+    rounded = resolved("", dense(), world=3)
+    assert rounded.config.training.global_batch_size == 18
+    assert "global_batch_size=18" in rounded.notes[0]
+
+
+def test_steps_win_over_epochs() -> None:
+    found = resolved("--train_iters 10 --num_train_epochs 3", dense())
+    assert found.config.training.num_train_epochs is None and "train_iters=10 ends the run" in found.notes[0]
+    assert resolved("--train_iters 10", dense()).config.training.num_train_epochs is None
+
+
+def test_sequence_parallel_follows_tp() -> None:
+    alone = resolved("--sequence_parallel", dense())
+    assert not alone.layout.sequence_parallel and "it needs tp > 1" in alone.notes[0]
+    experts = resolved("--tp 2", moe(), world=2)
+    assert experts.layout.sequence_parallel and "experts with tp > 1 need it" in experts.notes[0]
+
+
+def test_heads_that_do_not_divide_are_padded_and_said_so() -> None:
+    odd = dense(num_heads=9, num_kv_heads=3)
+    (note,) = resolved("--tp 2", odd, world=2).notes
+    assert "tp=2 does not divide num_heads=9 and num_kv_heads=3: 12 and 4 are computed" in note
+    assert resolved("--tp 2", dense(), world=2).notes == ()
+    assert resolved("--tp 16", dense(), world=16).notes == ()  # Megatron-Core spreads the groups itself
+
+
+def test_full_recomputation_is_filled_and_selective_names_the_attention() -> None:
+    full = resolved("--recompute_granularity full", dense()).config.training
+    assert (full.recompute_method, full.recompute_num_layers) == ("uniform", 1)
+    selective = resolved("--recompute_granularity selective", dense()).config.training
+    assert selective.recompute_modules == ["core_attn"]
+
+
+def test_fused_kernels_are_off_on_a_cpu_and_said_so() -> None:
+    words = "--attention_backend flash --gradient_accumulation_fusion --moe_permute_fusion --tp_comm_overlap"
+    on_cpu = resolved(words, moe())
+    assert on_cpu.config.model.attention_backend == "auto" and not on_cpu.config.parallel.tp_comm_overlap
+    assert len(on_cpu.notes) == 4
+    assert resolved(words, moe(), platform="cuda").config.model.attention_backend == "flash"
+
+
+def test_the_interleaved_schedule_is_corrected_with_one_line() -> None:
+    (note,) = resolved("--pp 2 --vpp 2", dense(), world=2).notes
+    assert "overlap_p2p_comm is on and batch_p2p_comm off" in note
+
+
+def test_router_losses_have_a_kind() -> None:
+    assert resolved("", moe()).config.moe.moe_router_load_balancing_type == "none"
+    assert (
+        resolved("--moe_aux_loss_coeff 0.01", moe()).config.moe.moe_router_load_balancing_type == "aux_loss"
+    )
+
+
+def test_a_run_that_cannot_resume_says_so() -> None:
+    (note,) = resolved("--save_optim false", dense()).notes
+    assert "cannot resume" in note
+
+
+def test_resolving_twice_changes_nothing(tmp_path: Any) -> None:
+    words = "--tp 2 --gradient_accumulation_steps 4 --recompute_granularity full --warmup_ratio 0.1"
+    once = resolved(words, dense(), world=4)
+    file = tmp_path / "args.yaml"
+    file.write_text(dump_run(once.config))
+    assert resolve(parse_run("sft", [str(file)]), dense(), 4, "cpu").config == once.config
+
+
+@pytest.mark.parametrize(
+    ("words", "ranks"),
+    [("", 1), ("--tp 2 --pp 2", 4), ("--ep 4", 4), ("--tp 2 --ep 4", 4), ("--tp 2 --ep 3 --pp 2", 12), ("--ep 2 --etp 2 --tp 2", 4)],
+)  # fmt: skip
+def test_the_smallest_world_holds_one_copy(words: str, ranks: int) -> None:
+    assert minimal_world(parse_run("sft", words.split())) == ranks
