@@ -1,0 +1,1 @@
+"""The one adapter to Megatron-Core: config translation and version differences."""

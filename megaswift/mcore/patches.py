@@ -1,0 +1,24 @@
+"""The one door for patches of Megatron-Core itself; each states its reason and ends where the upstream fault ends."""
+
+from megatron.core.transformer import multi_latent_attention
+from megatron.core.transformer.moe import moe_utils
+
+
+def apply_patches() -> None:
+    """Apply every patch that this version of Megatron-Core still needs; a second call changes nothing."""
+    _define_missing_te_gemm()
+    _deny_missing_te_linear()
+
+
+def _define_missing_te_gemm() -> None:
+    # 0.16.1: without Transformer Engine moe_utils never defines te_general_gemm, which RouterGatingLinearFunction tests
+    # against None (transformer/moe/moe_utils.py, the import guard names it only in its first branch).
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
+def _deny_missing_te_linear() -> None:
+    # 0.16.1: importing Transformer Engine's wrappers succeeds without it, so that HAVE_TE is true, but they are no classes
+    # and isinstance(module, TELinear) fails (transformer/multi_latent_attention.py); 0.19 asks the wrappers' own HAVE_TE.
+    if not isinstance(getattr(multi_latent_attention, "TELinear", None), type):
+        multi_latent_attention.HAVE_TE = False

@@ -1,0 +1,1 @@
+"""What the device is: backend, capabilities, and the CPU redirection."""
