@@ -1,0 +1,1 @@
+"""FP8 with one scale a block."""

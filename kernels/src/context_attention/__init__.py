@@ -1,0 +1,1 @@
+"""Attention over packed documents whose tokens are spread over cp ranks."""

@@ -1,0 +1,1 @@
+"""Offsets, positions and loss weights of packed documents, from their lengths."""

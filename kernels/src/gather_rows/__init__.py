@@ -1,0 +1,1 @@
+"""Rows of a tensor chosen by an index."""

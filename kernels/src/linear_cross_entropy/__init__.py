@@ -1,0 +1,1 @@
+"""Output layer and cross-entropy in one, without the full logits."""

@@ -1,0 +1,1 @@
+"""Attention over two sets of keys from attention over each."""

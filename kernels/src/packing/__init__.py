@@ -1,0 +1,1 @@
+"""Padded batches to packed documents and back."""
