@@ -1,0 +1,1 @@
+"""Rows to Samples to tokens to packs to batches."""

@@ -1,0 +1,220 @@
+"""Global batches, the same for every layout, and the micro batches that one rank takes from them.
+
+An item is what one slot of a batch holds: a tokenised sample, or with packing a pack of samples. The stream of items
+is epoch after epoch, each in its own order; global batch i is the next `global_batch_size` items of the stream, so a
+batch at the end of an epoch runs on into the next and no item is dropped. The only state of the stream is how many
+items were consumed: a run may go on from there with another number of ranks or another micro batch size.
+
+Letters: B rows of a micro batch, S tokens of a row.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megaswift.data.encode import EncodedSet
+from megaswift.data.order import shuffled
+from megaswift.data.packing import Packs, pack
+from megaswift.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSettings:
+    """How items are formed and put into batches."""
+
+    global_batch_size: int
+    micro_batch_size: int = 1
+    packing: bool = False
+    packing_length: int | None = None  # tokens of a pack; needed with packing
+    padding_free: bool = True  # concatenate the samples of a micro batch; false: one row each, padded
+    shuffle: bool = True
+    seed: int = 42
+    pad_to_multiple: int = 1  # S is a multiple of this (tp for sequence parallel)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """The input of one forward pass.
+
+    In rows of several documents B is 1 and `cu_seqlens` marks where each begins; padding is a document of its own at
+    the end. In padded rows `cu_seqlens` is None, and causal attention keeps the padding on the right out of sight.
+    """
+
+    input_ids: torch.Tensor  # int64 [B, S]
+    labels: torch.Tensor  # int64 [B, S]: the next token of the same document
+    loss_mask: torch.Tensor  # float32 [B, S]: weight of the label; 0 at the end of a document and on padding
+    position_ids: torch.Tensor  # int64 [B, S]: from 0 in every document
+    cu_seqlens: torch.Tensor | None  # int32 [documents + 1]
+    max_seqlen: int  # tokens of the longest document
+    sample_ids: tuple[int, ...]  # entries of the EncodedSet, in the order of the documents
+
+
+class TrainData:
+    """The endless stream of items of one training set."""
+
+    def __init__(self, encoded: EncodedSet, settings: BatchSettings, *, pad_id: int = 0) -> None:
+        """Form the items; every rank does so alike. Raises DataError for a sample that no pack can hold."""
+        self.settings = settings
+        self._rows = _RowBuilder(encoded, settings, pad_id)
+        self.num_items = self._rows.num_items
+        self._order: tuple[int, np.ndarray] | None = None  # the epoch used last and its order
+
+    @property
+    def packs(self) -> Packs | None:
+        """The packs, with their fill; None without packing."""
+        return self._rows.packs
+
+    def num_steps(self, num_epochs: float) -> int:
+        """Return the global batches in which every item of so many epochs is seen: the last one is rounded up."""
+        return max(1, -(-int(np.ceil(self.num_items * num_epochs)) // self.settings.global_batch_size))
+
+    def items(self, consumed: int) -> np.ndarray:
+        """Return the items of the global batch that begins after `consumed` items, int64 [global_batch_size]."""
+        found, wanted = [], self.settings.global_batch_size
+        while wanted:
+            epoch, position = divmod(consumed, self.num_items)
+            taken = self._epoch_order(epoch)[position : position + wanted]
+            found.append(taken)
+            wanted -= len(taken)
+            consumed += len(taken)
+        return np.concatenate(found)
+
+    def micro_batches(self, consumed: int, *, dp_rank: int, dp: int) -> Iterator[MicroBatch]:
+        """Yield what one data-parallel rank takes of the global batch after `consumed` items.
+
+        Micro batch j of the global batch holds items j * m to (j + 1) * m and goes to rank j % dp.
+        """
+        for items in rank_share(self.items(consumed), self.settings.micro_batch_size, dp_rank=dp_rank, dp=dp):
+            yield self._rows.build(items)
+
+    def num_micro_batches(self, dp: int) -> int:
+        """Return the micro batches of one rank in one global batch."""
+        return _micro_batches_per_rank(self.settings.global_batch_size, self.settings.micro_batch_size, dp)
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        if self._order is None or self._order[0] != epoch:
+            settings = self.settings
+            count = self.num_items
+            order = (
+                shuffled(count, seed=settings.seed, stream=epoch) if settings.shuffle else np.arange(count)
+            )
+            self._order = (epoch, order)
+        return self._order[1]
+
+
+class ValidationData:
+    """Every item of a validation set once, in order; the last global batch is filled up with empty micro batches."""
+
+    def __init__(self, encoded: EncodedSet, settings: BatchSettings, *, pad_id: int = 0) -> None:
+        self.settings = settings
+        self._rows = _RowBuilder(encoded, settings, pad_id)
+        self.num_items = self._rows.num_items
+
+    def num_steps(self) -> int:
+        """Return the global batches that cover the set."""
+        return -(-self.num_items // self.settings.global_batch_size)
+
+    def micro_batches(self, step: int, *, dp_rank: int, dp: int) -> Iterator[MicroBatch]:
+        """Yield what one rank takes of global batch `step`: as many micro batches on every rank, some without loss."""
+        size = self.settings.global_batch_size
+        items = np.full(size, -1, np.int64)
+        present = np.arange(step * size, min((step + 1) * size, self.num_items))
+        items[: len(present)] = present
+        for share in rank_share(items, self.settings.micro_batch_size, dp_rank=dp_rank, dp=dp):
+            yield self._rows.build(share[share >= 0])
+
+
+def rank_share(items: np.ndarray, micro_batch_size: int, *, dp_rank: int, dp: int) -> Iterator[np.ndarray]:
+    """Yield the micro batches of items that one data-parallel rank takes from a global batch."""
+    for number in range(_micro_batches_per_rank(len(items), micro_batch_size, dp)):
+        start = (number * dp + dp_rank) * micro_batch_size
+        yield items[start : start + micro_batch_size]
+
+
+def _micro_batches_per_rank(global_batch_size: int, micro_batch_size: int, dp: int) -> int:
+    if global_batch_size % (micro_batch_size * dp):
+        raise ConfigError(
+            f"global_batch_size={global_batch_size} is not a multiple of micro_batch_size={micro_batch_size} x dp={dp}. "
+            f"Choose a multiple of {micro_batch_size * dp}."
+        )
+    return global_batch_size // (micro_batch_size * dp)
+
+
+class _RowBuilder:
+    """Turns items into tensors."""
+
+    def __init__(self, encoded: EncodedSet, settings: BatchSettings, pad_id: int) -> None:
+        self._encoded = encoded
+        self._settings = settings
+        self._pad_id = pad_id
+        self.packs: Packs | None = None
+        if settings.packing:
+            if settings.packing_length is None:
+                raise ConfigError("packing=true needs packing_length. Give --packing_length or --max_length.")
+            self.packs = pack(encoded.lengths, settings.packing_length)
+        self.num_items = len(self.packs) if self.packs is not None else len(encoded)
+
+    def build(self, items: Sequence[int] | np.ndarray) -> MicroBatch:
+        """Return the micro batch of some items; none gives a row of padding."""
+        entries = (
+            np.concatenate([self.packs[i] for i in items]) if self.packs is not None and len(items) else items
+        )
+        ids = tuple(int(entry) for entry in entries)
+        if self.packs is not None or self._settings.padding_free or not ids:
+            return self._one_row(ids)
+        return self._padded_rows(ids)
+
+    def _one_row(self, entries: tuple[int, ...]) -> MicroBatch:
+        """Concatenate documents into one row [1, S]."""
+        starts = self._encoded.starts
+        lengths = [int(starts[entry + 1] - starts[entry]) for entry in entries]
+        used = sum(lengths)
+        multiple = self._settings.pad_to_multiple
+        padding = -used % multiple if used else multiple
+        documents = [*lengths, padding] if padding else lengths
+        row = _Row(used + padding, self._pad_id)
+        bounds = np.concatenate([[0], np.cumsum(documents)]).astype(np.int32)
+        for entry, start in zip(entries, bounds, strict=False):
+            row.put(self._encoded, entry, int(start))
+        row.position_ids[used:] = np.arange(padding)
+        return MicroBatch(
+            **row.tensors(1),
+            cu_seqlens=torch.from_numpy(bounds),
+            max_seqlen=max(documents),
+            sample_ids=entries,
+        )
+
+    def _padded_rows(self, entries: tuple[int, ...]) -> MicroBatch:
+        """Put every document into a row of its own, padded on the right to the longest [B, S]."""
+        longest = max(int(self._encoded.starts[entry + 1] - self._encoded.starts[entry]) for entry in entries)
+        width = longest + -longest % self._settings.pad_to_multiple
+        row = _Row(width * len(entries), self._pad_id)
+        row.position_ids[:] = np.tile(np.arange(width), len(entries))
+        for number, entry in enumerate(entries):
+            row.put(self._encoded, entry, number * width)
+        return MicroBatch(**row.tensors(len(entries)), cu_seqlens=None, max_seqlen=width, sample_ids=entries)
+
+
+class _Row:
+    """The arrays of a micro batch while it is filled; flat [B * S]."""
+
+    def __init__(self, size: int, pad_id: int) -> None:
+        self.input_ids = np.full(size, pad_id, np.int64)
+        self.labels = np.full(size, pad_id, np.int64)
+        self.loss_mask = np.zeros(size, np.float32)
+        self.position_ids = np.zeros(size, np.int64)
+
+    def put(self, encoded: EncodedSet, entry: int, start: int) -> None:
+        """Write one document at `start`; its labels are its own next tokens."""
+        first, last = int(encoded.starts[entry]), int(encoded.starts[entry + 1])
+        end = start + last - first
+        self.input_ids[start:end] = encoded.input_ids[first:last]
+        self.labels[start : end - 1] = encoded.input_ids[first + 1 : last]
+        self.loss_mask[start : end - 1] = encoded.loss_weights[first + 1 : last]
+        self.position_ids[start:end] = np.arange(last - first)
+
+    def tensors(self, rows: int) -> dict[str, torch.Tensor]:
+        names = ("input_ids", "labels", "loss_mask", "position_ids")
+        return {name: torch.from_numpy(getattr(self, name)).view(rows, -1) for name in names}

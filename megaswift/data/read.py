@@ -1,0 +1,132 @@
+"""Data sets named on the command line, read into Samples; every row is kept or reported."""
+
+import dataclasses
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megaswift.config.data import DataConfig
+from megaswift.data.layouts import to_sample
+from megaswift.data.order import shuffled
+from megaswift.data.report import BadRow, Report, merge, stop_at
+from megaswift.data.sample import RowError, Sample
+from megaswift.data.sources import Source, open_source, parse_source
+from megaswift.errors import DataError
+from megaswift.logs import get_logger
+
+logger = get_logger(__name__)
+
+DEFAULT_NAME = "Swift"
+DEFAULT_AUTHOR = "the megaswift developers"
+SAMPLING_STREAM = -1  # streams of the order below 0 name purposes; epochs count from 0
+SPLIT_STREAM = -2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadSet:
+    """The rows of one --dataset argument."""
+
+    name: str
+    samples: tuple[Sample, ...]  # after sampling
+    report: Report  # of all its rows, before sampling
+    layouts: dict[str, int] = field(default_factory=dict)  # rows of each recognised layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadData:
+    """Training and validation samples, and the ledger of every row that was read."""
+
+    train: tuple[Sample, ...]
+    val: tuple[Sample, ...]
+    report: Report
+    sets: tuple[ReadSet, ...]
+
+
+def read_datasets(config: DataConfig, *, seed: int = 42, use_hf: bool = True) -> ReadData:
+    """Read --dataset and --val_dataset, sample them, and split off --split_dataset_ratio for validation.
+
+    `seed` is used where --data_seed is not given. Raises DataError for a set that cannot be read, for a set without
+    a usable row, and with --strict for the first bad row.
+    """
+    if not config.dataset:
+        raise DataError(
+            "dataset=[] names no rows to train on. Give --dataset with files, folders or hub ids."
+        )
+    if not 0 <= config.split_dataset_ratio < 1:
+        raise DataError(
+            f"split_dataset_ratio={config.split_dataset_ratio} is wrong. It is a share from 0 to below 1."
+        )
+    seed = config.data_seed if config.data_seed is not None else seed
+    train_sets = [read_set(parse_source(name, use_hf=use_hf), config, seed=seed) for name in config.dataset]
+    val_sets = [read_set(parse_source(name, use_hf=use_hf), config, seed=seed) for name in config.val_dataset]
+    train = [sample for read in train_sets for sample in read.samples]
+    val = [sample for read in val_sets for sample in read.samples]
+    held_back = round(config.split_dataset_ratio * len(train))
+    if config.split_dataset_ratio and not 0 < held_back < len(train):
+        raise DataError(
+            f"split_dataset_ratio={config.split_dataset_ratio} of {len(train)} rows leaves {len(train) - held_back} to "
+            f"train on and {held_back} to validate. Choose a ratio that leaves at least one row on each side."
+        )
+    if held_back:
+        chosen = set(shuffled(len(train), seed=seed, stream=SPLIT_STREAM)[:held_back].tolist())
+        val += [sample for i, sample in enumerate(train) if i in chosen]
+        train = [sample for i, sample in enumerate(train) if i not in chosen]
+    sets = (*train_sets, *val_sets)
+    return ReadData(train=tuple(train), val=tuple(val), report=merge(read.report for read in sets), sets=sets)
+
+
+def read_set(source: Source, config: DataConfig, *, seed: int) -> ReadSet:
+    """Read all rows of one source and draw the sample that it asks for."""
+    rows, folder = open_source(source)
+    samples: list[Sample] = []
+    bad: list[BadRow] = []
+    for place, row in rows:
+        outcome = _sample_or_bad(place, row, config, folder)
+        if isinstance(outcome, Sample):
+            samples.append(outcome)
+            continue
+        if config.strict:
+            stop_at(outcome)
+        bad.append(outcome)
+    report = Report(read=len(samples) + len(bad), kept=len(samples), bad=tuple(bad))
+    report.log(source.name)
+    if not samples:
+        first = f" The first reason: {bad[0]}." if bad else ""
+        raise DataError(
+            f"dataset={source.name} has no usable row ({report.read} read).{first} Mend the file or name another."
+        )
+    layouts = dict(Counter(sample.layout for sample in samples).most_common())
+    if source.is_self_cognition:
+        samples = [_named(sample, config) for sample in samples]
+    if source.rows is not None:
+        samples = [samples[i] for i in draw(len(samples), source.rows, seed=seed)]
+    return ReadSet(name=source.name, samples=tuple(samples), report=report, layouts=layouts)
+
+
+def draw(count: int, wanted: int, *, seed: int) -> list[int]:
+    """Return `wanted` indices below `count` in rising order: whole repeats of the set, then a random rest."""
+    repeats, rest = divmod(wanted, count)
+    drawn = list(range(count)) * repeats
+    return drawn + sorted(shuffled(count, seed=seed, stream=SAMPLING_STREAM)[:rest].tolist())
+
+
+def _sample_or_bad(
+    place: str, row: dict[str, Any] | BadRow, config: DataConfig, folder: Path
+) -> Sample | BadRow:
+    if isinstance(row, BadRow):
+        return row
+    try:
+        return to_sample(row, place, columns=config.columns, folder=folder)
+    except RowError as error:
+        return BadRow(source=place, kind=error.kind, reason=error.reason)
+
+
+def _named(sample: Sample, config: DataConfig) -> Sample:
+    """Put the model's and the author's name into a self-cognition row."""
+    name, author = config.model_name or DEFAULT_NAME, config.model_author or DEFAULT_AUTHOR
+    messages = tuple(
+        {**message, "content": message["content"].replace("{{NAME}}", name).replace("{{AUTHOR}}", author)}
+        for message in sample.messages
+    )
+    return dataclasses.replace(sample, messages=messages)

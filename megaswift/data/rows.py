@@ -1,0 +1,231 @@
+"""Raw rows out of files, each with the file and line it came from. Broken rows come out as BadRow."""
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from megaswift.data.report import BadRow
+from megaswift.errors import DataError
+from megaswift.logs import get_logger
+
+logger = get_logger(__name__)
+
+Row = tuple[str, dict[str, Any] | BadRow]  # ("file:line", the row)
+CSV_FIELD_LIMIT = 1 << 30  # the csv module's own limit is 128 KiB, less than one long conversation
+NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of bytes that are not UTF-8
+TRAIN_SPLIT = re.compile(r"(?:^|[/_.-])train(?:[/_.-]|$)", re.IGNORECASE)
+METADATA_FILES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
+
+
+def read_path(path: Path) -> Iterator[Row]:
+    """Yield the rows of a file, of all data files of a folder, or of a saved `datasets` directory.
+
+    Raises DataError for what cannot be read at all.
+    """
+    if path.is_dir():
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            return _saved_dataset(path)
+        return (row for file in _files_of(path) for row in READERS[_suffix(file)](file))
+    reader = READERS.get(_suffix(path))
+    if reader is None:
+        raise DataError(f"{path} is not a data file. Known kinds are {', '.join(READERS)}.")
+    return reader(path)
+
+
+def _suffix(path: Path) -> str:
+    return path.suffix.lower()
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """Return the data files below a folder in a fixed order; where some belong to a train split, only those."""
+    files = sorted(
+        file for file in folder.rglob("*")
+        if file.is_file() and _suffix(file) in READERS and file.name not in METADATA_FILES
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    )  # fmt: skip
+    if not files:
+        raise DataError(f"{folder} holds no data file. Known kinds are {', '.join(READERS)}.")
+    if len({_suffix(file) for file in files}) > 1:
+        files = [
+            file for file in files if _suffix(file) != ".txt"
+        ] or files  # a licence or a note beside the data
+    train = [file for file in files if TRAIN_SPLIT.search(file.relative_to(folder).as_posix())]
+    if train and len(train) < len(files):
+        left_out = ", ".join(file.name for file in files if file not in train)
+        logger.warning("%s: reading the files of the train split only; left out: %s", folder, left_out)
+    return train or files
+
+
+def _jsonl(path: Path) -> Iterator[Row]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if line.strip():
+                yield _parse_json_line(line, f"{path}:{number}")
+
+
+def _parse_json_line(line: bytes, source: str) -> Row:
+    try:
+        return _object(json.loads(line), source)
+    except UnicodeDecodeError as error:
+        return source, BadRow(source=source, kind="encoding", reason=f"not UTF-8 at byte {error.start}")
+    except (json.JSONDecodeError, RecursionError) as error:
+        return source, BadRow(source=source, kind="json", reason=f"not JSON: {error}")
+
+
+def _object(row: Any, source: str) -> Row:
+    if isinstance(row, dict):
+        return source, row
+    return source, BadRow(
+        source=source, kind="not an object", reason=f"the row is {type(row).__name__}, not a JSON object"
+    )
+
+
+def _json(path: Path) -> Iterator[Row]:
+    """Yield the rows of a JSON array with the line each begins at; a file of one object a line is read as such."""
+    try:
+        text = path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 (byte {error.start}). Save it as UTF-8.") from error
+    start = len(text) - len(text.lstrip())
+    if text[start : start + 1] == "{":
+        return _concatenated_objects(path, text)
+    if text[start : start + 1] != "[":
+        raise DataError(f"{path} is not a JSON array of rows. Save the rows as [{{...}}, ...] or one a line.")
+    return _array(path, text, start)
+
+
+def _concatenated_objects(path: Path, text: str) -> Iterator[Row]:
+    lines = text.splitlines()
+    try:
+        json.loads(text)
+    except json.JSONDecodeError:
+        yield from (
+            _parse_json_line(line.encode(), f"{path}:{i}") for i, line in enumerate(lines, 1) if line.strip()
+        )
+        return
+    raise DataError(f"{path} holds one JSON object, not rows. Save the rows as [{{...}}, ...] or one a line.")
+
+
+def _array(path: Path, text: str, start: int) -> Iterator[Row]:
+    decoder = json.JSONDecoder()
+    whitespace = " \t\n\r"
+    position, counted, line = start + 1, 0, 1
+    while True:
+        while text[position : position + 1] and text[position] in whitespace:
+            position += 1
+        if text[position : position + 1] == "]":
+            return
+        line += text.count("\n", counted, position)
+        counted = position
+        try:
+            row, position = decoder.raw_decode(text, position)
+            while text[position : position + 1] and text[position] in whitespace:
+                position += 1
+            if text[position : position + 1] not in (",", "]"):
+                raise json.JSONDecodeError("Expecting ',' or ']' after a row", text, position)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise DataError(
+                f"{path}:{line}: the row that begins here is not JSON ({error}), so the rows after it cannot be told apart. "
+                "Mend the file, or save it as .jsonl, where one broken row costs one row."
+            ) from error
+        yield _object(row, f"{path}:{line}")
+        position += text[position] == ","
+
+
+def _csv(path: Path) -> Iterator[Row]:
+    csv.field_size_limit(CSV_FIELD_LIMIT)
+    with path.open(encoding="utf-8-sig", newline="", errors="surrogateescape") as file:
+        reader = csv.DictReader(file, delimiter="\t" if _suffix(path) == ".tsv" else ",", restkey=None)
+        if reader.fieldnames is None:
+            raise DataError(f"{path} is empty. The first line of a csv file names its columns.")
+        width, end = len(reader.fieldnames), reader.line_num
+        for row in reader:
+            source, end = f"{path}:{end + 1}", reader.line_num
+            extra = row.pop(None, None)  # type: ignore[call-overload]  # DictReader's key for surplus fields
+            found = width + len(extra or ()) - sum(value is None for value in row.values())
+            if found != width:
+                yield (
+                    source,
+                    BadRow(
+                        source=source, kind="columns", reason=f"{found} fields where the header has {width}"
+                    ),
+                )
+            elif any(NOT_UTF8.search(value) for value in row.values()):
+                yield source, BadRow(source=source, kind="encoding", reason="not UTF-8")
+            else:
+                yield source, dict(row)
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet  # 0.1 s; only runs that read parquet pay it
+
+    try:
+        batches = pyarrow.parquet.ParquetFile(path).iter_batches()
+        yield from _numbered((row for batch in batches for row in batch.to_pylist()), path)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise DataError(
+            f"{path} is not a readable parquet file: {error}. Fetch or write it again."
+        ) from error
+
+
+def _saved_dataset(path: Path) -> Iterator[Row]:
+    import datasets  # 1 s; only runs that read a saved directory pay it
+
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except (FileNotFoundError, ValueError, OSError) as error:
+        raise DataError(
+            f"{path} is not a directory saved by datasets.save_to_disk: {error}. Save it again."
+        ) from error
+    return numbered_dataset(loaded, path)
+
+
+def numbered_dataset(loaded: Any, name: object) -> Iterator[Row]:
+    """Yield the rows of a `datasets` Dataset, or of the train split of a DatasetDict."""
+    if isinstance(loaded, dict):
+        if "train" not in loaded and len(loaded) != 1:
+            raise DataError(
+                f"{name} has splits {', '.join(loaded)} and none is named train. Save the one to train on alone."
+            )
+        loaded = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
+    return _numbered(loaded, name)
+
+
+def _numbered(rows: Iterable[dict[str, Any]], name: object) -> Iterator[Row]:
+    for number, row in enumerate(rows, start=1):
+        yield f"{name}:row {number}", _without_nulls(row)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Drop the null fields of nested objects: Arrow gives every object of a column the fields of all others."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
+
+
+def _txt(path: Path) -> Iterator[Row]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            source = f"{path}:{number}"
+            try:
+                text = line.decode("utf-8-sig").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                yield (
+                    source,
+                    BadRow(source=source, kind="encoding", reason=f"not UTF-8 at byte {error.start}"),
+                )
+                continue
+            if text.strip():
+                yield source, {"text": text}
+
+
+READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet, ".txt": _txt,
+}  # fmt: skip

@@ -1,0 +1,43 @@
+"""Sample: the one form that every row of every data layout takes before it is tokenised."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+Message = dict[
+    str, Any
+]  # role, content (str), and where given: reasoning_content, tool_calls, name, loss, loss_scale
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """One conversation or one text, with what belongs to it.
+
+    Media are paths, URLs, base64 data URIs or bytes, in the order of their tags in the text. `source` is "file:line".
+    """
+
+    source: str
+    layout: str = "messages"
+    messages: tuple[Message, ...] = ()
+    text: str | None = None  # plain text for pre-training; messages is then empty
+    tools: tuple[dict[str, Any], ...] = ()  # JSON schemas of functions
+    images: tuple[Any, ...] = ()
+    videos: tuple[Any, ...] = ()
+    audios: tuple[Any, ...] = ()
+    rejected: tuple[Message, ...] = ()  # the whole conversation that ends with the rejected answer
+    positives: tuple[tuple[Message, ...], ...] = ()  # embedding and reranker groups
+    negatives: tuple[tuple[Message, ...], ...] = ()
+    label: bool | int | float | tuple[float, ...] | None = None
+    margin: float | None = None  # by how much the chosen answer is better (reward models)
+    template_kwargs: dict[str, Any] = field(default_factory=dict)  # extra variables for the chat template
+    extras: dict[str, Any] = field(default_factory=dict)  # every other column; reward functions read them
+
+
+class RowError(Exception):
+    """A row that cannot be used; `kind` groups the reasons in reports."""
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(f"{kind}: {reason}")
+        self.kind = kind
+        self.reason = reason
