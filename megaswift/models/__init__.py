@@ -1,0 +1,1 @@
+"""Build the Megatron-Core model: layer specs, norm, attention, LoRA."""

@@ -1,0 +1,207 @@
+"""Core attention for ranks without Transformer Engine: torch's SDPA, one call a document, no quadratic mask.
+
+Letters: S sequence, B batch, T packed tokens, H query heads of this rank, G key/value heads of this rank, K head size.
+"""
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
+
+from megaswift.metadata.meta import QueryScaling
+
+CAPPED_QUERIES = 512  # queries whose soft-capped scores are formed at once: 512 * length * 4 bytes a head
+
+
+def packed_documents(cu_seqlens: torch.Tensor, max_seqlen: int) -> PackedSeqParams:
+    """Return Megatron's description of documents that lie end to end.
+
+    `cu_seqlens` is int32 [documents + 1]; `max_seqlen` must be the true longest length: Megatron's rotary embedding reads
+    a table of that many rows and takes one of exactly T rows for a table by packed position (rope_utils.py, 0.16.1).
+    """
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_kv=max_seqlen,
+    )
+
+
+class CoreAttention(torch.nn.Module):
+    """Causal attention on [S, B, heads, K] batches or on packed [T, heads, K] documents.
+
+    Takes the place of Megatron's DotProductAttention in the layer spec, which refuses packed input (0.16.1).
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        *,
+        softcap: float | None = None,
+        query_scaling: QueryScaling | None = None,
+        qk_norm: ModuleSpec | None = None,
+        chunk: int | None = None,
+        **_: Any,
+    ) -> None:
+        """`qk_norm` is applied to q and k as they come: after the rotary positions. Tokens see their own chunk of a document."""
+        super().__init__()
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.scale = softmax_scale
+        self.causal = attn_mask_type in (AttnMaskType.causal, AttnMaskType.padding_causal)
+        windowed = config.window_size is not None and is_layer_window_attention(
+            config.window_size, config.window_attn_skip_freq, layer_number
+        )
+        self.window = config.window_size[0] + 1 if windowed else None
+        self.softcap = softcap
+        self.chunk = chunk
+        turns = not (config.no_rope_freq and config.no_rope_freq[layer_number - 1])
+        skips = query_scaling is not None and query_scaling.only_without_rope and turns
+        self.query_scaling = None if skips else query_scaling
+        self.q_layernorm = self.k_layernorm = None
+        if qk_norm is not None:
+            self.q_layernorm, self.k_layernorm = (
+                build_module(
+                    qk_norm,
+                    config=config,
+                    hidden_size=config.kv_channels,
+                    eps=config.layernorm_epsilon,
+                )
+                for _ in range(2)
+            )
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> torch.Tensor:
+        """Return [S, B, H*K], or [T, H*K] for packed input. `attention_mask` is not read: the mask is causal."""
+        assert attention_bias is None, "no attention bias in a decoder"
+        if self.q_layernorm is not None and self.k_layernorm is not None:
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
+        if packed_seq_params is None:
+            out_BHSK = self._attend(*(x_SBHK.permute(1, 2, 0, 3) for x_SBHK in (query, key, value)))
+            return out_BHSK.permute(2, 0, 1, 3).flatten(2)
+        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        documents = zip(*(x_THK.split(lengths) for x_THK in (query, key, value)), strict=True)
+        outs = [
+            self._attend(*(x_THK.transpose(0, 1)[None] for x_THK in document))[0].transpose(0, 1)
+            for document in documents
+        ]
+        return torch.cat(outs).flatten(1)
+
+    def _attend(
+        self, query_BHSK: torch.Tensor, key_BGSK: torch.Tensor, value_BGSK: torch.Tensor
+    ) -> torch.Tensor:
+        length = query_BHSK.shape[2]
+        if self.query_scaling is not None:
+            query_BHSK = query_BHSK * _growth(self.query_scaling, length).to(query_BHSK)[:, None]
+        if self.chunk is not None and length > self.chunk:
+            chunks = zip(
+                *(x.split(self.chunk, dim=2) for x in (query_BHSK, key_BGSK, value_BGSK)), strict=True
+            )
+            return torch.cat([self._sdpa(*chunk, causal=self.causal) for chunk in chunks], dim=2)
+        window = length if self.window is None else min(self.window, length)
+        if window == length and self.softcap is None:
+            return self._sdpa(query_BHSK, key_BGSK, value_BGSK, causal=self.causal)
+        # Queries in blocks of one window see at most two windows of keys: memory stays linear in the length.
+        step = window if self.softcap is None else min(window, CAPPED_QUERIES)
+        blocks = []
+        for start in range(0, length, step):
+            stop, first = min(start + step, length), max(0, start - window + 1)
+            distance = torch.arange(start, stop)[:, None] - torch.arange(first, stop)[None, :]
+            mask = (distance >= 0) & (distance < window)
+            block = (
+                query_BHSK[:, :, start:stop],
+                key_BGSK[:, :, first:stop],
+                value_BGSK[:, :, first:stop],
+            )
+            if self.softcap is None:
+                blocks.append(self._sdpa(*block, mask=mask.to(query_BHSK.device)))
+            else:
+                blocks.append(self._softcapped(*block, mask=mask.to(query_BHSK.device)))
+        return torch.cat(blocks, dim=2)
+
+    def _softcapped(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Attention whose scores are soft-capped before the mask (Gemma 2; transformers 5.23, modeling_gemma2.py)."""
+        assert self.softcap is not None
+        heads_per_group = query.shape[1] // key.shape[1]
+        key, value = (x_BGSK.repeat_interleave(heads_per_group, dim=1) for x_BGSK in (key, value))
+        scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
+        scores = torch.tanh(query @ key.transpose(2, 3) * (scale / self.softcap)) * self.softcap
+        weights = scores.float().masked_fill(~mask, float("-inf")).softmax(dim=-1).to(query.dtype)
+        if self.training and self.dropout:
+            with tensor_parallel.get_cuda_rng_tracker().fork():
+                weights = F.dropout(weights, self.dropout)
+        return weights @ value
+
+    def _sdpa(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        causal: bool = False,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        def attend(dropout: float) -> torch.Tensor:
+            return F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=causal,
+                scale=self.scale,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+
+        if not (self.training and self.dropout):
+            return attend(0.0)
+        with (
+            tensor_parallel.get_cuda_rng_tracker().fork()
+        ):  # heads differ between tp ranks, and so must their dropout
+            return attend(self.dropout)
+
+
+def _growth(scaling: QueryScaling, length: int) -> torch.Tensor:
+    """Return the factor of the query at each position of a document [S], float32 (Llama 4; Ministral 3)."""
+    steps = torch.floor((torch.arange(length) + scaling.offset) / scaling.length)
+    return 1 + scaling.beta * torch.log1p(steps)
+
+
+class TwoRopesAttention(SelfAttention):
+    """Self-attention that takes its layer's table of rotary positions: sliding layers have another than the rest."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.table = int(self.core_attention.window is not None)
+        if self.table:
+            self.config = copy.copy(config)
+            self.config.yarn_rotary_scaling_factor = 1.0  # only the positions of full attention are stretched
+
+    def forward(self, *args: Any, rotary_pos_emb: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """As Megatron's; `rotary_pos_emb` is [S, 2, 1, rotary dim]: that of full attention, then that of sliding layers."""
+        if rotary_pos_emb is not None:
+            rotary_pos_emb = rotary_pos_emb[:, self.table : self.table + 1]
+        return super().forward(*args, rotary_pos_emb=rotary_pos_emb, **kwargs)

@@ -1,0 +1,54 @@
+"""Build this rank's part of the model."""
+
+from megatron.core import parallel_state
+
+from megaswift.config.run import RunConfig
+from megaswift.mcore.configs import transformer_config
+from megaswift.mcore.patches import apply_patches
+from megaswift.metadata.features import check_supported
+from megaswift.metadata.meta import ModelMeta
+from megaswift.models.activations import XIELU
+from megaswift.models.causal_lm import CausalLM
+from megaswift.models.rope import RotaryPositions
+from megaswift.models.specs import decoder_spec
+from megaswift.parallel.layout import Layout, chunk_layers, padded_vocab_size
+from megaswift.platforms.platform import Platform
+
+
+def build_model(meta: ModelMeta, run: RunConfig, layout: Layout, platform: Platform) -> list[CausalLM]:
+    """Return this rank's model chunks, one for each virtual pipeline stage, without weights unless --random_init.
+
+    Megatron's process groups must stand. `run` is resolved. Raises ModelError for a family that is not built yet.
+    """
+    check_supported(meta)
+    apply_patches()
+    config = transformer_config(meta, run, layout, platform)
+    pp_rank = parallel_state.get_pipeline_model_parallel_rank()
+    chunks = []
+    for vp_rank in range(layout.vpp):
+        layers = chunk_layers(layout, meta.num_layers, pp_rank=pp_rank, vp_rank=vp_rank)
+        vp_stage = vp_rank if layout.vpp > 1 else None
+        model = CausalLM(
+            config=config,
+            transformer_layer_spec=decoder_spec(meta, config, platform, layers=layers, vp_stage=vp_stage),
+            vocab_size=padded_vocab_size(meta.vocab_size, tp=layout.tp),
+            max_sequence_length=meta.max_length,
+            pre_process=pp_rank == 0 and vp_rank == 0,
+            post_process=pp_rank == layout.pp - 1 and vp_rank == layout.vpp - 1,
+            parallel_output=True,
+            share_embeddings_and_output_weights=meta.tied_embeddings,
+            position_embedding_type="rope",
+            vp_stage=vp_stage,
+        )
+        model.logical_vocab_size = meta.vocab_size
+        model.set_multipliers(meta.multipliers)
+        if hasattr(model, "rotary_pos_emb"):  # latent attention has its own
+            model.rotary_pos_emb = RotaryPositions(meta, platform.device)
+        if meta.activation == "xielu":
+            for layer in model.decoder.layers:
+                layer.mlp.activation_func = XIELU(config)
+        assert len(model.decoder.layers) == len(layers), (
+            f"{len(model.decoder.layers)} layers built, {len(layers)} planned"
+        )
+        chunks.append(model.to(platform.device))
+    return chunks

@@ -1,0 +1,80 @@
+"""The decoder with a language-model head, whose output layer runs only for tokens that carry loss.
+
+Letters: S sequence, B batch, T chosen tokens, D model size.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+
+from megaswift.kernels.linear_cross_entropy.ops import linear_cross_entropy
+from megaswift.metadata.meta import Multipliers
+
+
+class CausalLM(GPTModel):
+    """Megatron's GPTModel with a loss that skips tokens of weight zero and never sees vocabulary padding."""
+
+    logical_vocab_size: int  # rows of the file's embedding; the rest of the sharded rows is padding
+    multipliers = Multipliers()
+
+    def set_multipliers(self, multipliers: Multipliers) -> None:
+        """Multiply the embeddings, and the logits, by the model's constants."""
+        self.multipliers = multipliers
+        if self.pre_process and multipliers.embedding != 1.0:
+            self.embedding.register_forward_hook(
+                lambda module, inputs, output: output * torch.tensor(multipliers.embedding).to(output)
+            )
+
+    def _postprocess(
+        self,
+        hidden_states: torch.Tensor,
+        *args: Any,
+        labels: torch.Tensor | None = None,
+        loss_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if not self.post_process or self.mtp_process:
+            return super()._postprocess(hidden_states, *args, labels=labels, loss_mask=loss_mask, **kwargs)
+        if self.multipliers.logits != 1.0:
+            hidden_states = hidden_states * self.multipliers.logits
+        if labels is None:
+            logits = super()._postprocess(hidden_states, *args, labels=None, loss_mask=loss_mask, **kwargs)
+            cap = self.multipliers.logits_softcap
+            return logits if cap is None else cap * torch.tanh(logits / cap)
+        assert loss_mask is not None, "labels come with their weights"
+        return self._token_losses(hidden_states, labels, loss_mask)
+
+    def _token_losses(
+        self, hidden_SBD: torch.Tensor, labels_BS: torch.Tensor, loss_mask_BS: torch.Tensor
+    ) -> torch.Tensor:
+        """Return each token's cross-entropy [B, S], float32, zero where the mask is zero."""
+        layer = self.output_layer
+        if self.config.sequence_parallel:
+            # Every tp rank needs all tokens below; the gradient is summed over tp there, so this only splits it.
+            hidden_SBD = gather_from_sequence_parallel_region(hidden_SBD, tensor_parallel_output_grad=False)
+        chosen_SB = loss_mask_BS.transpose(0, 1) != 0
+        hidden_TD = hidden_SBD[chosen_SB]
+        labels_T = labels_BS.transpose(0, 1)[chosen_SB]
+        weight = (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else layer.weight
+        )
+        losses_T = linear_cross_entropy(
+            copy_to_tensor_model_parallel_region(
+                hidden_TD, group=layer.tp_group
+            ),  # sums the gradient over tp
+            weight,
+            labels_T,
+            loss_weights_T=loss_mask_BS.transpose(0, 1)[chosen_SB],
+            group=layer.tp_group if layer.tp_group.size() > 1 else None,
+            vocab_size=self.logical_vocab_size,
+            softcap=self.multipliers.logits_softcap,
+        )
+        losses_SB = torch.zeros(chosen_SB.shape, dtype=torch.float32, device=losses_T.device)
+        return losses_SB.masked_scatter(chosen_SB, losses_T).transpose(0, 1)

@@ -1,0 +1,270 @@
+"""LoRA as a property of Megatron's parallel linears: names and sharding of the base weight stay as they are.
+
+W x + scale * B A x (Hu et al. 2021, eq. 3). On a column-parallel linear A is whole and B is cut like the weight; on a
+row-parallel one A is cut like the weight and B is whole.
+
+Letters: D input size, F output size, R adapter rank.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.tensor_parallel.layers import RowParallelLinear, set_tensor_model_parallel_attributes
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+from megaswift.config.tuner import TunerConfig
+from megaswift.errors import ConfigError, nearest
+from megaswift.metadata.meta import ModelMeta
+from megaswift.models.causal_lm import CausalLM
+
+COLUMN_PARALLEL = ("linear_qkv", "linear_fc1")
+ROW_PARALLEL = ("linear_proj", "linear_fc2")
+# Megatron fuses matrices: the names in the file that together are one module here.
+FUSED: dict[str, tuple[frozenset[str], ...]] = {
+    "linear_qkv": (frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"qkv_proj"})),
+    "linear_proj": (frozenset({"o_proj"}), frozenset({"dense"})),
+    "linear_fc1": (
+        frozenset({"gate_proj", "up_proj"}),
+        frozenset({"w1", "w3"}),
+        frozenset({"gate_up_proj"}),
+        frozenset({"c_fc"}),
+    ),
+    "linear_fc2": (frozenset({"down_proj"}), frozenset({"w2"}), frozenset({"c_proj"})),
+}
+
+
+def resolve_targets(names: list[str]) -> tuple[str, ...]:
+    """Return the Megatron modules that `names` mean: Hugging Face names, Megatron names, or all-linear.
+
+    Raises ConfigError for an unknown name, or for a part of a fused module without its other parts.
+    """
+    asked = set(names)
+    if "all-linear" in asked:
+        return tuple(FUSED)
+    known = {name for groups in FUSED.values() for group in groups for name in group} | set(FUSED)
+    for name in sorted(asked - known):
+        raise ConfigError(
+            f"target_modules={name} is not a linear module of a decoder.{nearest(name, known | {'all-linear'})}"
+        )
+    targets = []
+    for module, groups in FUSED.items():
+        for group in groups:
+            if group & asked and not group <= asked:
+                raise ConfigError(
+                    f"target_modules={', '.join(sorted(group & asked))} without {', '.join(sorted(group - asked))}: Megatron keeps "
+                    f"them in one matrix. Name all of {', '.join(sorted(group))}, or {module}."
+                )
+        if module in asked or any(group <= asked for group in groups):
+            targets.append(module)
+    return tuple(targets)
+
+
+def adapted_linears(
+    chunk: torch.nn.Module, targets: tuple[str, ...]
+) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Yield (global name, module) of every linear in `targets`: layers and experts are counted over all ranks."""
+    for layer in chunk.decoder.layers:  # type: ignore[union-attr]  # an nn.ModuleList behind nn.Module's attribute
+        for path, module in list(layer.named_modules()):
+            parts = path.split(".")
+            if parts[-1] not in targets:
+                continue
+            if "local_experts" in parts:
+                index = parts.index("local_experts") + 1
+                local = len(layer.get_submodule(".".join(parts[:index])))
+                parts[index] = str(
+                    int(parts[index]) + local * parallel_state.get_expert_model_parallel_rank()
+                )
+            yield f"decoder.layers.{layer.layer_number - 1}.{'.'.join(parts)}", module
+
+
+def apply_lora(
+    chunks: list[CausalLM],
+    tuner: TunerConfig,
+    meta: ModelMeta,
+    *,
+    seed: int,
+    ranks: Mapping[str, int] | None = None,
+) -> None:
+    """Freeze the model and give every target linear an adapter with B = 0.
+
+    `ranks` overrides --lora_rank for modules by global name (a PEFT adapter with several A matrices needs a larger one).
+    A depends on the seed and the module's global name alone, so it is the same under every layout.
+    """
+    _check_adaptable(meta)
+    targets = resolve_targets(tuner.target_modules)
+    for chunk in chunks:
+        chunk.requires_grad_(False)
+        for name, module in adapted_linears(chunk, targets):
+            rank = (ranks or {}).get(name, tuner.lora_rank)
+            # The scale belongs to the rank the user named; a larger block only holds several adapters of that rank.
+            scale = tuner.lora_alpha / (math.sqrt(tuner.lora_rank) if tuner.use_rslora else tuner.lora_rank)
+            a_RD = _initial_a(rank, _inputs(name, module, meta), _generator(seed, name))
+            _adapt(module, a_RD, scale=scale, dropout=tuner.lora_dropout, is_expert=".experts." in name)
+        if chunk.pre_process and chunk.config.recompute_granularity == "full":
+            # A checkpointed layer whose inputs need no gradient gives its output none: the adapters would not train.
+            chunk.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
+
+
+def _check_adaptable(meta: ModelMeta) -> None:
+    """Raise ConfigError for a model whose files know linears that no adapter can be written for."""
+    written = {name for groups in FUSED.values() for group in groups for name in group}
+    if meta.moe is not None:
+        written -= {"gate_up_proj"}  # one tensor for all experts
+    strange = [name for name in meta.target_modules if name not in written]
+    if strange and (meta.moe is not None or meta.mla is not None):
+        raise ConfigError(
+            f"tuner_type=lora is not built for {', '.join(strange)} of {meta.model_type}. Use tuner_type=full."
+        )
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def _is_row_parallel(module: Any) -> bool:
+    return isinstance(module, RowParallelLinear) or type(module).__name__.startswith("TERowParallel")
+
+
+def _inputs(name: str, module: Any, meta: ModelMeta) -> int:
+    """Return the input size of the file's matrix: padded heads are not in it."""
+    if name.endswith("self_attention.linear_proj"):
+        return meta.num_heads * meta.head_dim
+    return int(module.weight.shape[1]) * (module.tp_group.size() if _is_row_parallel(module) else 1)
+
+
+def _initial_a(rank: int, inputs: int, generator: torch.Generator) -> torch.Tensor:
+    """Return A [R, D], uniform in +-1/sqrt(D): PEFT's kaiming_uniform with a = sqrt(5) (LoraLayer.reset_lora_parameters)."""
+    return (torch.rand(rank, inputs, generator=generator) * 2 - 1) / math.sqrt(inputs)
+
+
+def _adapt(module: Any, a_RD: torch.Tensor, *, scale: float, dropout: float, is_expert: bool) -> None:
+    """Turn `module` into the same linear with an adapter: its class gains AdaptedLinear in front.
+
+    `a_RD` is the whole A; columns that only padded heads feed are absent and become zero.
+    """
+    weight, group = module.weight, module.tp_group
+    is_row = _is_row_parallel(module)
+    out_features, in_features = weight.shape
+    rank = a_RD.shape[0]
+    if is_row:
+        a_RD = F.pad(a_RD, (0, in_features * group.size() - a_RD.shape[1])).chunk(group.size(), dim=1)[
+            group.rank()
+        ]
+    module.__class__ = type(f"LoRA{type(module).__name__}", (AdaptedLinear, type(module)), {})
+    module.lora_is_row, module.lora_is_expert = is_row, is_expert
+    module.lora_scale, module.lora_dropout = scale, dropout
+    module.lora_a = _Matrix(a_RD.to(weight.dtype).to(weight.device).clone())
+    module.lora_b = _Matrix(torch.zeros(out_features, rank, dtype=weight.dtype, device=weight.device))
+    cut, whole = (
+        (module.lora_a.weight, module.lora_b.weight)
+        if is_row
+        else (module.lora_b.weight, module.lora_a.weight)
+    )
+    # Which copies the gradient norm counts: every cut matrix, and of a whole one that of tp rank 0. The tp ranks of an
+    # expert's group hold other experts, or copies, so there it is the group's own first rank that counts.
+    set_tensor_model_parallel_attributes(cut, group.size() > 1 or is_expert, 1 if is_row else 0, 1)
+    set_tensor_model_parallel_attributes(whole, is_expert and group.rank() == 0, -1, 1)
+    # The matrix that is whole sees one rank's part of the sequence: Megatron then sums its gradient over tp.
+    whole.sequence_parallel = bool(module.config.sequence_parallel) and not is_expert
+    for parameter in (cut, whole):
+        parameter.allreduce = getattr(
+            weight, "allreduce", True
+        )  # False: reduced over the expert data-parallel group
+
+
+class _Matrix(torch.nn.Module):
+    """One adapter matrix, so that its name ends in .weight as PEFT's does."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight)
+
+
+class AdaptedLinear:
+    """A mixin in front of one of Megatron's parallel linears; see _adapt."""
+
+    lora_is_row: bool
+    lora_is_expert: bool
+    lora_scale: float
+    lora_dropout: float
+    lora_a: _Matrix
+    lora_b: _Matrix
+
+    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return (output, bias) as the base linear does, with the adapter's part added to the output."""
+        output, bias = super().forward(x, *args, **kwargs)  # type: ignore[misc]  # of the linear behind this mixin
+        delta = self._row_delta(x) if self.lora_is_row else self._column_delta(x)
+        return torch.add(output, delta, alpha=self.lora_scale), bias
+
+    def _column_delta(self: Any, x: torch.Tensor) -> torch.Tensor:
+        sharded = self.config.sequence_parallel and not self.lora_is_expert
+        x = self._drop(x, per_rank=sharded)
+        if self.lora_is_expert:  # the dispatcher sums the input's gradient over etp, but not that of A
+            return F.linear(
+                F.linear(x, copy_to_tensor_model_parallel_region(self.lora_a.weight, group=self.tp_group)),
+                self.lora_b.weight,
+            )
+        low = F.linear(x, self.lora_a.weight)
+        if sharded:
+            low = gather_from_sequence_parallel_region(
+                low, tensor_parallel_output_grad=True, group=self.tp_group
+            )
+        else:
+            low = copy_to_tensor_model_parallel_region(low, group=self.tp_group)
+        return F.linear(low, self.lora_b.weight)
+
+    def _row_delta(self: Any, x: torch.Tensor) -> torch.Tensor:
+        low = F.linear(self._drop(x, per_rank=True), self.lora_a.weight)
+        if (
+            self.lora_is_expert
+        ):  # the output is partial and the dispatcher sums it over etp; B's gradient is partial too
+            return F.linear(
+                low, copy_to_tensor_model_parallel_region(self.lora_b.weight, group=self.tp_group)
+            )
+        reduce: Callable[..., torch.Tensor] = reduce_from_tensor_model_parallel_region
+        if self.config.sequence_parallel:
+            reduce = reduce_scatter_to_sequence_parallel_region
+        return F.linear(reduce(low, group=self.tp_group), self.lora_b.weight)
+
+    def _drop(self: Any, x: torch.Tensor, *, per_rank: bool) -> torch.Tensor:
+        if not (self.training and self.lora_dropout):
+            return x
+        if not per_rank:
+            return F.dropout(x, self.lora_dropout)
+        with tensor_parallel.get_cuda_rng_tracker().fork():
+            return F.dropout(x, self.lora_dropout)
+
+    def sharded_state_dict(
+        self: Any, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
+    ) -> Any:
+        """Return Megatron's sharded state; the base class would call the adapter's cut matrix whole."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]  # as above
+        matrices = {f"{name}.weight": getattr(self, name).weight for name in ("lora_a", "lora_b")}
+        axes = {"lora_a.weight": 1} if self.lora_is_row else {"lora_b.weight": 0}
+        adapter = make_sharded_tensors_for_checkpoint(
+            matrices,
+            prefix,
+            axes,
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=(metadata or {}).get("dp_cp_group")
+            or parallel_state.get_data_parallel_group(with_context_parallel=True),
+        )
+        if prefix.endswith("linear_fc1.") and self.config.gated_linear_unit:
+            # Each rank holds [gate; up] halves of its own: they are two tensors to any other layout.
+            key = f"{prefix}lora_b.weight"
+            adapter[key] = apply_swiglu_sharded_factory(adapter[key], sharded_offsets)
+        return {**state, **adapter}

@@ -1,0 +1,120 @@
+"""Rotary positions with every kind of scaling that config.json can name.
+
+Letters: S positions, R rotary size of a head.
+"""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+from megaswift.errors import ModelError
+from megaswift.metadata.meta import ModelMeta, RopeScaling
+
+
+class RotaryPositions(RotaryEmbedding):
+    """Megatron's rotary embedding with the frequencies of the model, which may depend on the length."""
+
+    def __init__(self, meta: ModelMeta, device: torch.device, **kwargs: Any) -> None:
+        super().__init__(
+            kv_channels=meta.head_dim,
+            rotary_percent=meta.rotary_fraction,
+            rotary_interleaved=meta.rope.interleaved,
+            rotary_base=meta.rope_theta,
+            **kwargs,
+        )
+        self.metas = [meta]
+        if has_two_ropes(meta):
+            assert meta.rope.local_theta is not None
+            self.metas.append(replace(meta, rope_theta=meta.rope.local_theta, rope_scaling=None))
+        self.device = device
+
+    def get_emb(self, max_seq_len: int, offset: int = 0) -> torch.Tensor:
+        """Return the angles [S, tables, 1, R], float32: the first table is that of full attention."""
+        positions = torch.arange(offset, offset + max_seq_len, device=self.device, dtype=torch.float32)
+        tables = []
+        for meta in self.metas:
+            frequencies = inverse_frequencies(meta, length=offset + max_seq_len).to(self.device)
+            angles = torch.outer(positions, frequencies)
+            tables.append(
+                angles.repeat_interleave(2, dim=-1) if self.rotary_interleaved else angles.repeat(1, 2)
+            )
+        return torch.stack(tables, dim=1)[:, :, None]
+
+
+def has_two_ropes(meta: ModelMeta) -> bool:
+    """Whether sliding layers turn otherwise than the rest."""
+    local = meta.rope.local_theta
+    return local is not None and (local != meta.rope_theta or meta.rope_scaling is not None)
+
+
+def inverse_frequencies(meta: ModelMeta, *, length: int = 0) -> torch.Tensor:
+    """Return the rotary frequencies [R / 2], float32, as transformers computes them (modeling_rope_utils.py, 5.23).
+
+    `length` is that of the longest document at hand: some kinds of scaling begin beyond the original context only.
+    """
+    dim = int(meta.head_dim * meta.rotary_fraction)
+    scaling = meta.rope_scaling
+    kind = scaling.kind if scaling else "default"
+    if scaling is None:
+        return _frequencies(meta.rope_theta, dim)
+    if kind == "linear":
+        return _frequencies(meta.rope_theta, dim) / scaling.factor
+    if kind == "llama3":
+        return _llama3(_frequencies(meta.rope_theta, dim), scaling)
+    if kind == "yarn":
+        return _yarn(meta.rope_theta, dim, scaling)
+    if kind == "longrope":
+        return _longrope(_frequencies(meta.rope_theta, dim), scaling, length=length)
+    if kind == "dynamic":
+        stretch = scaling.factor * max(length, meta.max_length) / meta.max_length - (scaling.factor - 1)
+        return _frequencies(meta.rope_theta * stretch ** (dim / (dim - 2)), dim)
+    if kind == "ntk_alpha":
+        assert scaling.alpha is not None, "ntk_alpha scaling names its alpha"
+        return _frequencies(meta.rope_theta * scaling.alpha ** (dim / (dim - 2)), dim)
+    raise ModelError(f"rope_type={kind} of {meta.model_type} is not supported.")
+
+
+def _frequencies(theta: float, dim: int) -> torch.Tensor:
+    return 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim))
+
+
+def _llama3(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
+    """Divide long wavelengths by the factor, keep short ones, blend between (Llama 3.1's model card and reference code)."""
+    assert scaling.original_max_position is not None, "llama3 scaling names its original context"
+    wavelengths = 2 * math.pi / frequencies
+    turns = scaling.original_max_position / wavelengths  # over the original context
+    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    scaled = frequencies / scaling.factor
+    blended = (1 - blend) * scaled + blend * frequencies
+    return torch.where(
+        turns < scaling.low_freq_factor,
+        scaled,
+        torch.where(turns > scaling.high_freq_factor, frequencies, blended),
+    )
+
+
+def _yarn(theta: float, dim: int, scaling: RopeScaling) -> torch.Tensor:
+    """Divide the frequencies of slow dimensions by the factor, keep fast ones, a ramp between (Peng et al. 2023, 3.2)."""
+    original = scaling.original_max_position
+    assert original is not None, "yarn scaling has an original context"
+    low, high = (
+        dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        for turns in (scaling.beta_fast, scaling.beta_slow)
+    )
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    width = high - low if high != low else 0.001  # transformers' guard against a step
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+    frequencies = _frequencies(theta, dim)
+    return frequencies / scaling.factor * ramp + frequencies * (1 - ramp)
+
+
+def _longrope(frequencies: torch.Tensor, scaling: RopeScaling, *, length: int) -> torch.Tensor:
+    """Divide each frequency by its own factor; there is a list for short and one for long input (Ding et al. 2024)."""
+    assert scaling.original_max_position is not None, "longrope scaling has an original context"
+    is_long = length > scaling.original_max_position
+    return frequencies / torch.tensor(scaling.long_factor if is_long else scaling.short_factor)

@@ -1,0 +1,167 @@
+"""Which modules a decoder layer is made of: Transformer Engine's on a GPU, Megatron's local ones with ours elsewhere."""
+
+from functools import partial
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_layer_local_spec,
+)
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import L2Norm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megaswift.errors import ModelError
+from megaswift.metadata.features import FEATURES
+from megaswift.metadata.meta import ModelMeta
+from megaswift.models.attention import CoreAttention, TwoRopesAttention
+from megaswift.models.branch import BranchEnd, ParallelLayer
+from megaswift.models.linear import (
+    ExpertRowParallelLinear,
+    UnbiasedColumnParallelLinear,
+    UnbiasedRowParallelLinear,
+)
+from megaswift.models.mla import LatentAttention
+from megaswift.models.norm import AllHeadsRMSNorm, LayerNorm, RMSNorm
+from megaswift.models.rope import has_two_ropes
+from megaswift.models.router import place_router
+from megaswift.models.sinks import SinkAttention
+from megaswift.platforms.platform import Platform
+
+# Features of metadata/features.py that only the local modules below have.
+LOCAL_ONLY = (
+    "layer norm without a bias",
+    "norms after each branch",
+    "norms before and after each branch",
+    "norms of q and k over all heads",
+    "norms of q and k after rotary positions",
+    "activation xielu",
+    "own rotary positions of sliding layers",
+    "soft-capped scores",
+    "queries scaled by position",
+    "residual multiplier",
+    "parallel branches",
+    "branches that differ in biases",
+    "multi-head latent attention",
+    "attention sinks",
+    "chunked attention",
+    "q and k of unit length",
+    "clamped SwiGLU",
+    "experts with biases",
+)
+
+
+def decoder_spec(
+    meta: ModelMeta, config: TransformerConfig, platform: Platform, *, layers: range, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    """Return the spec of the decoder layers `layers` (global indices) of one model chunk.
+
+    Raises ModelError where the model needs what Transformer Engine's modules do not have.
+    """
+    if platform.transformer_engine:
+        check_transformer_engine(meta)
+        block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+        for spec, layer in zip(block.layer_specs, layers, strict=True):
+            if meta.moe is not None and meta.moe.layer_is_moe[layer]:
+                place_router(spec, meta.moe)
+        return block
+    specs = [_local_layer(meta, config, layer) for layer in layers]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=_norm(meta))
+
+
+def check_transformer_engine(meta: ModelMeta) -> None:
+    """Raise ModelError where a model needs what Transformer Engine's modules do not have."""
+    missing = [name for name in LOCAL_ONLY if FEATURES[name](meta)]
+    if missing:
+        raise ModelError(
+            f"model_type={meta.model_type} needs {', '.join(missing)}, which Transformer Engine's layers do not have here. "
+            "Run it in an environment without Transformer Engine."
+        )
+
+
+def _local_layer(meta: ModelMeta, config: TransformerConfig, layer: int) -> ModuleSpec:
+    is_moe = meta.moe is not None and meta.moe.layer_is_moe[layer]
+    spec = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts if is_moe else None,
+        moe_grouped_gemm=False,
+        qk_layernorm=False,
+        multi_latent_attention=meta.mla is not None,
+        normalization="RMSNorm",
+    )
+    if is_moe and meta.moe is not None:
+        place_router(spec, meta.moe)
+        if meta.moe.expert_bias:
+            spec.submodules.mlp.submodules.experts.submodules.linear_fc2 = ExpertRowParallelLinear
+    _place_norms(spec, meta, config)
+    _attend(spec, meta, config, layer)
+    if not is_moe and config.add_bias_linear and not meta.mlp_bias:
+        mlp = spec.submodules.mlp.submodules
+        mlp.linear_fc1, mlp.linear_fc2 = UnbiasedColumnParallelLinear, UnbiasedRowParallelLinear
+    return spec
+
+
+def _norm(meta: ModelMeta) -> ModuleSpec:
+    """Return the norm of this model, for the hidden state and for one head."""
+    if meta.norm.kind == "layernorm":
+        return ModuleSpec(module=LayerNorm, params={"bias": meta.norm.bias})
+    return ModuleSpec(module=RMSNorm, params={"zero_centered": meta.norm.zero_centered})
+
+
+def _place_norms(spec: ModuleSpec, meta: ModelMeta, config: TransformerConfig) -> None:
+    """Put norms before the branches, at their ends, or both; the ends also multiply."""
+    layer, norm = spec.submodules, _norm(meta)
+    before = IdentityOp if meta.norm.placement == "post" else norm
+    layer.input_layernorm = layer.pre_mlp_layernorm = before
+    layer.self_attn_bda = layer.mlp_bda = get_bias_dropout_add
+    after = None if meta.norm.placement == "pre" else norm
+    if after is not None or meta.multipliers.residual != 1.0:
+        params = {"config": config, "norm": after, "multiplier": meta.multipliers.residual}
+        layer.self_attn_bda = layer.mlp_bda = ModuleSpec(module=BranchEnd, params=params)
+    if meta.parallel_residual:
+        spec.module = ParallelLayer
+        layer.pre_mlp_layernorm = IdentityOp
+
+
+def _attend(spec: ModuleSpec, meta: ModelMeta, config: TransformerConfig, layer: int) -> None:
+    """Choose the modules of the attention."""
+    attention = spec.submodules.self_attention.submodules
+    if has_two_ropes(meta):
+        spec.submodules.self_attention.module = TwoRopesAttention
+    if meta.mla is not None:
+        latent = spec.submodules.self_attention
+        latent.module, latent.params = LatentAttention, {**latent.params, "meta": meta}
+        attention.core_attention = CoreAttention
+        attention.q_layernorm = attention.kv_layernorm = _norm(meta)
+        return
+    late_norm = meta.qk_norm == "head" and meta.qk_norm_after_rope
+    attention.core_attention = partial(
+        SinkAttention if meta.attention.sinks else CoreAttention,
+        softcap=meta.attention.softcap,
+        query_scaling=meta.attention.query_scaling,
+        qk_norm=_norm(meta) if late_norm else None,
+        chunk=meta.attention.chunk[layer] if meta.attention.chunk else None,
+    )
+    if meta.qk_norm == "l2" and (not meta.rope.layers or meta.rope.layers[layer]):
+        # Turning does not change a length: before and after the rotary positions are the same.
+        attention.q_layernorm = attention.k_layernorm = L2Norm
+    if meta.qk_norm == "head" and not late_norm:
+        attention.q_layernorm = attention.k_layernorm = _norm(meta)
+    if meta.qk_norm == "full":
+        attention.q_layernorm, attention.k_layernorm = _norms_of_all_heads(meta, config)
+    if config.add_bias_linear and not meta.attention_out_bias:
+        attention.linear_proj = UnbiasedRowParallelLinear
+    if config.add_bias_linear and not meta.qkv_bias:
+        attention.linear_qkv = UnbiasedColumnParallelLinear
+
+
+def _norms_of_all_heads(meta: ModelMeta, config: TransformerConfig) -> tuple[ModuleSpec, ModuleSpec]:
+    if config.num_query_groups < config.tensor_model_parallel_size:
+        raise ModelError(
+            f"tp={config.tensor_model_parallel_size} exceeds num_kv_heads={meta.num_kv_heads} ({meta.model_type}), whose keys "
+            "are normed over all heads. Choose tp up to the number of key/value heads."
+        )
+    query = {"heads": config.num_attention_heads, "real_heads": meta.num_heads}
+    key = {"heads": config.num_query_groups, "real_heads": meta.num_kv_heads}
+    return tuple(ModuleSpec(module=AllHeadsRMSNorm, params=params) for params in (query, key))  # type: ignore[return-value]  # two of them
