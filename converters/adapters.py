@@ -1,0 +1,269 @@
+"""LoRA adapters of Megatron's fused linears <-> a PEFT folder.
+
+A Megatron module holds one pair A [R, in], B [out, R] for all the weights that it fuses. In a PEFT folder each weight has
+a pair of its own:
+- R = r: the weights share A. Export writes A once for each of them.
+- R = weights * r: the adapter was read from a file whose A's differ. They are stacked, and B is block-diagonal, so that
+  weight i sees block i only. While that holds, export writes back the r rows and columns of block i. Training makes the
+  other blocks of B nonzero; each weight then needs all of A, and export writes pairs of rank R. Both are exact.
+
+B is cut over ranks like the rows of the weight, A like its columns; the plan of the weight says where.
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megaswift.config.tuner import TunerConfig
+from megaswift.converters.export import ExportReport, gather_columns, is_writer, raw_bytes, tensor_rank
+from megaswift.converters.live import TORCH_DTYPES, LiveParameter, live_parameters, rows_of
+from megaswift.converters.load import LoadReport
+from megaswift.converters.output_folder import OutputFolder, gathered
+from megaswift.converters.peft_folder import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    LowRank,
+    PeftAdapter,
+    factor_names,
+    fused_modules,
+    share_a,
+)
+from megaswift.converters.plan import file_tensors
+from megaswift.converters.shards import RowWriter, plan_files
+from megaswift.converters.table import Shard
+from megaswift.converters.tensor_files import DTYPE_NAMES, Bits, TensorInfo
+from megaswift.errors import WeightsError
+from megaswift.metadata.meta import ModelMeta
+from megaswift.parallel.layout import Coordinates, Layout, coordinates
+
+
+def load_peft(
+    chunks: Sequence[torch.nn.Module], meta: ModelMeta, layout: Layout, rank: int, adapter: PeftAdapter
+) -> LoadReport:
+    """Fill the LoRA parameters of this rank's chunks; a weight that the folder does not adapt gets B = 0.
+
+    The modules must have been made with the settings of `adapter.adopt` and the ranks of `adapter.ranks`. No rank talks
+    to another. Raises WeightsError where a module has no adapter, or one of another rank.
+    """
+    started = time.monotonic()
+    bytes_read, tensors = 0, 0
+    for parameter in live_parameters(chunks, meta, layout, rank=rank):
+        pairs = [adapter.pairs.get(tensor) for tensor in parameter.planned.tensors]
+        present = [pair for pair in pairs if pair]
+        if present and parameter.adapted_module is None:
+            raise WeightsError(
+                f"{adapter.folder} adapts {parameter.planned.tensors[0]}, but {parameter.name} has no adapter in this "
+                "model. Take --target_modules from the adapter."
+            )
+        if parameter.adapted_module is not None:
+            _fill(parameter, parameter.adapted_module, pairs, adapter)
+            bytes_read += sum(pair.a.nbytes + pair.b.nbytes for pair in present)
+            tensors += 2 * len(present)
+    return LoadReport(bytes_read=bytes_read, tensors=tensors, seconds=time.monotonic() - started)
+
+
+@torch.no_grad()
+def _fill(
+    parameter: LiveParameter, module: Any, pairs: Sequence[LowRank | None], adapter: PeftAdapter
+) -> None:
+    a_RD, b_FR = module.lora_a.weight, module.lora_b.weight
+    b_FR.zero_()  # rows of A that nothing fills keep their random start, so that they can train
+    rank = max((len(pair.a) for pair in pairs if pair), default=len(a_RD))
+    stacked = not share_a(pairs)
+    needed = rank * len(pairs) if stacked else rank
+    if len(a_RD) != needed:
+        raise WeightsError(
+            f"{adapter.folder} needs rank {needed} for {parameter.name}, which has rank {len(a_RD)}. "
+            "Take --lora_rank from the adapter."
+        )
+    pieces = parameter.planned.pieces
+    for number, (tensor, pair) in enumerate(zip(parameter.planned.tensors, pairs, strict=True)):
+        if pair is None:
+            continue
+        start = number * rank if stacked else 0
+        own = slice(start, start + len(pair.a))
+        a_rD, b_Fr = _tensor(pair.a, pair.dtype), _tensor(pair.b, pair.dtype)
+        if pair.scale != module.lora_scale:
+            b_Fr = b_Fr.float() * (pair.scale / module.lora_scale)
+        if parameter.planned.shard is Shard.DIM1:
+            b_FR[:, own] = b_Fr.to(b_FR.dtype)
+            for piece in pieces:
+                a_RD[own, : piece.cols[1] - piece.cols[0]] = a_rD[:, slice(*piece.cols)].to(a_RD.dtype)
+            continue
+        a_RD[own] = a_rD.to(a_RD.dtype)
+        for piece in pieces:
+            if piece.tensor == tensor:
+                target = rows_of(b_FR.data[:, own], piece.into)
+                target.copy_(
+                    b_Fr[piece.rows.start : piece.rows.start + piece.rows.rows].reshape(target.shape)
+                )
+
+
+def _tensor(bits: Bits, dtype: str) -> torch.Tensor:
+    return torch.from_numpy(bits).view(TORCH_DTYPES[dtype])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Modules:
+    """What every rank must know of the others' modules to compute the same file."""
+
+    kinds: frozenset[str]  # linear_qkv, ...
+    ranks: Mapping[str, int]  # by first tensor, where it is not the usual rank
+    mixed: frozenset[str]  # by first tensor: stacked modules whose B is no longer block-diagonal
+
+    def rank_and_blocks(self, tensors: Sequence[str], usual: int) -> tuple[int, bool]:
+        """Return the rank of each weight's pair in the file, and whether weight i takes block i of the module's."""
+        rank = self.ranks.get(tensors[0], usual)
+        if len(tensors) > 1 and rank == len(tensors) * usual and tensors[0] not in self.mixed:
+            return usual, True
+        return rank, False
+
+
+def save_peft(
+    chunks: Sequence[torch.nn.Module],
+    meta: ModelMeta,
+    layout: Layout,
+    rank: int,
+    output: Path | str,
+    *,
+    tuner: TunerConfig,
+    dtype: str,
+    base_model: str | None = None,
+) -> ExportReport:
+    """Write the adapters as a PEFT folder that appears complete or not at all; every rank of the world calls it.
+
+    `dtype` is the name of the dtype in the file, `base_model` the id or folder that peft is told. Raises WeightsError on
+    every rank when any rank cannot write.
+    """
+    started = time.monotonic()
+    folder = OutputFolder(Path(output), rank=rank, world=layout.world)
+    live = [one for one in live_parameters(chunks, meta, layout, rank=rank) if one.adapted_module is not None]
+    modules = _agree_on_modules(live, layout, usual=tuner.lora_rank)
+    shapes = file_tensors(meta)
+    adapted = {
+        tensor: modules.rank_and_blocks(tensors, tuner.lora_rank)
+        for name, tensors in fused_modules(meta).items()
+        if name.rpartition(".")[2] in modules.kinds
+        for tensor in tensors
+    }
+    infos = [
+        TensorInfo(name=name, dtype=DTYPE_NAMES[dtype], shape=shape, file=folder.growing, begin=0)
+        for tensor, (r, _) in adapted.items()
+        for name, shape in zip(
+            factor_names(_module(tensor)), ((r, shapes[tensor][1]), (shapes[tensor][0], r)), strict=True
+        )
+    ]
+    files = plan_files(
+        infos, folder.growing, max_bytes=sum(info.num_bytes for info in infos), single=WEIGHTS_FILE
+    )
+    folder.prepare(files, replaces=CONFIG_FILE, source=meta.folder)
+
+    writer = RowWriter(files)
+    at = coordinates(layout, rank)
+    for ordinal, parameter in enumerate(live):
+        if is_writer(parameter.planned, ordinal, layout, at):
+            r, blocks = adapted[parameter.planned.tensors[0]]
+            for name, rows, first_row in _file_rows(parameter, layout, at, rank=r, blocks=blocks):
+                slot = writer.slot(name)
+                data = raw_bytes(rows[..., : slot.cols], slot.dtype)
+                folder.attempt(partial(writer.write, name, data, first_row=first_row))
+    folder.attempt(writer.close)
+    text = _config_json(adapted, tuner, base_model=base_model or str(meta.folder))
+    folder.publish(lambda path: (path / CONFIG_FILE).write_text(text, encoding="utf-8"))
+    return ExportReport(
+        folder=folder.output, bytes_written=writer.bytes_written, seconds=time.monotonic() - started
+    )
+
+
+def _agree_on_modules(live: Sequence[LiveParameter], layout: Layout, *, usual: int) -> _Modules:
+    """Return what is true of all ranks' modules; every rank of the world calls it."""
+    ranks = {one.planned.tensors[0]: len(one.adapted_module.lora_a.weight) for one in live}  # type: ignore[union-attr]  # filtered
+    mixed = {
+        one.planned.tensors[0]
+        for one in live
+        if ranks[one.planned.tensors[0]] == len(one.planned.tensors) * usual and _is_mixed(one, usual)
+    }
+    own = _Modules(
+        kinds=frozenset(one.planned.name.split(".")[-2] for one in live),
+        ranks={tensor: rank for tensor, rank in ranks.items() if rank != usual},
+        mixed=frozenset(mixed),
+    )
+    everyone = gathered(own, world=layout.world)
+    return _Modules(
+        kinds=frozenset().union(*(one.kinds for one in everyone)),
+        ranks={tensor: rank for one in everyone for tensor, rank in one.ranks.items()},
+        mixed=frozenset().union(*(one.mixed for one in everyone)),
+    )
+
+
+def _is_mixed(parameter: LiveParameter, usual: int) -> bool:
+    """Whether some weight of a stacked module uses more than its own block of A."""
+    b_FR: torch.Tensor = parameter.adapted_module.lora_b.weight.data  # type: ignore[union-attr]  # the caller has seen it
+    for piece in parameter.planned.pieces:
+        own = parameter.planned.tensors.index(piece.tensor) * usual
+        rows = rows_of(b_FR, piece.into)
+        if rows[..., :own].any() or rows[..., own + usual :].any():
+            return True
+    return False
+
+
+def _file_rows(
+    parameter: LiveParameter, layout: Layout, at: Coordinates, *, rank: int, blocks: bool
+) -> Iterator[tuple[str, torch.Tensor, int]]:
+    """Yield (tensor, rows, first row) of what this rank writes of one module; every rank of its tp group calls it."""
+    planned, module = parameter.planned, parameter.adapted_module
+    assert module is not None
+    a_RD, b_FR = module.lora_a.weight.data, module.lora_b.weight.data
+    is_first = tensor_rank(planned, layout, at)[0] == 0
+    if planned.shard is Shard.DIM1:
+        a_RD = gather_columns(a_RD, planned, layout, at)
+    for number, tensor in enumerate(planned.tensors):
+        name_a, name_b = factor_names(_module(tensor))
+        own = slice(number * rank, (number + 1) * rank) if blocks else slice(0, rank)
+        if is_first:
+            yield name_a, a_RD[own], 0
+            if planned.shard is Shard.DIM1:
+                yield name_b, b_FR[:, own], 0
+        if planned.shard is not Shard.DIM1:
+            for piece in planned.pieces:
+                if piece.tensor == tensor:
+                    yield name_b, rows_of(b_FR[:, own], piece.into), piece.rows.start
+
+
+def _module(tensor: str) -> str:
+    return tensor.removesuffix(".weight")
+
+
+def _config_json(adapted: Mapping[str, tuple[int, bool]], tuner: TunerConfig, *, base_model: str) -> str:
+    """Return the text of adapter_config.json; a pair of another rank keeps the scale by an alpha of its own."""
+    others = {_module(tensor): r for tensor, (r, _) in adapted.items() if r != tuner.lora_rank}
+    ratio = (
+        (lambda r: math.sqrt(r / tuner.lora_rank)) if tuner.use_rslora else (lambda r: r / tuner.lora_rank)
+    )
+    has_experts = any(".experts." in tensor for tensor in adapted)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": tuner.lora_rank,
+        "lora_alpha": tuner.lora_alpha,
+        # peft keeps experts packed and refuses dropout there, even on opening (ParamWrapper, 0.21); it only acts in training.
+        "lora_dropout": 0.0 if has_experts else tuner.lora_dropout,
+        "use_rslora": tuner.use_rslora,
+        "rank_pattern": others,
+        "alpha_pattern": {module: tuner.lora_alpha * ratio(r) for module, r in others.items()},
+        "target_modules": sorted({_module(tensor).rpartition(".")[2] for tensor in adapted}),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+    }
+    return json.dumps(config, indent=2) + "\n"

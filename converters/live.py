@@ -1,0 +1,105 @@
+"""The parameters of a live model beside its plan, and stripes as views of torch tensors."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from megaswift.converters.check import listing
+from megaswift.converters.plan import Parameter, plan_chunk
+from megaswift.converters.spelling import is_adapter, local_spelling
+from megaswift.converters.stripes import Stripe
+from megaswift.converters.tensor_files import Bits
+from megaswift.errors import WeightsError
+from megaswift.metadata.meta import ModelMeta
+from megaswift.parallel.layout import Layout, coordinates
+
+TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+FILE_BUFFERS = ("expert_bias",)  # not trained by gradients, but part of the model and its files
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveParameter:
+    """A parameter of the model, its place in the plan, and the module that owns it."""
+
+    planned: Parameter
+    weight: torch.Tensor
+    chunk: torch.nn.Module
+    name: str  # in the chunk, as its own layer spec spells it
+
+    @property
+    def adapted_module(self) -> Any | None:
+        """The linear whose weight this is, if it has a LoRA adapter (lora_a, lora_b and lora_scale)."""
+        module_name, _, kind = self.name.rpartition(".")
+        module = self.chunk.get_submodule(module_name)
+        return module if kind == "weight" and hasattr(module, "lora_scale") else None
+
+
+def live_parameters(
+    chunks: Sequence[torch.nn.Module], meta: ModelMeta, layout: Layout, *, rank: int
+) -> list[LiveParameter]:
+    """Return this rank's parameters in the order of the plan; raises WeightsError unless plan and model hold the same ones."""
+    found: list[LiveParameter] = []
+    faults: list[str] = []
+    at = coordinates(layout, rank)
+    assert len(chunks) == layout.vpp, f"{len(chunks)} chunks for vpp={layout.vpp}"
+    for vp_rank, chunk in enumerate(chunks):
+        weights = {local_spelling(name): (name, weight) for name, weight in _base_parameters(chunk)}
+        for planned in plan_chunk(meta, layout, at, vp_rank=vp_rank):
+            if planned.name not in weights:
+                faults.append(f"{planned.name} is not in the model")
+                continue
+            name, weight = weights.pop(planned.name)
+            if _without_ones(weight.shape) != _without_ones(planned.shape):
+                faults.append(
+                    f"{planned.name} is {list(weight.shape)} in the model, {list(planned.shape)} by its table"
+                )
+                continue
+            found.append(
+                LiveParameter(planned=planned, weight=weight.data.view(planned.shape), chunk=chunk, name=name)
+            )
+        faults += [f"{name} has no row in the table, it would stay unfilled" for name in weights]
+    if faults:
+        raise WeightsError(
+            f"rank {rank}: the Megatron model and the table of the family {meta.family} differ: {listing(faults)}. "
+            "Nothing was read or written."
+        )
+    return found
+
+
+def _base_parameters(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from ((name, weight) for name, weight in chunk.named_parameters() if not is_adapter(name))
+    yield from (
+        (name, buffer) for name, buffer in chunk.named_buffers() if name.rpartition(".")[2] in FILE_BUFFERS
+    )
+
+
+def _without_ones(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(size for size in shape if size != 1)
+
+
+def rows_of(matrix_NC: torch.Tensor, stripe: Stripe) -> torch.Tensor:
+    """Return the stripe of a matrix whose rows may lie apart, as a view [runs, width, C]."""
+    row = matrix_NC.stride(0)
+    size = (stripe.runs, stripe.width, matrix_NC.shape[1])
+    return matrix_NC.as_strided(
+        size, (stripe.pitch * row, row, 1), matrix_NC.storage_offset() + stripe.start * row
+    )
+
+
+def bits_of(matrix_NC: Bits, stripe: Stripe, cols: tuple[int, int]) -> Bits:
+    """Return the stripe's columns of a matrix of raw elements as a view [runs, width, cols]."""
+    chosen = matrix_NC[stripe.start :, cols[0] : cols[1]]
+    row_bytes, item_bytes = chosen.strides
+    return np.lib.stride_tricks.as_strided(
+        chosen,
+        (stripe.runs, stripe.width, cols[1] - cols[0]),
+        (stripe.pitch * row_bytes, row_bytes, item_bytes),
+    )
+
+
+def as_matrix(weight: torch.Tensor) -> torch.Tensor:
+    """Return a contiguous parameter as a matrix [dim 0, the rest], a view."""
+    return weight.view(weight.shape[0], -1)

@@ -1,0 +1,80 @@
+"""Safetensors straight into this rank's parameters: each rank reads the slices that it owns and nothing else."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megaswift.converters.check import check_files, tied_twin
+from megaswift.converters.live import TORCH_DTYPES, as_matrix, bits_of, live_parameters, rows_of
+from megaswift.converters.plan import EMBEDDING, Piece
+from megaswift.converters.tensor_files import TensorReader, read_folder
+from megaswift.errors import WeightsError
+from megaswift.metadata.meta import ModelMeta
+from megaswift.parallel.layout import Layout
+
+COMPARED_ROWS = 4096  # rows of two tied tensors that are compared at a time: a few megabytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadReport:
+    """What one rank read."""
+
+    bytes_read: int
+    tensors: int
+    seconds: float
+
+
+def load_weights(
+    chunks: Sequence[torch.nn.Module], meta: ModelMeta, layout: Layout, rank: int, folder: Path | str
+) -> LoadReport:
+    """Fill the parameters of this rank's chunks from the safetensors of `folder`, cast to the parameters' own dtype.
+
+    Adapter parameters (lora_a, lora_b) are left alone. No rank talks to another. Raises WeightsError, before anything
+    is filled, where files, config.json and model do not fit together exactly.
+    """
+    started = time.monotonic()
+    tensors = read_folder(Path(folder))
+    check_files(meta, tensors)
+    live = live_parameters(chunks, meta, layout, rank=rank)
+    bytes_read, names = 0, set()
+    with TensorReader(tensors) as reader, torch.no_grad():
+        for parameter in live:
+            planned = parameter.planned
+            if planned.name == EMBEDDING:
+                _check_twin(reader, meta, planned.pieces)
+            matrix_NC = as_matrix(parameter.weight)
+            if planned.free:
+                matrix_NC.zero_()
+            for piece in planned.pieces:
+                _fill(matrix_NC, piece, reader)
+                bytes_read += piece.size * tensors[piece.tensor].item_bytes
+                names.add(piece.tensor)
+    return LoadReport(bytes_read=bytes_read, tensors=len(names), seconds=time.monotonic() - started)
+
+
+def _fill(matrix_NC: torch.Tensor, piece: Piece, reader: TensorReader) -> None:
+    matrix = reader.matrix(piece.tensor) if piece.slab is None else reader.slab(piece.tensor, piece.slab)
+    source = torch.from_numpy(bits_of(matrix, piece.rows, piece.cols))
+    target = rows_of(matrix_NC[:, : piece.cols[1] - piece.cols[0]], piece.into)
+    target.copy_(source.view(TORCH_DTYPES[reader.tensors[piece.tensor].dtype]).reshape(target.shape))
+
+
+def _check_twin(reader: TensorReader, meta: ModelMeta, pieces: Sequence[Piece]) -> None:
+    """Raise WeightsError where a model that ties its embeddings has a file with two different ones."""
+    twin = tied_twin(meta)
+    if twin is None or twin[1] not in reader.tensors:
+        return
+    embedding, output = (reader.matrix(name) for name in twin)
+    for piece in pieces:
+        for begin, end in piece.rows.intervals():
+            for row in range(begin, end, COMPARED_ROWS):
+                chosen = slice(row, min(row + COMPARED_ROWS, end))
+                if not np.array_equal(embedding[chosen], output[chosen]):
+                    raise WeightsError(
+                        f"tie_word_embeddings=true in config.json, but {twin[0]} and {twin[1]} differ near row {row}. "
+                        "Set tie_word_embeddings to false to keep both, or remove one tensor."
+                    )

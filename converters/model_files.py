@@ -1,0 +1,33 @@
+"""The files of a Hugging Face folder beside its weights: copied as they are, config.json brought up to date."""
+
+import json
+import shutil
+from pathlib import Path
+
+from megaswift.metadata.meta import ModelMeta
+
+# Tokenizer, generation settings, chat template, remote code, licence. Weights in any format are left behind.
+COPIED_SUFFIXES = frozenset({".json", ".jinja", ".txt", ".model", ".tiktoken", ".py", ".md"})
+WRITTEN_ANEW = frozenset({"config.json", "README.md"})
+MAX_COPIED_BYTES = 200_000_000  # the largest tokenizer files are some tens of megabytes
+
+
+def copy_model_files(source: Path, target: Path) -> list[str]:
+    """Copy every small file that belongs to the model but holds no weights; return their names."""
+    copied = []
+    for path in sorted(source.iterdir()):
+        is_small = (
+            path.suffix in COPIED_SUFFIXES and path.is_file() and path.stat().st_size <= MAX_COPIED_BYTES
+        )
+        if is_small and path.name not in WRITTEN_ANEW and not path.name.endswith(".index.json"):
+            shutil.copyfile(path, target / path.name)
+            copied.append(path.name)
+    return copied
+
+
+def config_json(meta: ModelMeta, *, dtype: str) -> str:
+    """Return the text of config.json for weights of `dtype`, without a quantization that no longer holds."""
+    config = dict(meta.raw)
+    config.pop("quantization_config", None)
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
+    return json.dumps(config | dict.fromkeys(keys, dtype), indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,108 @@
+"""Rows that llama-like decoders share; names of the files as transformers 5.23 writes them (models/llama, qwen2, qwen3)."""
+
+from megaswift.converters.table import Place, Row, Shard
+
+_FIRST, _LAST, _LAYER, _DENSE = Place.FIRST, Place.LAST, Place.LAYER, Place.DENSE
+_NONE, _DIM0, _DIM1 = Shard.NONE, Shard.DIM0, Shard.DIM1
+
+# fmt: off
+ENDS = (
+    Row(_FIRST, "embedding.word_embeddings.weight",     "model.embed_tokens.weight",       "V D",              _DIM0),
+    Row(_LAST,  "decoder.final_layernorm.weight",       "model.norm.weight",               "D",                _NONE),
+    Row(_LAST,  "output_layer.weight",                  "lm_head.weight",                  "V D",              _DIM0, when="untied"),
+)
+
+LINEARS = (
+    Row(_LAYER, "self_attention.linear_qkv.weight",     "self_attn.{q,k,v}_proj.weight",   "HK D, GK D, GK D", _DIM0, per="G"),
+    Row(_LAYER, "self_attention.linear_qkv.bias",       "self_attn.{q,k,v}_proj.bias",     "HK, GK, GK",       _DIM0, per="G", when="qkv_bias"),
+    Row(_LAYER, "self_attention.linear_proj.weight",    "self_attn.o_proj.weight",         "D HK",             _DIM1),
+    Row(_LAYER, "self_attention.linear_proj.bias",      "self_attn.o_proj.bias",           "D",                _NONE, when="attention_out_bias"),
+)
+FUSED_LINEARS = (
+    Row(_LAYER, "self_attention.linear_qkv.weight",     "self_attn.qkv_proj.weight",       "HK D, GK D, GK D", _DIM0, per="G"),
+    Row(_LAYER, "self_attention.linear_proj.weight",    "self_attn.o_proj.weight",         "D HK",             _DIM1),
+)
+
+# One norm shared by the heads, or one over all of them; Hunyuan's come after the rotary positions.
+HEAD_NORMS = (
+    Row(_LAYER, "self_attention.q_layernorm.weight",    "self_attn.q_norm.weight",         "K",                _NONE, when="qk_norm"),
+    Row(_LAYER, "self_attention.k_layernorm.weight",    "self_attn.k_norm.weight",         "K",                _NONE, when="qk_norm"),
+)
+ALL_HEADS_NORMS = (
+    Row(_LAYER, "self_attention.q_layernorm.weight",    "self_attn.q_norm.weight",         "HK",               _DIM0),
+    Row(_LAYER, "self_attention.k_layernorm.weight",    "self_attn.k_norm.weight",         "GK",               _DIM0),
+)
+LATE_HEAD_NORMS = (
+    Row(_LAYER, "self_attention.core_attention.q_layernorm.weight", "self_attn.query_layernorm.weight", "K",   _NONE, when="late_qk_norm"),
+    Row(_LAYER, "self_attention.core_attention.k_layernorm.weight", "self_attn.key_layernorm.weight",   "K",   _NONE, when="late_qk_norm"),
+)
+SINKS = (
+    Row(_LAYER, "self_attention.core_attention.softmax_offset", "self_attn.sinks",              "H",                _DIM0),
+)
+
+PRE_NORMS = (
+    Row(_LAYER, "input_layernorm.weight",               "input_layernorm.weight",          "D",                _NONE),
+    Row(_LAYER, "pre_mlp_layernorm.weight",             "post_attention_layernorm.weight", "D",                _NONE),
+)
+PRE_NORM_BIASES = (
+    Row(_LAYER, "input_layernorm.bias",                 "input_layernorm.bias",            "D",                _NONE),
+    Row(_LAYER, "pre_mlp_layernorm.bias",               "post_attention_layernorm.bias",   "D",                _NONE),
+    Row(_LAST,  "decoder.final_layernorm.bias",         "model.norm.bias",                 "D",                _NONE),
+)
+ONE_NORM = (
+    Row(_LAYER, "input_layernorm.weight",               "input_layernorm.weight",          "D",                _NONE),
+)
+APERTUS_NORMS = (
+    Row(_LAYER, "input_layernorm.weight",               "attention_layernorm.weight",      "D",                _NONE),
+    Row(_LAYER, "pre_mlp_layernorm.weight",             "feedforward_layernorm.weight",    "D",                _NONE),
+)
+POST_NORMS = (
+    Row(_LAYER, "self_attn_bda.norm.weight",            "post_attention_layernorm.weight", "D",                _NONE),
+    Row(_LAYER, "mlp_bda.norm.weight",                  "post_feedforward_layernorm.weight", "D",              _NONE),
+)
+GEMMA_NORMS = (
+    *POST_NORMS,
+    Row(_LAYER, "input_layernorm.weight",               "input_layernorm.weight",          "D",                _NONE),
+    Row(_LAYER, "pre_mlp_layernorm.weight",             "pre_feedforward_layernorm.weight", "D",               _NONE),
+)
+GLM_NORMS = (
+    *PRE_NORMS,
+    Row(_LAYER, "self_attn_bda.norm.weight",            "post_self_attn_layernorm.weight", "D",                _NONE),
+    Row(_LAYER, "mlp_bda.norm.weight",                  "post_mlp_layernorm.weight",       "D",                _NONE),
+)
+
+ATTENTION = PRE_NORMS + LINEARS + HEAD_NORMS
+
+GATED_MLP = (
+    Row(_DENSE, "mlp.linear_fc1.weight",                "mlp.{gate,up}_proj.weight",       "F D, F D",         _DIM0),
+    Row(_DENSE, "mlp.linear_fc1.bias",                  "mlp.{gate,up}_proj.bias",         "F, F",             _DIM0, when="mlp_bias"),
+    Row(_DENSE, "mlp.linear_fc2.weight",                "mlp.down_proj.weight",            "D F",              _DIM1),
+    Row(_DENSE, "mlp.linear_fc2.bias",                  "mlp.down_proj.bias",              "D",                _NONE, when="mlp_bias"),
+)
+LLAMA4_MLP = (
+    Row(_DENSE, "mlp.linear_fc1.weight",                "feed_forward.{gate,up}_proj.weight", "F D, F D",      _DIM0),
+    Row(_DENSE, "mlp.linear_fc2.weight",                "feed_forward.down_proj.weight",   "D F",              _DIM1),
+)
+FUSED_GATED_MLP = (
+    Row(_DENSE, "mlp.linear_fc1.weight",                "mlp.gate_up_proj.weight",         "F D, F D",         _DIM0),
+    Row(_DENSE, "mlp.linear_fc2.weight",                "mlp.down_proj.weight",            "D F",              _DIM1),
+)
+UNGATED_MLP = (
+    Row(_DENSE, "mlp.linear_fc1.weight",                "mlp.up_proj.weight",              "F D",              _DIM0),
+    Row(_DENSE, "mlp.linear_fc1.bias",                  "mlp.up_proj.bias",                "F",                _DIM0, when="mlp_bias"),
+    Row(_DENSE, "mlp.linear_fc2.weight",                "mlp.down_proj.weight",            "D F",              _DIM1),
+    Row(_DENSE, "mlp.linear_fc2.bias",                  "mlp.down_proj.bias",              "D",                _NONE, when="mlp_bias"),
+)
+STARCODER_MLP = (
+    Row(_DENSE, "mlp.linear_fc1.weight",                "mlp.c_fc.weight",                 "F D",              _DIM0),
+    Row(_DENSE, "mlp.linear_fc1.bias",                  "mlp.c_fc.bias",                   "F",                _DIM0, when="mlp_bias"),
+    Row(_DENSE, "mlp.linear_fc2.weight",                "mlp.c_proj.weight",               "D F",              _DIM1),
+    Row(_DENSE, "mlp.linear_fc2.bias",                  "mlp.c_proj.bias",                 "D",                _NONE, when="mlp_bias"),
+)
+XIELU = (
+    Row(_DENSE, "mlp.activation_func.alpha_p",          "mlp.act_fn.alpha_p",              "1",                _NONE),
+    Row(_DENSE, "mlp.activation_func.alpha_n",          "mlp.act_fn.alpha_n",              "1",                _NONE),
+    Row(_DENSE, "mlp.activation_func.beta",             "mlp.act_fn.beta",                 "",                 _NONE),
+    Row(_DENSE, "mlp.activation_func.eps",              "mlp.act_fn.eps",                  "",                 _NONE),
+)
+# fmt: on
