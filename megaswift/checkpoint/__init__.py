@@ -1,0 +1,1 @@
+"""A commit-marked store around megatron.core.dist_checkpointing."""

@@ -1,0 +1,240 @@
+"""What a checkpoint keeps of a run, under names that depend on the model alone.
+
+Weights have Megatron's names. Optimizer tensors are named "optimizer.<state>.<weight>": "master" is the float32 copy of a
+bfloat16 or float16 weight, "exp_avg", "exp_avg_sq" and "momentum_buffer" are torch's. A rank of the distributed optimizer
+holds a flat range of a weight; the range is cut into boxes, which are shards like any other. So a checkpoint is written
+without gathering anything, and can be read under another layout, with or without the distributed optimizer.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedBase,
+    ShardedTensorFactory,
+    is_main_replica,
+)
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+STATES = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Box:
+    """A rectangular part of a tensor, and where its elements begin in the flat range it was cut from."""
+
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+    start: int
+
+
+def model_tensors(chunks: Sequence[Any]) -> dict[str, ShardedBase]:
+    """Return the sharded weights of this rank's chunks (CausalLM); of a model with adapters, the adapters alone.
+
+    Buffers that are saved with a model belong to it as long as all of it trains. Transformer Engine's FP8 history is left
+    out: it is rebuilt within some steps.
+    """
+    tensors: dict[str, ShardedBase] = {}
+    for number, chunk in enumerate(chunks):
+        everything_trains = all(parameter.requires_grad for parameter in chunk.parameters())
+        for name, value in chunk.sharded_state_dict(metadata={}).items():
+            if isinstance(value, ShardedTensor | ShardedTensorFactory) and (
+                everything_trains or value.data.requires_grad
+            ):
+                tensors[f"{number}.{name}"] = _whatever_its_padding(name, value)
+    return tensors
+
+
+def _whatever_its_padding(name: str, value: ShardedBase) -> ShardedBase:
+    """Return an attention matrix such that a layout with more or fewer padded heads reads it too.
+
+    Padded heads come last and are zero (parallel/layout.py, padded_kv_heads); Megatron leaves out what is too much and fills
+    with zeros what is missing, as it does for the padding of the vocabulary.
+    """
+    if isinstance(value, ShardedTensor) and {"linear_qkv", "linear_proj"} & set(name.split(".")):
+        return replace(value, allow_shape_mismatch=True)
+    return value
+
+
+def optimizer_tensors(optimizer: Any, model: dict[str, ShardedBase]) -> dict[str, ShardedBase]:
+    """Return the sharded state of Megatron's `optimizer` for the weights `model`, as views of the state itself."""
+    tensors: dict[str, ShardedBase] = {}
+    for name, weight in model.items():
+        parameter: Any = weight.data
+        owned = _owned_by(optimizer, parameter) if parameter.requires_grad else None
+        if owned is None:
+            continue
+        shards = weight.build() if isinstance(weight, ShardedTensorFactory) else [weight]
+        for state, flat in owned.states.items():
+            for number, shard in enumerate(_pieces(shards, parameter, owned, flat, f"optimizer.{state}")):
+                tensors[f"{state}.{name}.{number}"] = shard
+    return tensors
+
+
+def random_states() -> dict[str, ShardedBase]:
+    """Return this rank's random states; only the same layout can use them."""
+    states: dict[str, Any] = {
+        "cpu": torch.get_rng_state(),
+        "tracker": dict(get_cuda_rng_tracker().get_states()),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return {"random": ShardedObject("random", states, (dist.get_world_size(),), (dist.get_rank(),))}
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    """Set what random_states() returned."""
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
+    get_cuda_rng_tracker().set_states(states["tracker"])
+
+
+def allocate_states(optimizer: Any, *, updates: int) -> None:
+    """Give an optimizer that has not stepped yet its state tensors, so that they can be read into."""
+    for part in optimizer.chained_optimizers:
+        if part.optimizer is None:
+            continue
+        config = part.config
+        names = STATES[config.optimizer] if config.optimizer != "sgd" or config.sgd_momentum else ()
+        counts_by_tensor = isinstance(part.optimizer, torch.optim.Adam)  # AdamW is one too
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                state = part.optimizer.state[parameter]
+                for name in names:
+                    state[name] = torch.zeros_like(parameter, dtype=torch.float32)
+                if counts_by_tensor:
+                    state["step"] = torch.tensor(float(updates), device=parameter.device)
+            if config.optimizer == "adam" and not counts_by_tensor:
+                group["step"] = updates  # apex and Transformer Engine count in the group
+
+
+def loss_scale(optimizer: Any) -> dict[str, float] | None:
+    """Return float16's dynamic loss scale and its counters; None in other precisions."""
+    scaler = getattr(optimizer.chained_optimizers[0], "grad_scaler", None)
+    if scaler is None:
+        return None
+    return {name: float(value) for name, value in scaler.state_dict().items()}
+
+
+def restore_loss_scale(optimizer: Any, stored: dict[str, float] | None) -> None:
+    """Set what loss_scale() returned."""
+    for part in optimizer.chained_optimizers:
+        scaler = getattr(part, "grad_scaler", None)
+        if scaler is not None and stored:
+            counters = {name: int(value) for name, value in stored.items()}
+            scaler.load_state_dict({**counters, "scale": torch.tensor([stored["scale"]])})
+
+
+def local_bytes(tensors: dict[str, ShardedBase]) -> int:
+    """Return the bytes of the shards that this rank answers for."""
+    total = 0
+    for value in tensors.values():
+        if isinstance(value, ShardedTensor | ShardedTensorFactory) and is_main_replica(value.replica_id):
+            total += value.data.numel() * value.data.element_size()
+    return total
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Owned:
+    """The part of a weight whose optimizer state lives on this rank: a range of its flat elements."""
+
+    start: int
+    stop: int
+    alone: bool  # no data-parallel replica holds the same range
+    states: dict[str, torch.Tensor]  # flat, stop - start elements each
+
+
+def _owned_by(optimizer: Any, parameter: torch.Tensor) -> _Owned | None:
+    for part in optimizer.chained_optimizers:
+        if part.optimizer is None:
+            continue
+        if isinstance(part, DistributedOptimizer):
+            if parameter not in part.model_param_gbuf_map:
+                continue
+            buffer, dtype, bucket = part.model_param_gbuf_map[parameter]
+            held = part.gbuf_ranges[buffer][dtype][bucket]["param_map"][parameter]["param"]
+            group, order = part.model_param_group_index_map[parameter]
+            main = part.optimizer.param_groups[group]["params"][order]
+            return _Owned(start=held.start, stop=held.end, alone=True, states=_states(part, parameter, main))
+        # Float16OptimizerWithFloat16Params keeps the master beside its weight; the float32 optimizer has none.
+        main = getattr(parameter, "main_param", parameter)
+        if main in part.optimizer.state:
+            return _Owned(start=0, stop=parameter.numel(), alone=False, states=_states(part, parameter, main))
+    return None
+
+
+def _states(part: Any, parameter: torch.Tensor, main: torch.Tensor) -> dict[str, torch.Tensor]:
+    state = part.optimizer.state[main]
+    tensors = {name: state[name] for name in STATES[part.config.optimizer] if name in state}
+    if parameter.dtype is not torch.float32:
+        tensors["master"] = main.detach()
+    return {name: tensor.view(-1) for name, tensor in tensors.items()}
+
+
+def _pieces(
+    shards: list[ShardedTensor], parameter: torch.Tensor, owned: _Owned, flat: torch.Tensor, prefix: str
+) -> Iterator[ShardedTensor]:
+    """Yield the shards of one state tensor, for the owned range of a weight that consists of `shards`."""
+    for shard in shards:
+        data: Any = shard.data
+        assert data.is_contiguous(), f"{shard.key} is cut along a dim that is not its first"
+        first = data.storage_offset() - parameter.storage_offset()  # of the shard in the flat weight
+        start, stop = max(owned.start, first), min(owned.stop, first + data.numel())
+        replica: Any = shard.replica_id
+        if owned.alone:  # Megatron's replica ids end with the data-parallel rank
+            replica = (*replica[:-1], 0)
+        for box in boxes(tuple(data.shape), start - first, stop - first):
+            begin = start - owned.start + box.start
+            piece = flat[begin : begin + prod(box.size)]
+            prepended = shard.prepend_axis_num
+            size = (1,) * prepended + box.size
+            own_offset = (0,) * prepended + box.offset
+            yield ShardedTensor(
+                key=f"{prefix}.{shard.key}",
+                data=piece.view(size),
+                dtype=piece.dtype,
+                local_shape=size,
+                global_shape=shard.global_shape,
+                global_offset=tuple(a + b for a, b in zip(shard.global_offset, own_offset, strict=True)),
+                axis_fragmentations=None,  # boxes of several ranks need not form a grid
+                replica_id=replica,
+                allow_shape_mismatch=shard.allow_shape_mismatch,
+            )
+
+
+def boxes(shape: tuple[int, ...], start: int, stop: int) -> list[Box]:
+    """Cut the flat range [start, stop) of a row-major tensor into the fewest boxes, in flat order."""
+    if start >= stop:
+        return []
+    if len(shape) == 1:
+        return [Box(offset=(start,), size=(stop - start,), start=0)]
+    row = prod(shape[1:])
+    found: list[Box] = []
+    position = start
+    while position < stop:
+        index, inside = divmod(position, row)
+        whole_rows = (stop - position) // row
+        if inside == 0 and whole_rows:
+            found.append(
+                Box(
+                    offset=(index, *[0] * (len(shape) - 1)),
+                    size=(whole_rows, *shape[1:]),
+                    start=position - start,
+                )
+            )
+            position += whole_rows * row
+            continue
+        end = min(stop, (index + 1) * row)
+        found += [
+            Box(offset=(index, *part.offset), size=(1, *part.size), start=position - start + part.start)
+            for part in boxes(shape[1:], inside, end - index * row)
+        ]
+        position = end
+    return found
