@@ -1,0 +1,110 @@
+"""What happens between steps: log, validate, save. Every rank runs every callback."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from megaswift.training.engine import Engine
+from megaswift.training.feed import TrainFeed, ValidationFeed
+from megaswift.training.loop import Progress, Step
+from megaswift.training.metrics import Window, peak_memory_gib, step_line
+from megaswift.training.reporters import Reporter
+
+
+class Log:
+    """Reports every `every` steps, and the last one."""
+
+    def __init__(
+        self,
+        feed: TrainFeed,
+        reporters: Sequence[Reporter],
+        *,
+        every: int,
+        device: torch.device,
+        with_samples: bool,
+    ) -> None:
+        """`reporters` are rank 0's; other ranks have none. `with_samples` names the entries of each global batch."""
+        self._feed, self._reporters, self._every = feed, reporters, every
+        self._device, self._with_samples = device, with_samples
+        self._window = Window()
+
+    def after_step(self, step: Step) -> bool:
+        """Write a line where one is due."""
+        self._window = self._window.plus(step)
+        if step.progress.step % self._every and not step.is_last:
+            return False
+        consumed = step.progress.consumed_samples
+        line = step_line(
+            step, self._window, epoch=self._feed.epoch(consumed), memory_gib=peak_memory_gib(self._device)
+        )
+        if self._with_samples:
+            line["sample_ids"] = self._feed.sample_ids(consumed - self._feed.items_per_step)
+        for reporter in self._reporters:
+            reporter.report(line)
+        self._window = Window()
+        return False
+
+
+class Evaluate:
+    """Reports the loss on the validation set every `every` steps, and at the end."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        feed: TrainFeed,
+        validation: ValidationFeed,
+        reporters: Sequence[Reporter],
+        *,
+        every: int,
+    ) -> None:
+        self._engine, self._feed, self._validation = engine, feed, validation
+        self._reporters, self._every = reporters, every
+
+    def after_step(self, step: Step) -> bool:
+        """Validate where it is due; not on the way out of an interrupted run."""
+        due = step.progress.step % self._every == 0 or step.is_last
+        if due and not step.result.interrupted:
+            self.report(step.progress)
+        return False
+
+    def report(self, progress: Progress) -> float:
+        """Validate now and return the loss."""
+        loss = self._engine.evaluate(self._validation.batches())
+        line = {
+            "step": progress.step,
+            "epoch": self._feed.epoch(progress.consumed_samples),
+            "consumed_samples": progress.consumed_samples,
+            "eval_loss": loss,
+        }
+        for reporter in self._reporters:
+            reporter.report(line)
+        return loss
+
+
+class Save:
+    """Saves every `every_steps` steps or at the end of each epoch, at the end, and when the run is told to stop."""
+
+    def __init__(
+        self,
+        feed: TrainFeed,
+        save: Callable[[Progress], object],
+        *,
+        every_steps: int | None,
+        every_epoch: bool,
+        stop_after_first: bool,
+    ) -> None:
+        self._feed, self._save = feed, save
+        self._every_steps, self._every_epoch, self._stop = every_steps, every_epoch, stop_after_first
+
+    def after_step(self, step: Step) -> bool:
+        """Save where it is due; True where the run was to end with its first checkpoint."""
+        consumed = step.progress.consumed_samples
+        before = consumed - self._feed.items_per_step
+        due = step.is_last
+        if self._every_steps is not None:
+            due |= step.progress.step % self._every_steps == 0
+        if self._every_epoch:
+            due |= int(self._feed.epoch(consumed)) > int(self._feed.epoch(before))
+        if due:
+            self._save(step.progress)
+        return due and self._stop

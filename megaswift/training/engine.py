@@ -1,0 +1,186 @@
+"""One optimizer step: Megatron's schedule over the micro batches, then its optimizer."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.moe.moe_utils import track_moe_metrics
+
+from megaswift.data.batches import MicroBatch
+
+ROUTER_LOSSES = {
+    "aux_loss": "load_balancing_loss",
+    "seq_aux_loss": "seq_load_balancing_loss",
+    "global_aux_loss": "global_load_balancing_loss",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one optimizer step was; the same on every rank."""
+
+    loss: float  # mean over the loss tokens of the global batch
+    grad_norm: float | None  # before clipping; None where float16 overflowed
+    lr: float  # that the step used
+    updated: bool  # False where float16 overflowed and the optimizer skipped the step
+    tokens: int  # of the global batch, without padding
+    loss_tokens: int
+    flop: float  # model FLOPs of the global batch (training/flops.py)
+    interrupted: bool  # some rank was told to stop
+    router: dict[str, float] = field(default_factory=dict)  # auxiliary losses of a mixture of experts
+
+
+class Engine:
+    """The model, its optimizer and its schedule on this rank."""
+
+    def __init__(
+        self,
+        chunks: list[DistributedDataParallel],
+        optimizer: MegatronOptimizer,
+        schedule: OptimizerParamScheduler,
+        forward_step: Callable[..., Any],
+        *,
+        measure: Callable[[MicroBatch], tuple[int, float]],
+    ) -> None:
+        """`measure` returns a micro batch's tokens without padding, and its model FLOPs."""
+        self.chunks = chunks
+        self.optimizer: Any = optimizer
+        self.schedule = schedule
+        self.config: Any = chunks[0].module.config
+        self._forward_step = forward_step
+        self._measure = measure
+        self._per_token = bool(self.config.calculate_per_token_loss)
+        self._device = next(chunks[0].parameters()).device
+
+    def train_step(self, batches: list[MicroBatch], *, interrupted: bool = False) -> StepResult:
+        """Run one optimizer step on this data-parallel rank's micro batches; every rank of the world calls it.
+
+        `interrupted` of any rank reaches all of them. The update is not undone where the loss is not finite: the caller
+        stops before it saves.
+        """
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        outputs = self._run(batches, forward_only=False)
+        totals = self._totals(outputs, batches, interrupted=interrupted)
+        updated, grad_norm, _ = self.optimizer.step()
+        if updated:
+            self.schedule.step(1)
+        return StepResult(
+            loss=totals.loss,
+            grad_norm=None if grad_norm is None else float(grad_norm),
+            lr=lr,
+            updated=bool(updated),
+            tokens=totals.tokens,
+            loss_tokens=totals.loss_tokens,
+            flop=totals.flop,
+            interrupted=totals.interrupted,
+            router=self._router_losses(len(batches)),
+        )
+
+    @torch.no_grad()
+    def evaluate(self, global_batches: Iterable[list[MicroBatch]]) -> float:
+        """Return the loss over all batches, weighted by tokens; every rank of the world calls it."""
+        outputs, seen = [], 0
+        with self.settled_parameters():
+            for chunk in self.chunks:
+                chunk.eval()
+            for batches in global_batches:
+                outputs += self._run(batches, forward_only=True)
+                seen += 1
+            for chunk in self.chunks:
+                chunk.train()
+        assert seen, "a validation needs at least one global batch"
+        return self._totals(outputs, [], interrupted=False).loss
+
+    @contextmanager
+    def settled_parameters(self) -> Iterator[None]:
+        """Hold the parameters whole and still, also where their gathering overlaps with the forward pass."""
+        hooked = [chunk for chunk in self.chunks if chunk.use_forward_hook]
+        for chunk in hooked:
+            chunk.disable_forward_pre_hook()
+        yield
+        for chunk in hooked:
+            chunk.enable_forward_pre_hook()
+
+    def _run(self, batches: list[MicroBatch], *, forward_only: bool) -> list[dict[str, torch.Tensor]]:
+        # Every chunk of an interleaved schedule reads the same micro batches through an iterator of its own.
+        iterators = [iter(batches) for _ in self.chunks]
+        batch_size, seq_len = batches[0].input_ids.shape
+        results: list[dict[str, torch.Tensor]] = get_forward_backward_func()(
+            forward_step_func=self._forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks,
+            num_microbatches=len(batches),
+            seq_length=seq_len,
+            micro_batch_size=batch_size,
+            forward_only=forward_only,
+        )
+        return results
+
+    def _totals(
+        self, outputs: list[dict[str, torch.Tensor]], batches: list[MicroBatch], *, interrupted: bool
+    ) -> "_Totals":
+        """Sum over the world what the last pipeline stage knows; one all-reduce of six float64."""
+        values = torch.zeros(6, dtype=torch.float64, device=self._device)
+        values[5] = float(interrupted)
+        if parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0:
+            sums = torch.stack([output["loss"] for output in outputs])  # [micro batches, (loss sum, tokens)]
+            values[2] = sums[:, 1].sum()
+            if self._per_token:
+                values[:2] = sums.sum(0)
+            else:
+                values[0] = (sums[:, 0] / sums[:, 1].clamp(min=1)).sum()
+                values[1] = len(outputs)
+            if parallel_state.get_context_parallel_rank() == 0:
+                for batch in batches:
+                    values[3:5] += torch.tensor(
+                        self._measure(batch), dtype=torch.float64, device=self._device
+                    )
+        dist.all_reduce(values)
+        loss_sum, weight, loss_tokens, tokens, flop, interrupts = values.tolist()
+        return _Totals(
+            loss=loss_sum / max(weight, 1.0),
+            loss_tokens=int(loss_tokens),
+            tokens=int(tokens),
+            flop=flop,
+            interrupted=interrupts > 0,
+        )
+
+    def _router_losses(self, num_micro_batches: int) -> dict[str, float]:
+        """Return the auxiliary losses, a mean over layers and micro batches; every rank of the world calls it."""
+        name = ROUTER_LOSSES.get(self.config.moe_router_load_balancing_type)
+        names = [name] if name else []
+        if self.config.moe_z_loss_coeff is not None:
+            names.append("z_loss")
+        if self.config.num_moe_experts is None or not names:
+            return {}
+        losses: dict[str, torch.Tensor] = {}
+        track_moe_metrics(
+            1 / num_micro_batches,
+            0,
+            total_loss_dict=losses,
+            force_initialize=True,
+            track_names=names,
+            num_layers=self.config.num_layers,
+            moe_layer_freq=self.config.moe_layer_freq,
+        )
+        return {name: float(value) for name, value in losses.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Totals:
+    loss: float
+    loss_tokens: int
+    tokens: int
+    flop: float
+    interrupted: bool

@@ -1,0 +1,57 @@
+"""What one rank is fed: its micro batches of a global batch, built ahead of time where asked."""
+
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from megaswift.data.batches import MicroBatch, TrainData, ValidationData
+
+
+class TrainFeed:
+    """This data-parallel rank's share of the endless training stream."""
+
+    def __init__(self, data: TrainData, *, dp_rank: int, dp: int, ahead: bool = False) -> None:
+        """`ahead` builds the next global batch in a thread while the current one computes."""
+        self.data = data
+        self.items_per_step = data.settings.global_batch_size
+        self._dp_rank, self._dp = dp_rank, dp
+        self._pool = ThreadPoolExecutor(max_workers=1) if ahead else None
+        self._next: tuple[int, Future[list[MicroBatch]]] | None = None
+
+    def batch(self, consumed: int) -> list[MicroBatch]:
+        """Return the micro batches of the global batch that follows `consumed` items."""
+        batches = (
+            self._next[1].result() if self._next and self._next[0] == consumed else self._build(consumed)
+        )
+        if self._pool is not None:
+            following = consumed + self.items_per_step
+            self._next = (following, self._pool.submit(self._build, following))
+        return batches
+
+    def epoch(self, consumed: int) -> float:
+        """Return how often the data was seen."""
+        return consumed / self.data.num_items
+
+    def sample_ids(self, consumed: int) -> list[int]:
+        """Return the entries of the whole global batch that follows `consumed` items, over all ranks."""
+        items, packs = self.data.items(consumed), self.data.packs
+        if packs is None:
+            return [int(item) for item in items]
+        return [int(entry) for item in items for entry in packs[int(item)]]
+
+    def _build(self, consumed: int) -> list[MicroBatch]:
+        return list(self.data.micro_batches(consumed, dp_rank=self._dp_rank, dp=self._dp))
+
+
+class ValidationFeed:
+    """This data-parallel rank's share of a validation set."""
+
+    def __init__(self, data: ValidationData, *, dp_rank: int, dp: int, limit: int = -1) -> None:
+        """`limit` is the number of global batches in a validation; -1: the whole set."""
+        self._data = data
+        self._dp_rank, self._dp = dp_rank, dp
+        self.num_steps = data.num_steps() if limit < 0 else min(limit, data.num_steps())
+
+    def batches(self) -> Iterable[list[MicroBatch]]:
+        """Yield the micro batches of one global batch after the other."""
+        for step in range(self.num_steps):
+            yield list(self._data.micro_batches(step, dp_rank=self._dp_rank, dp=self._dp))

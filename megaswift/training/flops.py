@@ -1,0 +1,187 @@
+"""Model FLOPs of a training step: what the mathematics needs, whatever is recomputed, padded or sharded.
+
+Convention (named because it moves figures by ten per cent and more): a matrix costs 2 FLOPs a parameter and token forward and
+4 backward, the 6N of Kaplan et al. 2020 (appendix B) counted over matrices that a token really meets; causal attention costs
+its query-key pairs, half the square of every document's length, as Megatron-LM has counted since core 0.12
+(training.py, num_floating_point_operations); the output layer costs tokens that carry loss. The embedding is a look-up, and
+norms, activations and the recurrence of linear attention are not counted.
+"""
+
+from dataclasses import dataclass
+
+from megaswift.config.tuner import TunerConfig
+from megaswift.metadata.meta import ModelMeta
+from megaswift.models.lora import resolve_targets
+
+FORWARD = 2  # multiply and add
+BACKWARD_INPUT = 2  # the gradient of a matrix product's input
+BACKWARD_WEIGHT = 2  # the gradient of its weight; a frozen matrix has none
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reach:
+    """Which keys a query of a layer sees, beside all those before it."""
+
+    window: int | None = None  # the last so many tokens, its own included
+    chunk: int | None = None  # those of its own chunk of so many tokens
+
+    def pairs(self, length: int) -> int:
+        """Return the query-key pairs of a document of `length` tokens."""
+        if self.chunk is not None and length > self.chunk:
+            whole, rest = divmod(length, self.chunk)
+            return whole * _triangle(self.chunk) + _triangle(rest)
+        if self.window is not None and length > self.window:
+            return _triangle(self.window) + (length - self.window) * self.window
+        return _triangle(length)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCost:
+    """FLOPs of one training step, as coefficients of what a batch holds."""
+
+    per_token: int
+    per_loss_token: int
+    per_pair: dict[Reach, int]  # summed over the layers with this reach
+
+    def of(self, *, lengths: list[int], loss_tokens: int) -> float:
+        """Return the FLOPs of a batch with documents of `lengths` tokens."""
+        attention = sum(
+            cost * sum(reach.pairs(length) for length in lengths) for reach, cost in self.per_pair.items()
+        )
+        return float(sum(lengths) * self.per_token + loss_tokens * self.per_loss_token + attention)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear:
+    """A matrix of a layer, and how often a token meets it."""
+
+    name: str  # Megatron's
+    inputs: int
+    outputs: int
+    times: int = 1
+
+
+def step_cost(meta: ModelMeta, tuner: TunerConfig) -> StepCost:
+    """Return the cost of training `meta` in full or with adapters."""
+    linears = [linear for layer in range(meta.num_layers) for linear in _linears(meta, layer)]
+    lora = tuner.tuner_type == "lora"
+    matrix = FORWARD + BACKWARD_INPUT + (0 if lora else BACKWARD_WEIGHT)
+    per_token = sum(matrix * linear.inputs * linear.outputs * linear.times for linear in linears)
+    if lora:
+        targets = resolve_targets(tuner.target_modules)
+        per_token += sum(
+            6 * tuner.lora_rank * (linear.inputs + linear.outputs) * linear.times
+            for linear in linears
+            if linear.name in targets
+        )
+    per_pair: dict[Reach, int] = {}
+    for layer in range(meta.num_layers):
+        if not _is_recurrent(meta, layer):
+            reach = _reach(meta, layer)
+            # Attention has no weights: its backward pass is the same with adapters.
+            per_pair[reach] = per_pair.get(reach, 0) + 6 * _multiplications_of_a_pair(meta, layer)
+    return StepCost(
+        per_token=per_token, per_loss_token=matrix * meta.hidden_size * meta.vocab_size, per_pair=per_pair
+    )
+
+
+def _triangle(length: int) -> int:
+    return length * (length + 1) // 2
+
+
+def _is_recurrent(meta: ModelMeta, layer: int) -> bool:
+    return meta.linear_attention is not None and meta.linear_attention.layers[layer]
+
+
+def _reach(meta: ModelMeta, layer: int) -> Reach:
+    return Reach(
+        window=meta.sliding_window[layer] if meta.sliding_window else None,
+        chunk=meta.attention.chunk[layer] if meta.attention.chunk else None,
+    )
+
+
+def _multiplications_of_a_pair(meta: ModelMeta, layer: int) -> int:
+    """Return what a query and a key cost in one pass: their scores and the weighted values, over all heads."""
+    if meta.mla is not None:
+        return meta.num_heads * (meta.mla.nope_head_dim + meta.mla.rope_head_dim + meta.mla.v_head_dim)
+    head_dim = meta.layer_variation.head_dims[layer] if meta.layer_variation else meta.head_dim
+    return 2 * meta.num_heads * head_dim
+
+
+def _linears(meta: ModelMeta, layer: int) -> list[Linear]:
+    if _is_recurrent(meta, layer):
+        return [*_recurrence(meta), *_feed_forward(meta, layer)]
+    return [*(_latent_attention(meta) if meta.mla else _attention(meta, layer)), *_feed_forward(meta, layer)]
+
+
+def _attention(meta: ModelMeta, layer: int) -> list[Linear]:
+    head_dim, groups, copies = meta.head_dim, meta.num_kv_heads, 2
+    varies = meta.layer_variation
+    if varies is not None:
+        head_dim, groups = varies.head_dims[layer], varies.num_kv_heads[layer]
+        copies = 0 if varies.kv_from_layer[layer] is not None else 1 if varies.value_is_key[layer] else 2
+    queries = meta.num_heads * head_dim
+    projected = queries * (2 if meta.attention.output_gate else 1) + copies * groups * head_dim
+    return [
+        Linear(name="linear_qkv", inputs=meta.hidden_size, outputs=projected),
+        Linear(name="linear_proj", inputs=queries, outputs=meta.hidden_size),
+    ]
+
+
+def _latent_attention(meta: ModelMeta) -> list[Linear]:
+    mla, hidden = meta.mla, meta.hidden_size
+    assert mla is not None
+    queries = meta.num_heads * (mla.nope_head_dim + mla.rope_head_dim)
+    linears = [
+        Linear(name="linear_kv_down_proj", inputs=hidden, outputs=mla.kv_rank + mla.rope_head_dim),
+        Linear(
+            name="linear_kv_up_proj",
+            inputs=mla.kv_rank,
+            outputs=meta.num_heads * (mla.nope_head_dim + mla.v_head_dim),
+        ),
+        Linear(name="linear_proj", inputs=meta.num_heads * mla.v_head_dim, outputs=hidden),
+    ]
+    if mla.q_rank is None:
+        return [*linears, Linear(name="linear_q_proj", inputs=hidden, outputs=queries)]
+    return [
+        *linears,
+        Linear(name="linear_q_down_proj", inputs=hidden, outputs=mla.q_rank),
+        Linear(name="linear_q_up_proj", inputs=mla.q_rank, outputs=queries),
+    ]
+
+
+def _recurrence(meta: ModelMeta) -> list[Linear]:
+    linear = meta.linear_attention
+    assert linear is not None
+    keys = linear.num_key_heads * linear.key_head_dim
+    values = linear.num_value_heads * linear.value_head_dim
+    projected = (
+        2 * keys + 2 * values + 2 * linear.num_value_heads
+    )  # q and k, v and its gate, two rates a head
+    return [
+        Linear(name="in_proj", inputs=meta.hidden_size, outputs=projected),
+        Linear(name="out_proj", inputs=values, outputs=meta.hidden_size),
+    ]
+
+
+def _feed_forward(meta: ModelMeta, layer: int) -> list[Linear]:
+    moe, hidden = meta.moe, meta.hidden_size
+    size = meta.layer_variation.ffn_hidden_sizes[layer] if meta.layer_variation else meta.ffn_hidden_size
+    if moe is None or not moe.layer_is_moe[layer]:
+        return _mlp(meta, size)
+    linears = [
+        Linear(name="router", inputs=hidden, outputs=moe.num_experts),
+        *_mlp(meta, moe.ffn_hidden_size, times=moe.topk),
+    ]
+    if moe.shared_ffn_hidden_size:
+        linears += _mlp(meta, moe.shared_ffn_hidden_size)
+        linears.append(Linear(name="gate", inputs=hidden, outputs=int(moe.shared_gate)))
+    return [*linears, *_mlp(meta, size)] if moe.beside_dense else linears
+
+
+def _mlp(meta: ModelMeta, size: int, *, times: int = 1) -> list[Linear]:
+    fanned = size * (2 if meta.gated_mlp else 1)
+    return [
+        Linear(name="linear_fc1", inputs=meta.hidden_size, outputs=fanned, times=times),
+        Linear(name="linear_fc2", inputs=size, outputs=meta.hidden_size, times=times),
+    ]

@@ -1,0 +1,109 @@
+"""Data-parallel wrapping and the optimizer: Megatron's own, configured from the run."""
+
+from typing import Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+
+from megaswift.config.run import RunConfig
+from megaswift.mcore.configs import DTYPES
+from megaswift.models.causal_lm import CausalLM
+
+
+def shards_optimizer(run: RunConfig) -> bool:
+    """Say whether the optimizer's state is cut over data-parallel ranks: Megatron does so for Adam alone (0.16.1)."""
+    return run.parallel.use_distributed_optimizer and run.optimizer.optimizer != "sgd"
+
+
+def wrap_chunks(chunks: list[CausalLM], run: RunConfig) -> list[DistributedDataParallel]:
+    """Give every chunk its gradient buffers, reduced in float32; only parameters that train have one.
+
+    Every rank of the data-parallel groups calls it.
+    """
+    for chunk in chunks:
+        _reduce_experts_over_their_own_group(chunk)
+    distributed = shards_optimizer(run)
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=run.parallel.overlap_grad_reduce,
+        overlap_param_gather=run.parallel.overlap_param_gather and distributed,
+        use_distributed_optimizer=distributed,
+        check_for_nan_in_grad=False,  # the loop stops at a loss or a gradient norm that is not finite
+    )
+    return [
+        # Gradients of later chunks are ready while earlier ones still compute: one bucket is enough for them.
+        DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
+
+
+def _reduce_experts_over_their_own_group(chunk: CausalLM) -> None:
+    # Megatron (0.16-0.19) does so for ep > 1 only. With ep = 1 and etp < tp, tp ranks hold copies of an expert that see
+    # different tokens, and the dense group leaves their gradients apart: the copies drift, and no error says so.
+    config = chunk.config
+    if (
+        config.expert_model_parallel_size > 1
+        or config.expert_tensor_parallel_size == config.tensor_model_parallel_size
+    ):
+        return
+    for name, parameter in chunk.named_parameters():
+        if ".experts." in name:
+            parameter.allreduce = False
+
+
+def build_optimizer(chunks: list[DistributedDataParallel], run: RunConfig) -> MegatronOptimizer:
+    """Return Megatron's optimizer for the parameters that train, and tell the schedule how to use it.
+
+    Master weights are float32. Without apex or Transformer Engine it steps with torch.optim. Every rank calls it.
+    """
+    optimizer = get_megatron_optimizer(_optimizer_config(run), chunks)
+    _step_with_one_kernel(optimizer)
+    config = chunks[0].module.config
+    config.finalize_model_grads_func = finalize_model_grads
+    if config.fp16:
+        config.grad_scale_func = optimizer.scale_loss
+    if run.parallel.overlap_grad_reduce:
+        sync = [chunk.no_sync for chunk in chunks]
+        config.no_sync_func = sync if len(chunks) > 1 else sync[0]
+    return optimizer
+
+
+def _optimizer_config(run: RunConfig) -> OptimizerConfig:
+    chosen = run.optimizer
+    dtype = run.model.torch_dtype
+    distributed = shards_optimizer(run)
+    return OptimizerConfig(
+        optimizer="sgd" if chosen.optimizer == "sgd" else "adam",
+        decoupled_weight_decay=chosen.optimizer == "adamw",
+        lr=chosen.lr,
+        min_lr=chosen.min_lr,
+        weight_decay=chosen.weight_decay,
+        adam_beta1=chosen.adam_beta1,
+        adam_beta2=chosen.adam_beta2,
+        adam_eps=chosen.adam_eps,
+        sgd_momentum=chosen.sgd_momentum,
+        clip_grad=chosen.clip_grad,
+        bf16=dtype == "bfloat16",
+        fp16=dtype == "float16",
+        params_dtype=DTYPES[str(dtype)],
+        use_distributed_optimizer=distributed,
+        overlap_param_gather=run.parallel.overlap_param_gather and distributed,
+    )
+
+
+def torch_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
+    """Return the optimizers that Megatron's `optimizer` steps: one for dense and one for expert parameters."""
+    return [part.optimizer for part in optimizer.chained_optimizers if part.optimizer is not None]
+
+
+def _step_with_one_kernel(optimizer: Any) -> None:
+    # Where Megatron falls back to torch.optim it does not ask for `fused`: ten passes over the state on a CPU, not one.
+    for inner in torch_optimizers(optimizer):
+        for group in inner.param_groups:
+            if "fused" in group:
+                group["fused"], group["foreach"] = True, False

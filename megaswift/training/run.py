@@ -1,0 +1,305 @@
+"""A training run from settings to checkpoint; the order of its parts is the order of this file."""
+
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megaswift.checkpoint.resume import check_identity, find_checkpoint, load_checkpoint
+from megaswift.checkpoint.store import Checkpoint, Store
+from megaswift.config.rules import ResolvedRun, resolve
+from megaswift.config.run import RunConfig
+from megaswift.converters.adapters import load_peft
+from megaswift.converters.load import load_weights
+from megaswift.converters.peft_folder import PeftAdapter, read_adapter
+from megaswift.launch.governor import Governor
+from megaswift.launch.heartbeat import Heartbeat, empty_folder
+from megaswift.launch.join import this_rank
+from megaswift.launch.slurm import job_end
+from megaswift.logs import get_logger, setup_logging
+from megaswift.mcore import process_groups
+from megaswift.metadata.meta import ModelMeta
+from megaswift.metadata.read import get_model_meta
+from megaswift.models.build import build_model
+from megaswift.models.lora import apply_lora
+from megaswift.parallel.agreement import agree, agree_on_first, alike
+from megaswift.parallel.layout import Layout
+from megaswift.platforms.platform import Platform, init_distributed, select_platform
+from megaswift.tasks.catalogue import TASKS
+from megaswift.training.callbacks import Evaluate, Log, Save
+from megaswift.training.engine import Engine
+from megaswift.training.feed import TrainFeed, ValidationFeed
+from megaswift.training.loop import Callback, Progress, train_loop
+from megaswift.training.optimizer import build_optimizer, shards_optimizer, wrap_chunks
+from megaswift.training.reporters import JsonLines, PlainLines, ProgressBar, Reporter, TensorBoard
+from megaswift.training.schedule import build_schedule
+from megaswift.training.setup import (
+    TOKENISED,
+    Saver,
+    Sets,
+    export_writers,
+    identity_of,
+    load_sets,
+    measurer,
+    share_folder,
+)
+from megaswift.training.signals import Interrupt
+from megaswift.training.wall_time import WallTime
+
+logger = get_logger(__name__)
+
+# One rank tokenises, or reads a large model from a slow disk, while the others wait.
+PATIENCE = timedelta(hours=24)
+HEARTBEATS = "heartbeat"  # below the run's folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """How a run ended; the same on every rank."""
+
+    output_dir: Path
+    step: int
+    total_steps: int
+    checkpoint: Path | None  # the newest complete one
+    interrupted: bool  # told to stop before its last step
+
+
+def train(run: RunConfig) -> RunSummary:
+    """Train as one rank of the world that this process belongs to, or alone; every rank calls it.
+
+    Raises UserError, on the rank that found it; others then leave with its exit code.
+    """
+    here = this_rank(os.environ)
+    platform = select_platform(run.launch.platform, local_rank=here.local_rank)
+    setup_logging(rank=here.rank, verbose=run.logging.verbose)
+    init_distributed(
+        platform,
+        rank=here.rank,
+        world_size=here.world_size,
+        master=here.master,
+        timeout_min=run.parallel.ddp_timeout_min,
+    )
+    summary = train_in_world(run, platform)
+    # Not after a failure: leaving a group is a collective for some back ends, and a failed rank enters none.
+    process_groups.destroy()
+    dist.destroy_process_group()
+    return summary
+
+
+def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
+    """Train as one rank of the world of torch.distributed; every rank calls it. Raises UserError."""
+    patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+    meta, resolved = agree(lambda: _resolve(run, platform), group=patient)
+    asked, run, layout = run, resolved.config, resolved.layout
+    adapter = alike(lambda: read_adapter(run.tuner.adapters[0], meta)) if run.tuner.adapters else None
+    if adapter is not None:
+        run = replace(run, tuner=adapter.adopt(run.tuner, meta))
+    for note in resolved.notes:
+        logger.info("%s", note)
+    process_groups.initialise(layout, seed=run.training.seed, timeout_min=run.parallel.ddp_timeout_min)
+
+    output_dir = Path(run.checkpoint.output_dir)
+    share_folder(output_dir)
+    store = Store(output_dir)
+    checkpoint = agree_on_first(lambda: _checkpoint_to_resume(store, run, meta))
+    sets = load_sets(run, meta, layout, output_dir=output_dir, group=patient)
+
+    chunks = _model(run, meta, layout, platform, adapter=adapter, checkpoint=checkpoint, group=patient)
+    wrapped = wrap_chunks(chunks, run)
+    optimizer = build_optimizer(wrapped, run)
+    start = _progress(checkpoint)
+    total_steps = _total_steps(run, sets, start)
+    schedule = alike(lambda: build_schedule(optimizer, run.optimizer, total_steps=total_steps))
+    agree_on_first(lambda: empty_folder(output_dir / HEARTBEATS))
+    heartbeat = Heartbeat(
+        output_dir / HEARTBEATS,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        patience_s=run.launch.hang_timeout_seconds or 0.0,
+    )
+    forward_step = heartbeat.during("a forward pass", TASKS[run.task])
+    engine = Engine(wrapped, optimizer, schedule, forward_step, measure=measurer(run, meta, sets.lengths))
+    if checkpoint is not None:
+        load_checkpoint(checkpoint, chunks=chunks, optimizer=optimizer, layout=layout)
+        schedule.step(start.updates)
+        logger.info("resumed from %s at step %d", checkpoint.folder, start.step)
+
+    dp_rank = parallel_state.get_data_parallel_rank()
+    feed = TrainFeed(sets.train, dp_rank=dp_rank, dp=layout.dp, ahead=run.data.dataloader_num_workers > 0)
+    reporters = _reporters(run, output_dir, start=start, total_steps=total_steps)
+    dtype = asked.model.torch_dtype or meta.dtype
+    saver = Saver(
+        run=run,
+        meta=meta,
+        layout=layout,
+        store=store,
+        engine=engine,
+        writers=export_writers(run, meta, layout, chunks, dtype=dtype),
+    )
+    callbacks: list[Callback] = [
+        Log(
+            feed,
+            reporters,
+            every=run.logging.logging_steps,
+            device=platform.device,
+            with_samples=run.logging.verbose,
+        )
+    ]
+    if sets.val is not None:
+        validation = ValidationFeed(sets.val, dp_rank=dp_rank, dp=layout.dp, limit=run.logging.eval_iters)
+        every = run.logging.eval_steps or run.checkpoint.save_steps
+        callbacks.append(Evaluate(engine, feed, validation, reporters, every=every))
+    interrupt = Interrupt()
+    # One rank watches the clock: its word reaches the others with the step's totals.
+    end = job_end(os.environ) if dist.get_rank() == 0 else None
+    every_steps = run.checkpoint.save_steps if run.checkpoint.save_strategy == "steps" else None
+    wall_time = WallTime(
+        interrupt,
+        Governor(start=time.time(), end=end),
+        step=start.step,
+        save_every=every_steps,
+        validate_every=run.logging.eval_steps if sets.val is not None else None,
+        clock=time.time,
+    )
+    callbacks.append(
+        Save(
+            feed,
+            wall_time.timed(saver),
+            every_steps=every_steps,
+            every_epoch=run.checkpoint.save_strategy == "epoch",
+            stop_after_first=run.checkpoint.exit_after_save,
+        )
+    )
+    callbacks.append(wall_time)
+    _announce(meta, layout, run, start=start, total_steps=total_steps)
+    with interrupt, heartbeat:
+        progress = train_loop(
+            engine,
+            feed,
+            start=start,
+            total_steps=total_steps,
+            callbacks=callbacks,
+            interrupt=wall_time,
+            pulse=heartbeat,
+        )
+    for reporter in reporters:
+        reporter.close()
+    return _summary(store, progress, total_steps)
+
+
+def _resolve(run: RunConfig, platform: Platform) -> tuple[ModelMeta, ResolvedRun]:
+    assert run.model.model is not None, "checked by config/rules.py"
+    meta = get_model_meta(
+        run.model.model,
+        revision=run.model.model_revision,
+        use_hf=run.model.use_hf,
+        trust_remote_code=run.model.trust_remote_code,
+    )
+    return meta, resolve(run, meta, dist.get_world_size(), platform.name)
+
+
+def _checkpoint_to_resume(store: Store, run: RunConfig, meta: ModelMeta) -> Checkpoint | None:
+    store.clean()
+    checkpoint = find_checkpoint(store, run.checkpoint.resume)
+    if checkpoint is not None:
+        check_identity(checkpoint, identity_of(run, meta))
+    return checkpoint
+
+
+def _model(
+    run: RunConfig,
+    meta: ModelMeta,
+    layout: Layout,
+    platform: Platform,
+    *,
+    adapter: PeftAdapter | None,
+    checkpoint: Checkpoint | None,
+    group: Any,
+) -> list[Any]:
+    chunks, rank = alike(lambda: build_model(meta, run, layout, platform)), dist.get_rank()
+    adapted = run.tuner.tuner_type == "lora"
+    if adapted:
+        ranks = adapter.ranks(meta) if adapter else None
+        alike(lambda: apply_lora(chunks, run.tuner, meta, seed=run.training.seed, ranks=ranks))
+    if not run.model.random_init and (checkpoint is None or adapted):
+        agree(lambda: load_weights(chunks, meta, layout, rank, Path(str(meta.folder))), group=group)
+    if adapter is not None and checkpoint is None:
+        agree(lambda: load_peft(chunks, meta, layout, rank, adapter), group=group)
+    return list(chunks)
+
+
+def _progress(checkpoint: Checkpoint | None) -> Progress:
+    if checkpoint is None:
+        return Progress()
+    done = checkpoint.manifest
+    return Progress(step=done.step, updates=done.updates, consumed_samples=done.consumed_samples)
+
+
+def _total_steps(run: RunConfig, sets: Sets, start: Progress) -> int:
+    """Return the steps of the whole run: --train_iters, or what is left of the epochs after `start`."""
+    if run.training.train_iters is not None:
+        return run.training.train_iters
+    epochs = 1.0 if run.training.num_train_epochs is None else run.training.num_train_epochs
+    size = sets.train.settings.global_batch_size
+    whole = sets.train.num_steps(epochs)
+    # The global batch may have changed since the checkpoint: count on from the samples that it has seen.
+    return start.step + max(0, whole - start.consumed_samples // size)
+
+
+def _reporters(run: RunConfig, output_dir: Path, *, start: Progress, total_steps: int) -> list[Reporter]:
+    if dist.get_rank() != 0:
+        return []
+    reporters: list[Reporter] = [JsonLines(output_dir, resumed_step=start.step)]
+    if "tensorboard" in run.logging.report_to:
+        folder = Path(run.logging.tensorboard_dir or output_dir / "runs")
+        reporters.append(TensorBoard(folder, resumed_step=start.step))
+    if sys.stderr.isatty():
+        reporters.append(ProgressBar(total_steps=total_steps, start=start.step))
+    else:
+        reporters.append(PlainLines(total_steps=total_steps))
+    return reporters
+
+
+def _announce(meta: ModelMeta, layout: Layout, run: RunConfig, *, start: Progress, total_steps: int) -> None:
+    axes = {
+        "dp": layout.dp,
+        "tp": layout.tp,
+        "pp": layout.pp,
+        "vpp": layout.vpp,
+        "ep": layout.ep,
+        "etp": layout.etp,
+    }
+    named = " ".join(f"{name}={size}" for name, size in axes.items() if size > 1) or "one rank"
+    logger.info(
+        "training %s, %s, %s, %s: steps %d to %d of %s samples",
+        meta.model_type,
+        run.tuner.tuner_type,
+        run.model.torch_dtype,
+        named + (", distributed optimizer" if shards_optimizer(run) and layout.dp > 1 else ""),
+        start.step + 1,
+        total_steps,
+        run.training.global_batch_size,
+    )
+
+
+def _summary(store: Store, progress: Progress, total_steps: int) -> RunSummary:
+    def finish() -> RunSummary:
+        for folder in (TOKENISED, HEARTBEATS):
+            shutil.rmtree(store.output_dir / folder, ignore_errors=True)
+        newest = store.latest_complete()
+        return RunSummary(
+            output_dir=store.output_dir,
+            step=progress.step,
+            total_steps=total_steps,
+            checkpoint=newest.folder if newest else None,
+            interrupted=progress.step < total_steps,
+        )
+
+    return agree_on_first(finish)

@@ -1,0 +1,226 @@
+"""The parts of a run, made in order: folder, data, model, and what is saved of them."""
+
+import platform as python_platform
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megaswift.checkpoint.save import Writer, save_checkpoint
+from megaswift.checkpoint.state import loss_scale, model_tensors, optimizer_tensors, random_states
+from megaswift.checkpoint.store import Checkpoint, Manifest, Store
+from megaswift.config.dump import dump_run
+from megaswift.config.run import RunConfig
+from megaswift.converters.adapters import save_peft
+from megaswift.converters.export import export_hf
+from megaswift.data.batches import BatchSettings, MicroBatch, TrainData, ValidationData
+from megaswift.data.encode import EncodedSet
+from megaswift.data.load import load_data
+from megaswift.data.tokenizer import load_tokenizer
+from megaswift.errors import CheckpointError
+from megaswift.logs import get_logger
+from megaswift.metadata.meta import ModelMeta
+from megaswift.models.lora import resolve_targets
+from megaswift.parallel.agreement import agree, agree_on_first
+from megaswift.parallel.layout import Layout
+from megaswift.training.engine import Engine
+from megaswift.training.flops import step_cost
+from megaswift.training.loop import Progress
+
+logger = get_logger(__name__)
+
+TOKENISED = ".tokenised"  # where rank 0 leaves the token ids for the ranks beside it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sets:
+    """The training stream and the validation set."""
+
+    train: TrainData
+    val: ValidationData | None
+    lengths: np.ndarray  # tokens of every training entry
+
+
+def share_folder(output_dir: Path) -> None:
+    """Create the folder and check that every rank sees what rank 0 writes there; every rank calls it."""
+
+    def leave_mark() -> Path:
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            mark = output_dir / f".seen-{uuid.uuid4().hex}"
+            mark.touch()
+        except OSError as error:
+            raise CheckpointError(
+                f"output_dir={output_dir} cannot be written: {error.strerror}. Choose a folder that can."
+            ) from error
+        return mark
+
+    def look(mark: Path) -> None:
+        if not mark.exists():
+            raise CheckpointError(
+                f"output_dir={output_dir} is not shared: rank {dist.get_rank()} does not see what rank 0 writes there. "
+                "Choose a folder on a file system that all nodes mount."
+            )
+
+    mark = agree_on_first(leave_mark)
+    agree(lambda: look(mark))
+    if dist.get_rank() == 0:
+        mark.unlink()
+
+
+def load_sets(run: RunConfig, meta: ModelMeta, layout: Layout, *, output_dir: Path, group: Any) -> Sets:
+    """Tokenise on rank 0 alone and open the result on every rank; every rank calls it, waiting in the patient `group`."""
+    assert meta.folder is not None and run.training.global_batch_size is not None, "resolved"
+    folder = output_dir / TOKENISED
+    tokenizer = agree(lambda: load_tokenizer(str(meta.folder), trust_remote_code=run.model.trust_remote_code))
+
+    def encode() -> bool:
+        data = load_data(
+            run.data,
+            tokenizer,
+            max_length=run.data.max_length,
+            seed=run.training.seed,
+            use_hf=run.model.use_hf,
+            stop_ids=meta.eos_token_ids,
+        )
+        data.train.save(folder / "train")
+        if data.val is not None:
+            data.val.save(folder / "val")
+        return data.val is not None
+
+    has_val = agree_on_first(encode, group=group)
+    settings = BatchSettings(
+        global_batch_size=run.training.global_batch_size,
+        micro_batch_size=run.training.micro_batch_size,
+        packing=run.data.packing,
+        packing_length=run.data.packing_length,
+        padding_free=run.data.padding_free,
+        shuffle=run.data.dataset_shuffle,
+        seed=run.training.seed if run.data.data_seed is None else run.data.data_seed,
+        pad_to_multiple=layout.tp if layout.sequence_parallel else 1,
+    )
+    pad_id = next(
+        (token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0
+    )
+
+    def open_sets() -> Sets:
+        train = EncodedSet.load(folder / "train")
+        val = ValidationData(EncodedSet.load(folder / "val"), settings, pad_id=pad_id) if has_val else None
+        return Sets(train=TrainData(train, settings, pad_id=pad_id), val=val, lengths=train.lengths)
+
+    return agree(open_sets)
+
+
+def measurer(
+    run: RunConfig, meta: ModelMeta, lengths: np.ndarray
+) -> Callable[[MicroBatch], tuple[int, float]]:
+    """Return what tells the tokens of a micro batch, padding left out, and its model FLOPs."""
+    cost = step_cost(meta, run.tuner)
+
+    def measure(batch: MicroBatch) -> tuple[int, float]:
+        own = [int(length) for length in lengths[list(batch.sample_ids)]]
+        return sum(own), cost.of(lengths=own, loss_tokens=int((batch.loss_mask != 0).sum()))
+
+    return measure
+
+
+def identity_of(run: RunConfig, meta: ModelMeta) -> dict[str, Any]:
+    """Return what a run must have in common with the checkpoint that it resumes from."""
+    tuner = run.tuner
+    adapters = {
+        "lora_rank": tuner.lora_rank,
+        "lora_alpha": tuner.lora_alpha,
+        "use_rslora": tuner.use_rslora,
+        "target_modules": list(resolve_targets(tuner.target_modules)),
+    }
+    return {
+        "model_type": meta.model_type,
+        "num_layers": meta.num_layers,
+        "hidden_size": meta.hidden_size,
+        "vocab_size": meta.vocab_size,
+        "torch_dtype": run.model.torch_dtype,
+        "optimizer": run.optimizer.optimizer,
+        "tuner_type": tuner.tuner_type,
+        **(adapters if tuner.tuner_type == "lora" else {}),
+    }
+
+
+def export_writers(
+    run: RunConfig, meta: ModelMeta, layout: Layout, chunks: list[Any], *, dtype: str
+) -> dict[str, Writer]:
+    """Return what writes the exports of a checkpoint: "hf" or "adapter", and "merged" where asked."""
+    if not run.checkpoint.save_safetensors:
+        return {}
+    rank, size = dist.get_rank(), run.checkpoint.max_shard_size
+
+    def model(folder: Path, *, merge_lora: bool = False) -> None:
+        export_hf(chunks, meta, layout, rank, folder, dtype=dtype, max_shard_size=size, merge_lora=merge_lora)
+
+    def adapter(folder: Path) -> None:
+        base = run.model.model
+        save_peft(chunks, meta, layout, rank, folder, tuner=run.tuner, dtype=dtype, base_model=base)
+
+    if run.tuner.tuner_type == "full":
+        return {"hf": model}
+    return {
+        "adapter": adapter,
+        **({"merged": partial(model, merge_lora=True)} if run.tuner.merge_lora else {}),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saver:
+    """Everything that a save needs to know; called with the progress, on every rank."""
+
+    run: RunConfig
+    meta: ModelMeta
+    layout: Layout
+    store: Store
+    engine: Engine
+    writers: dict[str, Writer]
+
+    def __call__(self, progress: Progress) -> Checkpoint:
+        """Save the run as it is after `progress`; raises CheckpointError."""
+        settings, engine, began = self.run.checkpoint, self.engine, perf_counter()
+        with engine.settled_parameters():
+            tensors = {}
+            if settings.save_optim or not self.writers:
+                tensors = model_tensors([chunk.module for chunk in engine.chunks])
+            if settings.save_optim:
+                tensors |= {**optimizer_tensors(engine.optimizer, tensors), **random_states()}
+            checkpoint = save_checkpoint(
+                self.store,
+                self._manifest(progress),
+                tensors=tensors,
+                writers=self.writers,
+                texts={"run.yaml": dump_run(self.run)},
+                keep=settings.save_total_limit,
+            )
+        size = sum(checkpoint.manifest.files.values()) / 1e6
+        logger.info("saved %s: %.1f MB in %.1f s", checkpoint.folder, size, perf_counter() - began)
+        return checkpoint
+
+    def _manifest(self, progress: Progress) -> Manifest:
+        return Manifest(
+            **asdict(progress),
+            resumable=self.run.checkpoint.save_optim,
+            layout=asdict(self.layout),
+            identity=identity_of(self.run, self.meta),
+            seed=self.run.training.seed,
+            versions=versions(),
+            loss_scale=loss_scale(self.engine.optimizer),
+        )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a checkpoint was written with."""
+    found = {name: version(name) for name in ("megaswift", "megatron-core", "transformers")}
+    return {"python": python_platform.python_version(), "torch": torch.__version__, **found}

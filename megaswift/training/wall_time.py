@@ -1,0 +1,70 @@
+"""The end of a job's time as one more reason to save and stop."""
+
+from collections.abc import Callable
+
+from megaswift.launch.governor import Governor
+from megaswift.logs import get_logger
+from megaswift.training.loop import Progress, Step, StopAsked
+
+logger = get_logger(__name__)
+
+
+class WallTime:
+    """Measures steps and saves, and asks for the stop when one more step could be too many; the last of the callbacks."""
+
+    def __init__(
+        self,
+        signals: StopAsked,
+        governor: Governor,
+        *,
+        step: int,
+        save_every: int | None,
+        validate_every: int | None,
+        clock: Callable[[], float],
+    ) -> None:
+        """`signals` are the other reasons to stop; the run is at `step`; `clock` gives seconds since the epoch."""
+        self._signals, self._governor, self._clock = signals, governor, clock
+        self._step, self._save_every, self._validate_every = step, save_every, validate_every
+        self._mark = governor.start
+        self._saving_s = 0.0
+        self._told = False
+
+    @property
+    def seen(self) -> bool:
+        """Whether this rank was told to stop, or its job ends soon; asked before each step."""
+        late = self._governor.must_stop(
+            self._clock(),
+            save_due=_is_due(self._step + 1, self._save_every),
+            validation_due=_is_due(self._step + 1, self._validate_every),
+        )
+        if late and not self._told:
+            seconds = self._governor.save_s()
+            logger.warning("the job's time ends soon (%.0f s are set aside for saving): stopping after this step", seconds)
+            self._told = True
+        return late or self._signals.seen
+
+    def timed(self, save: Callable[[Progress], object]) -> Callable[[Progress], None]:
+        """Return `save`, measured."""
+
+        def measured(progress: Progress) -> None:
+            began = self._clock()
+            save(progress)
+            self._saving_s = self._clock() - began
+            self._governor = self._governor.after_save(self._saving_s)
+
+        return measured
+
+    def after_step(self, step: Step) -> bool:
+        """Measure a step with all that came with it, but for the save."""
+        now = self._clock()
+        seconds = now - self._mark - self._saving_s
+        if _is_due(step.progress.step, self._validate_every):
+            self._governor = self._governor.after_validation(seconds)
+        else:
+            self._governor = self._governor.after_step(seconds)
+        self._mark, self._saving_s, self._step = now, 0.0, step.progress.step
+        return False
+
+
+def _is_due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
