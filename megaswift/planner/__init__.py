@@ -1,0 +1,1 @@
+"""Memory model, time model and the search over layouts; no torch."""

@@ -1,0 +1,121 @@
+"""From settings of a run to a job and a search space: what the user fixed, and what is left to choose."""
+
+from dataclasses import dataclass
+
+from megaswift.config.run import RunConfig
+from megaswift.errors import ConfigError
+from megaswift.metadata.meta import ModelMeta
+from megaswift.planner.job import Job, job_of
+from megaswift.planner.machine import Device, Machine
+from megaswift.planner.search import Space
+from megaswift.planner.software import Software
+from megaswift.planner.work import CAST
+
+# flag of `megaswift sft` -> axis of the search
+AXIS_OF = {
+    "tensor_model_parallel_size": "tp",
+    "pipeline_model_parallel_size": "pp",
+    "virtual_pipeline_model_parallel_size": "vpp",
+    "context_parallel_size": "cp",
+    "expert_model_parallel_size": "ep",
+    "expert_tensor_parallel_size": "etp",
+    "micro_batch_size": "micro_batch",
+    "recompute_granularity": "recompute",
+    "cp_comm_type": "cp_comm",
+}
+USUAL_BATCH = 16  # config/training.py: global_batch_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What the planner is asked, and what was assumed because nobody said it."""
+
+    job: Job
+    space: Space
+    assumed: tuple[str, ...]
+
+
+def ask(
+    run: RunConfig,
+    meta: ModelMeta,
+    machine: Machine,
+    *,
+    given: frozenset[str],
+    precision: str,
+    document_len: int | None,
+    offload: bool,
+) -> Question:
+    """Return the question that a run poses; `given` are the flags that the user wrote. Raises ConfigError."""
+    assumed = []
+    seq_len = run.data.packing_length or run.data.max_length
+    if seq_len is None:
+        seq_len = meta.max_length
+        assumed.append(f"max_length={seq_len}: the model's context length")
+    if seq_len < 1:
+        raise ConfigError(f"max_length={seq_len} is not a length. Give 1 or more.")
+    batch = run.training.global_batch_size
+    if batch is None:
+        batch = max(USUAL_BATCH, machine.num_devices)
+        assumed.append(f"global_batch_size={batch}")
+    if batch < 1:
+        raise ConfigError(f"global_batch_size={batch} is not a size. Give 1 or more.")
+    if document_len is None and run.data.packing:
+        assumed.append("every pack holds one sample (--document_length says otherwise)")
+    job = job_of(
+        meta,
+        seq_len=seq_len,
+        global_batch=batch,
+        trained=run.tuner.tuner_type,
+        lora_rank=run.tuner.lora_rank,
+        document_len=document_len,
+    )
+    fixed = _fixed(run, given)
+    if "cp_comm" in fixed and fixed["cp_comm"] == "auto":
+        del fixed["cp_comm"]
+    space = Space(precisions=_precisions(machine.device, precision), offload=offload, fixed=fixed)
+    return Question(job=job, space=space, assumed=tuple(assumed))
+
+
+def _fixed(run: RunConfig, given: frozenset[str]) -> dict[str, object]:
+    parallel, training = run.parallel, run.training
+    values: dict[str, object] = {
+        "tp": parallel.tp,
+        "pp": parallel.pp,
+        "vpp": parallel.vpp or 1,
+        "cp": parallel.cp,
+        "ep": parallel.ep,
+        "etp": parallel.etp or 1,
+        "micro_batch": training.micro_batch_size,
+        "recompute": training.recompute_granularity,
+        "cp_comm": parallel.cp_comm_type,
+    }
+    return {AXIS_OF[flag]: values[AXIS_OF[flag]] for flag in given & AXIS_OF.keys()}
+
+
+def _precisions(device: Device, asked: str) -> tuple[str, ...]:
+    """Return the precisions to search: 16 bits where the device has them, all of them for "best"."""
+    plain = next(
+        name
+        for name in ("bf16", "fp16", "fp32")
+        if (name in device.peak_flops and device.generation != "cpu") or name == "fp32"
+    )
+    if asked == "auto":
+        return (plain,)
+    if asked == "best":
+        return (plain, *(name for name in CAST if name in device.peak_flops))
+    device.peak(asked)
+    return (asked,)
+
+
+def software_on(device: Device) -> Software:
+    """Return the software of a run on a device: fused kernels on GPUs, plain torch on a CPU."""
+    if device.generation != "cpu":
+        return Software()
+    return Software(
+        fused_norm=False,
+        fused_elementwise=False,
+        wgrad_fusion=False,
+        overlap_data=False,
+        tensor_engine=False,
+        loss_bytes=4.0,
+    )

@@ -1,0 +1,254 @@
+"""Memory of one rank by component, for every pipeline stage.
+
+Letters: T tokens of a micro batch on this rank, D hidden, F ffn, H heads, G kv groups, K head size, V vocabulary,
+R tokens routed to this rank's experts. What a layer keeps for its backward pass is counted from the tensors that the
+modules of Megatron-Core 0.16.1 save; activations are bf16 unless said.
+"""
+
+from dataclasses import dataclass
+
+from megaswift.planner.calibration import MEMORY, MemoryConstants
+from megaswift.planner.job import Candidate, Job
+from megaswift.planner.machine import GIB
+from megaswift.planner.parts import LayerKind
+from megaswift.planner.software import Software
+from megaswift.planner.stages import Stage, StageParams, in_flight, stage_params
+
+HALF = 2  # bytes of a bf16 element
+WIDE = 4  # of an fp32 element
+MASTER = 12  # fp32 master weight and two Adam moments
+# Bytes an element that FP8 recipes keep beside the bf16 weight: both orientations (Transformer Engine, linear modules).
+WEIGHT_COPIES = {"fp8": 2.0, "mxfp8": 2.0, "nvfp4": 1.125}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on the fullest rank of one stage, by component."""
+
+    stage: int
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    expert_tokens: float  # activations of routed tokens
+    logits: float
+    buffers: float  # gradient placeholders, gathered sequences, gradients of the layer in work
+    slack: float  # allocator rounding and fragmentation
+    context: float  # outside the allocator
+
+    @property
+    def allocated(self) -> float:
+        """Bytes in tensors at the peak."""
+        states = self.weights + self.gradients + self.optimizer
+        return states + self.activations + self.expert_tokens + self.logits + self.buffers
+
+    @property
+    def total(self) -> float:
+        """Bytes of device memory."""
+        return self.allocated + self.slack + self.context
+
+
+def memory_of(
+    job: Job, candidate: Candidate, stage: Stage, *, software: Software, constants: MemoryConstants = MEMORY
+) -> Memory:
+    """Return the memory of one pipeline stage's fullest rank."""
+    layers = tuple(saved(job, candidate, kind, software, constants) for kind in job.parts.kinds)
+    params = stage_params(job, candidate.layout, stage)
+    return add_up(job, candidate, stage, layers, params, software=software, constants=constants)
+
+
+def add_up(
+    job: Job,
+    candidate: Candidate,
+    stage: Stage,
+    layers: tuple["Saved", ...],
+    params: StageParams,
+    *,
+    software: Software,
+    constants: MemoryConstants,
+) -> Memory:
+    """Return the memory of a stage from what a layer of every kind keeps and from the stage's parameters."""
+    weights, gradients, optimizer = _states(job, candidate, stage, params, software)
+    flight = in_flight(candidate.layout, stage.index, candidate.micro_batches(job))
+    repeated = recomputed_share(candidate, stage)
+    layer_input = HALF * candidate.tokens(job) * job.meta.hidden_size / candidate.sequence_shards
+    activations = routed = in_work = work = 0.0
+    for kind, count in stage.kinds:
+        one = layers[kind]
+        activations += flight * count * (one.dense * (1 - repeated) + layer_input * repeated)
+        routed += flight * count * one.routed * (1 - repeated)
+        in_work = max(in_work, one.dense + one.routed)
+        work = max(work, one.workspace)
+    work += in_work if repeated else 0.0
+    logits, buffers = 0.0, _placeholders(job, candidate, stage, software)
+    head_logits, head_buffers = _head(job, candidate, software) if stage.last else (0.0, 0.0)
+    if head_logits + head_buffers > work:
+        logits, buffers = head_logits, buffers + head_buffers
+    else:
+        buffers += work
+    moving = activations + routed + logits + buffers
+    scattered = activations + routed if flight > 1 and not software.expandable_segments else 0.0
+    return Memory(
+        stage=stage.index,
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=activations,
+        expert_tokens=routed,
+        logits=logits,
+        buffers=buffers,
+        slack=constants.rounding * moving + constants.fragmentation * scattered,
+        context=constants.context_gib * GIB,
+    )
+
+
+def recomputed_share(candidate: Candidate, stage: Stage) -> float:
+    """Return the share of a stage's layers that keep their input only."""
+    if candidate.recompute != "full":
+        return 0.0
+    if candidate.recompute_layers is None:
+        return 1.0
+    return min(1.0, candidate.recompute_layers / max(1, stage.layers))
+
+
+def _states(
+    job: Job, candidate: Candidate, stage: Stage, params: StageParams, software: Software
+) -> tuple[float, float, float]:
+    """Return the bytes of weights, gradients and optimizer state."""
+    layout = candidate.layout
+    shards, expert_shards = layout.dp * layout.cp, max(1, layout.edp)
+    size = WIDE if candidate.precision == "fp32" else HALF
+    copies = WEIGHT_COPIES.get(candidate.precision, 0.0) * (params.linear + params.experts)
+    if job.frozen:
+        trained = params.adapters
+        return (
+            size * (params.base + trained) + copies,
+            software.gradient_bytes * trained,
+            MASTER * trained / shards,
+        )
+    own = params.dense / shards + params.experts / expert_shards
+    if candidate.fully_sharded:
+        # Gathered: embedding and head, and three layers around the one in work; the whole stage while a pipeline runs.
+        ends = params.dense - params.linear
+        layers = (params.linear + params.experts) * min(1.0, 3 / max(1, stage.layers))
+        return size * (params.base if layout.pp > 1 else ends + layers), WIDE * own, MASTER * own
+    state = 2 * WIDE if candidate.precision == "fp32" else MASTER  # fp32 weights are their own master
+    optimizer = 0.0 if candidate.offload_optimizer else state * own
+    return size * params.base + copies, software.gradient_bytes * params.base, optimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """Bytes that one layer keeps for its backward pass, and the most that its backward pass needs beside them."""
+
+    dense: float
+    routed: float
+    workspace: float
+
+
+def saved(
+    job: Job, candidate: Candidate, kind: LayerKind, software: Software, constants: MemoryConstants
+) -> Saved:
+    """Return what one layer of a kind keeps for one micro batch."""
+    meta, layout, shards = job.meta, candidate.layout, candidate.sequence_shards
+    size, hidden = candidate.tokens(job), job.meta.hidden_size
+    element = WIDE if candidate.precision == "fp32" else HALF
+    whole = 4.0 * element * hidden  # inputs of the two norms, and their outputs for the weight gradients
+    whole += 0 if software.fused_norm else 2 * constants.eager_norm_bytes * hidden
+    whole += 2 * hidden if software.dropout else 0  # one byte an element for each mask
+    attention = _attention_bytes(job, element, software, constants)
+    gates = 2 if meta.gated_mlp else 1
+    dense_ffn = meta.ffn_hidden_size if kind.mlp else 0
+    ffn = dense_ffn + (meta.moe.shared_ffn_hidden_size if meta.moe and kind.is_moe else 0)
+    extra = 0 if software.fused_elementwise else gates - 1  # the activated gate, beside gate, up and product
+    mlp = element * (gates + 1 + extra) * ffn
+    if candidate.recompute == "selective" and not kind.is_moe:
+        mlp = 0
+    if candidate.recompute == "alternate":
+        # The layer's input, the output of attention, and every second product: q, v, the first half of fc1, fc2.
+        query, _, value, _ = _head_widths(job)
+        whole, attention, mlp = 2 * element * hidden, element * (2 * query + value), element * dense_ffn
+    routed, router, work = _routed_bytes(job, candidate, kind, gates)
+    work = work or element * (2 * gates + 1) * dense_ffn / layout.tp
+    gathered = 2 * element * hidden if shards > 1 else 0.0
+    return Saved(
+        dense=size * (whole / shards + (attention + mlp) / layout.tp + router),
+        routed=routed,
+        workspace=size * (work + gathered + 2 * element * hidden / shards),
+    )
+
+
+def _attention_bytes(job: Job, element: int, software: Software, constants: MemoryConstants) -> float:
+    """Return what attention keeps of one token, over all heads: q, k, v, the output, and scores where they exist."""
+    meta = job.meta
+    query, key, value, kept = _head_widths(job)
+    width = element * (query + kept + value)
+    width += element * (query + key) if meta.qk_norm else 0
+    if software.attention.startswith("flash"):
+        return width + WIDE * meta.num_heads  # the log-sum-exp
+    per_score = constants.scores_bytes if software.attention == "scores" else constants.scores_fused_bytes
+    per_score += 3 if software.dropout else 0  # the mask, and the probabilities after it
+    return width + per_score * meta.num_heads * job.seq_len
+
+
+def _head_widths(job: Job) -> tuple[int, int, int, int]:
+    """Return the widths over all heads of q, of k, of the output, and of what is kept of k and v."""
+    meta = job.meta
+    if meta.mla is not None:
+        query = meta.num_heads * (meta.mla.nope_head_dim + meta.mla.rope_head_dim)
+        value = meta.num_heads * meta.mla.v_head_dim
+        # v is a view of the up-projection, which therefore stays whole; k is a copy with the rotary part.
+        return query, query, value, query + meta.num_heads * meta.mla.nope_head_dim + value
+    query, key = meta.num_heads * meta.head_dim, meta.num_kv_heads * meta.head_dim
+    return query, key, query, 2 * key
+
+
+def _routed_bytes(job: Job, candidate: Candidate, kind: LayerKind, gates: int) -> tuple[float, float, float]:
+    """Return what a layer keeps of routed tokens, what its router keeps of a token, and its workspace of a token."""
+    moe = job.meta.moe
+    if not kind.is_moe or moe is None:
+        return 0.0, 0.0, 0.0
+    hidden, ffn = job.meta.hidden_size, moe.ffn_hidden_size / candidate.layout.etp
+    rows = candidate.routed_tokens(job)
+    activated = 0.0 if candidate.recompute == "selective" and not job.frozen else ffn
+    routed = HALF * rows * (hidden + gates * ffn + activated)
+    router = (
+        3 * WIDE * moe.num_experts / candidate.sequence_shards
+    )  # fp32 logits, probabilities and their gradient
+    return routed, router, HALF * rows / candidate.tokens(job) * ((gates + 1) * ffn + 2 * hidden)
+
+
+def _placeholders(job: Job, candidate: Candidate, stage: Stage, software: Software) -> float:
+    """Return the bytes of the dummy weight gradients that Transformer Engine keeps, one of every shape.
+
+    transformer_engine/pytorch/module/base.py, get_dummy_wgrad; only where the GEMM accumulates into the buffer.
+    """
+    if not (software.wgrad_fusion and software.tensor_engine) or job.frozen:
+        return 0.0
+    shapes = 0.0
+    for index, _ in stage.kinds:
+        kind = job.parts.kinds[index]
+        one = (kind.attention + kind.mlp + kind.shared_experts) / candidate.layout.tp
+        if kind.is_moe and job.meta.moe is not None:
+            one += kind.experts / job.meta.moe.num_experts / candidate.layout.etp
+        shapes = max(shapes, one)
+    return HALF * shapes
+
+
+def _head(job: Job, candidate: Candidate, software: Software) -> tuple[float, float]:
+    """Return the bytes of logits, and of buffers beside them, when the output layer is at its fullest.
+
+    Forward: the logits and the copy that becomes the softmax (megatron/core/fusions/fused_cross_entropy.py); backward:
+    bf16 logits and gradient beside the placeholder of the weight gradient and the gathered input.
+    """
+    vocab, hidden = job.meta.vocab_size / candidate.layout.tp, job.meta.hidden_size
+    size, weight = candidate.tokens(job), hidden * vocab
+    if software.loss_tokens is not None:
+        # In pieces (kernels/linear_cross_entropy): the fp32 sum of the weight's gradient, its copy, the input's gradient.
+        logits = software.loss_bytes * min(size, software.loss_tokens) * vocab
+        return logits, HALF * size * hidden + (0.0 if job.frozen else (WIDE + HALF) * weight)
+    forward = software.loss_bytes * size * (job.meta.vocab_size if software.gathered_loss else vocab)
+    backward, beside = 2 * HALF * size * vocab, HALF * weight + 2 * HALF * hidden * size
+    if job.frozen or forward > backward + beside:
+        return forward, 0.0
+    return backward, beside

@@ -1,0 +1,268 @@
+"""The search: which layouts a job can have on a machine, which of them fit, and which is fastest."""
+
+import heapq
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from megaswift.parallel.layout import Layout, padded_kv_heads
+from megaswift.planner.costs import Costs
+from megaswift.planner.job import Candidate, Job, recompute_modules
+from megaswift.planner.machine import Machine
+from megaswift.planner.memory import MASTER
+from megaswift.planner.plan import Plan, memory_limit
+from megaswift.planner.software import Software
+from megaswift.planner.splits import pipeline_splits
+from megaswift.planner.stages import Stage
+from megaswift.planner.steptime import step_time
+
+MICRO_BATCHES = (1, 2, 4, 8)
+MOST_TENSOR = 16  # ranks of tp, also where a link domain is larger: GEMMs become too narrow
+SHORT_PIECE, SHORTEST_PIECE = (
+    4096,
+    512,
+)  # tokens of a sequence that one cp rank has: usually, and where nothing else is left
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """What may be chosen; an axis with a value in `fixed` has that one."""
+
+    precisions: tuple[str, ...] = ("bf16",)
+    context_parallel: bool = True
+    offload: bool = True  # optimizer state in host memory, tried only where nothing fits without it
+    fixed: dict[str, object] = field(default_factory=dict)
+
+    def allows(self, axis: str, value: object) -> bool:
+        """Say whether an axis may have a value."""
+        return axis not in self.fixed or self.fixed[axis] == value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a search found: plans that fit, best first, and for every value of every axis the best plan that has it."""
+
+    plans: tuple[Plan, ...]
+    by_axis: dict[tuple[str, object], Plan]
+    tried: int
+
+
+def axis_values(candidate: Candidate) -> dict[str, object]:
+    """Return the value of every axis of a candidate."""
+    layout = candidate.layout
+    return {
+        "tp": layout.tp,
+        "pp": layout.pp,
+        "vpp": layout.vpp,
+        "cp": layout.cp,
+        "cp_comm": candidate.cp_comm,
+        "ep": layout.ep,
+        "etp": layout.etp,
+        "dp": layout.dp,
+        "micro_batch": candidate.micro_batch,
+        "recompute": candidate.recompute,
+        "precision": candidate.precision,
+        "offload": candidate.offload_optimizer,
+    }
+
+
+def search(job: Job, machine: Machine, *, software: Software, space: Space, keep: int = 20) -> Found:
+    """Return the best plans that fit; `plans` is empty where nothing does.
+
+    Shorter pieces of sequences, then optimizer state in host memory, are tried only where nothing fits without them.
+    """
+    costs = Costs(job, machine, software)
+    found = _search(costs, space, piece=SHORT_PIECE, offload=False, keep=keep)
+    if not found.plans and space.context_parallel and job.seq_len > SHORTEST_PIECE:
+        found = _search(costs, space, piece=SHORTEST_PIECE, offload=False, keep=keep)
+    if not found.plans and space.offload and not job.frozen:
+        offloaded = _search(costs, space, piece=SHORT_PIECE, offload=True, keep=keep)
+        found = offloaded if offloaded.plans else found
+    return found
+
+
+def anything_fits(job: Job, machine: Machine, *, software: Software, space: Space) -> bool:
+    """Say whether a search would find a plan; stops at the first."""
+    costs = Costs(job, machine, software)
+    limit = memory_limit(machine)
+    least = space.fixed.get("recompute", "full")
+    for piece in (SHORT_PIECE, SHORTEST_PIECE) if space.context_parallel else (SHORT_PIECE,):
+        for offload in (False, True) if space.offload and not job.frozen else (False,):
+            for candidate, stages in _candidates(costs, space, piece, offload):
+                if costs.memory(replace(candidate, recompute=str(least)), stages).total <= limit:
+                    return True
+    return False
+
+
+def _search(costs: Costs, space: Space, *, piece: int, offload: bool, keep: int) -> Found:
+    best: list[tuple[float, int, Plan]] = []
+    by_axis: dict[tuple[str, object], Plan] = {}
+    tried = 0
+    for candidate, stages in _candidates(costs, space, piece, offload):
+        for plan in _lightest_recomputation(costs, candidate, stages, space):
+            tried += 1
+            for item in axis_values(plan.candidate).items():
+                if item not in by_axis or _better(plan, by_axis[item]):
+                    by_axis[item] = plan
+            if plan.fits:
+                heapq.heappush(best, (-plan.cost, -tried, plan))
+                if len(best) > keep:
+                    heapq.heappop(best)
+    plans = tuple(plan for _, _, plan in sorted(best, key=lambda entry: entry[:2], reverse=True))
+    return Found(plans=plans, by_axis=by_axis, tried=tried)
+
+
+def _better(one: Plan, other: Plan) -> bool:
+    """A plan that fits is better than one that does not; of two that fit the cheaper, otherwise the smaller."""
+    if one.fits != other.fits:
+        return one.fits
+    return one.cost < other.cost if one.fits else one.memory.total < other.memory.total
+
+
+def _lightest_recomputation(
+    costs: Costs, candidate: Candidate, stages: tuple[Stage, ...], space: Space
+) -> Iterator[Plan]:
+    """Yield the plan with the least recomputation that fits, and those with less that do not."""
+    limit, modules = memory_limit(costs.machine), recompute_modules(costs.job)
+    for recompute in ("none", "selective", "full"):
+        if not space.allows("recompute", recompute) or (recompute == "selective" and not modules):
+            continue
+        one = replace(candidate, recompute=recompute)
+        memory = costs.memory(one, stages)
+        fits = memory.total <= limit
+        if fits and recompute == "full" and candidate.layout.vpp == 1:
+            one = _fewest_layers(costs, one, stages, limit)
+            memory = costs.memory(one, stages)
+        yield Plan(candidate=one, memory=memory, time=step_time(costs, one, stages), fits=fits)
+        if fits:
+            return
+
+
+def _fewest_layers(costs: Costs, candidate: Candidate, stages: tuple[Stage, ...], limit: float) -> Candidate:
+    """Return full recomputation of as few layers of a stage as fit (Megatron's recompute_method "block")."""
+    low, high = 0, max(stage.layers for stage in stages)  # low does not fit, high does
+    while high - low > 1:
+        middle = (low + high) // 2
+        if costs.memory(replace(candidate, recompute_layers=middle), stages).total <= limit:
+            high = middle
+        else:
+            low = middle
+    return replace(candidate, recompute_layers=high)
+
+
+def _candidates(
+    costs: Costs, space: Space, piece: int, offload: bool
+) -> Iterator[tuple[Candidate, tuple[Stage, ...]]]:
+    """Yield every candidate without recomputation whose weights alone leave room, and its stages."""
+    job, machine = costs.job, costs.machine
+    limit = memory_limit(machine)
+    for layout in layouts(job, machine, space, piece):
+        if _least_bytes(job, layout, costs.software, offload) > limit:
+            continue
+        per_rank = job.global_batch // layout.dp
+        for split in pipeline_splits(job.meta.num_layers, layout):
+            if not space.allows("vpp", split.vpp):
+                continue
+            stages = costs.stages(split)
+            for micro_batch in MICRO_BATCHES:
+                count, rest = divmod(per_rank, micro_batch)
+                # The interleaved schedule works in rounds of pp micro batches (megatron-core, schedules.py).
+                if (
+                    rest
+                    or (split.vpp > 1 and count % split.pp)
+                    or not space.allows("micro_batch", micro_batch)
+                ):
+                    continue
+                for precision in space.precisions:
+                    for cp_comm in _context_kinds(job, layout, space):
+                        candidate = Candidate(
+                            layout=split,
+                            micro_batch=micro_batch,
+                            precision=precision,
+                            cp_comm=cp_comm,
+                            offload_optimizer=offload,
+                        )
+                        yield candidate, stages
+
+
+def layouts(job: Job, machine: Machine, space: Space, piece: int = SHORT_PIECE) -> Iterator[Layout]:
+    """Yield the axes that divide the devices, the model and the batch; pipelines not yet split."""
+    world = machine.num_devices
+    for tp in tensor_sizes(job, machine):
+        for cp in _context_sizes(job, world // tp, space, piece):
+            for pp in _divisors(world // (tp * cp)):
+                dp = world // (tp * cp * pp)
+                axes = {"tp": tp, "cp": cp, "pp": pp, "dp": dp}
+                if pp > job.meta.num_layers or job.global_batch % dp:
+                    continue
+                if not all(space.allows(axis, size) for axis, size in axes.items()):
+                    continue
+                for ep, etp in _expert_sizes(job, world // pp, tp):
+                    if space.allows("ep", ep) and space.allows("etp", etp):
+                        yield Layout(
+                            world=world, tp=tp, pp=pp, cp=cp, ep=ep, etp=etp, sequence_parallel=tp > 1
+                        )
+
+
+def tensor_sizes(job: Job, machine: Machine) -> list[int]:
+    """Return the sizes of tp inside a node that divide heads and feed-forward parts without padding."""
+    meta = job.meta
+    widths = [meta.ffn_hidden_size] if any(kind.mlp for kind in job.parts.kinds) else []
+    if meta.moe is not None and meta.moe.shared_ffn_hidden_size:
+        widths.append(meta.moe.shared_ffn_hidden_size)
+    return [
+        tp
+        for tp in _divisors(math.gcd(machine.num_devices, machine.per_node))
+        if tp <= min(MOST_TENSOR, meta.num_heads)
+        and meta.num_heads % tp == 0
+        and padded_kv_heads(meta.num_heads, meta.num_kv_heads, tp=tp) == meta.num_kv_heads
+        and all(width % tp == 0 for width in widths)
+    ]
+
+
+def _context_sizes(job: Job, ranks: int, space: Space, piece: int) -> list[int]:
+    """Powers of two: every rank has two pieces of a sequence, one from either end."""
+    fixed = space.fixed.get("cp")
+    longest = max(1, job.seq_len // piece) if space.context_parallel and fixed is None else job.seq_len
+    powers = [cp for cp in _divisors(ranks) if cp & (cp - 1) == 0]
+    fitting = [cp for cp in powers if cp == 1 or (cp <= longest and job.seq_len % (2 * cp) == 0)]
+    return [cp for cp in fitting if cp == fixed or (fixed is None and (space.context_parallel or cp == 1))]
+
+
+def _context_kinds(job: Job, layout: Layout, space: Space) -> list[str]:
+    """A ring; or heads exchanged, where every rank keeps at least one of keys and values."""
+    if layout.cp == 1:
+        return ["p2p"]
+    heads = job.meta.num_heads if job.meta.mla else job.meta.num_kv_heads
+    kinds = ["p2p", "a2a"] if heads % (layout.tp * layout.cp) == 0 else ["p2p"]
+    return [kind for kind in kinds if space.allows("cp_comm", kind)]
+
+
+def _expert_sizes(job: Job, stage_ranks: int, tp: int) -> list[tuple[int, int]]:
+    """Return sizes of ep and etp; an expert is not split where linears have biases (megatron-core's own rule)."""
+    meta, moe = job.meta, job.meta.moe
+    if moe is None:
+        return [(1, 1)]
+    biased = meta.mlp_bias or meta.attention_out_bias or moe.expert_bias
+    return [
+        (ep, etp)
+        for etp in ((1,) if biased else sorted({1, tp}))
+        for ep in _divisors(moe.num_experts)
+        if moe.ffn_hidden_size % etp == 0 and stage_ranks % (ep * etp) == 0
+    ]
+
+
+def _least_bytes(job: Job, layout: Layout, software: Software, offload: bool) -> float:
+    """Return weights, gradients and optimizer state of an average stage: the fullest rank needs more."""
+    parts = job.parts
+    all_experts = sum(parts.kinds[kind].experts for kind in parts.layers)
+    all_dense = sum(parts.kinds[kind].total for kind in parts.layers) - all_experts
+    dense, experts = all_dense / (layout.tp * layout.pp), all_experts / (layout.etp * layout.ep * layout.pp)
+    total = (2.0 if job.frozen else 2.0 + software.gradient_bytes) * (dense + experts)
+    if not job.frozen and not offload:
+        total += MASTER * (dense / (layout.dp * layout.cp) + experts / max(1, layout.edp))
+    return total
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]

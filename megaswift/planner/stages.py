@@ -1,0 +1,118 @@
+"""Pipeline stages: which layers and parameters a stage holds, and how many micro batches it keeps in flight."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megaswift.parallel.layout import Layout, chunk_layers
+from megaswift.planner.job import Job
+from megaswift.planner.parts import Parts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What one pipeline stage holds."""
+
+    index: int
+    kinds: tuple[tuple[int, int], ...]  # (index of a layer kind, number of layers)
+    layers: int
+    first: bool  # has the embedding
+    last: bool  # has the head
+
+
+def stages_of(parts: Parts, layout: Layout) -> tuple[Stage, ...]:
+    """Return the stages of a layout; raises ConfigError where the layers do not divide."""
+    chunks = range(layout.vpp)
+    return make_stages(
+        [
+            [
+                parts.layers[layer]
+                for chunk in chunks
+                for layer in chunk_layers(layout, len(parts.layers), pp_rank=pp_rank, vp_rank=chunk)
+            ]
+            for pp_rank in range(layout.pp)
+        ]
+    )
+
+
+def make_stages(kinds: Sequence[Sequence[int]]) -> tuple[Stage, ...]:
+    """Return stages from the kinds of their layers, stage by stage."""
+    return tuple(
+        Stage(
+            index=index,
+            kinds=tuple(sorted(Counter(of_stage).items())),
+            layers=len(of_stage),
+            first=index == 0,
+            last=index == len(kinds) - 1,
+        )
+        for index, of_stage in enumerate(kinds)
+    )
+
+
+def in_flight(layout: Layout, stage: int, micro_batches: int) -> float:
+    """Return the largest number of micro batches whose activations a stage holds, in units of the whole stage.
+
+    Megatron-Core 0.16.1, pipeline_parallel/schedules.py: 1F1B warms up pp - rank - 1 micro batches; the interleaved
+    schedule warms up 2 (pp - rank - 1) + (vpp - 1) pp chunks; one more is in flight in the steady state.
+    """
+    if layout.pp == 1:
+        return 1.0
+    if layout.vpp == 1:
+        return float(min(micro_batches, layout.pp - stage))
+    chunks = 2 * (layout.pp - stage - 1) + (layout.vpp - 1) * layout.pp + 1
+    return min(chunks, micro_batches * layout.vpp) / layout.vpp
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageParams:
+    """Parameters that one rank of a stage holds."""
+
+    dense: float  # copied over dp x cp
+    linear: float  # of these, the matrices that FP8 recipes keep a second time
+    experts: float  # copied over edp
+    adapters: float  # of LoRA, on every linear of attention and the feed-forward part
+
+    @property
+    def base(self) -> float:
+        """Parameters without adapters."""
+        return self.dense + self.experts
+
+
+def stage_params(job: Job, layout: Layout, stage: Stage) -> StageParams:
+    """Return the parameters that one rank of `stage` holds."""
+    parts = job.parts
+    counts = list(stage.kinds)
+    dense = 0.0
+    if stage.first:
+        dense += parts.embedding / layout.tp + parts.other
+    if stage.last:
+        copy = parts.embedding if parts.head == 0 and not stage.first else 0
+        dense += (parts.head + copy) / layout.tp + parts.final_norm
+        if job.mtp_layers:
+            # Each is a layer with a 2 D x D projection; on a stage of its own it needs the embedding again.
+            counts.append((parts.layers[-1], job.mtp_layers))
+            dense += job.mtp_layers * 2 * job.meta.hidden_size**2 / layout.tp
+            dense += 0 if stage.first else parts.embedding / layout.tp
+    linear = experts = 0.0
+    for index, count in counts:
+        kind = parts.kinds[index]
+        linear += count * (
+            (kind.attention + kind.mlp + kind.shared_experts) / layout.tp + kind.attention_replicated
+        )
+        dense += count * kind.replicated
+        experts += count * kind.experts / (layout.etp * layout.ep)
+    return StageParams(
+        dense=dense + linear,
+        linear=linear,
+        experts=experts,
+        adapters=stage.layers * _adapter(job) / layout.tp if job.frozen else 0.0,
+    )
+
+
+def _adapter(job: Job) -> float:
+    """Return the adapters of one layer: r (in + out) for q, k, v, o, gate, up and down."""
+    meta = job.meta
+    query, key = meta.num_heads * meta.head_dim, meta.num_kv_heads * meta.head_dim
+    attention = 3 * meta.hidden_size + query + 2 * key + query + meta.hidden_size
+    ffn = meta.ffn_hidden_size
+    return job.lora_rank * (attention + 3 * (meta.hidden_size + ffn))
