@@ -1,0 +1,1 @@
+"""Hardware profile, preflight and launchers; no torch."""
