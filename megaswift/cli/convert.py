@@ -1,0 +1,166 @@
+"""`megaswift convert`: Hugging Face folder <-> Megatron torch_dist checkpoint, on a CPU, without building the model."""
+
+import os
+import sys
+import time
+from math import lcm
+from pathlib import Path
+
+from megaswift.cli.help import sections_help
+from megaswift.cli.train import this_program
+from megaswift.config.convert import CheckConfig, ConvertConfig
+from megaswift.config.parse import take_flags
+from megaswift.converters.certificate import Certificate, certify
+from megaswift.converters.check import check_files
+from megaswift.converters.conversion import Conversion, carry_out
+from megaswift.converters.offline import MODEL_FILES, find_checkpoint, to_hf, to_mcore
+from megaswift.converters.shards import parse_size
+from megaswift.converters.tensor_files import INDEX_FILE, SINGLE_FILE, read_folder
+from megaswift.errors import ConfigError
+from megaswift.launch.environment import own_error_file
+from megaswift.launch.local import die_with_parent, start_ranks
+from megaswift.launch.start import plan_start
+from megaswift.logs import get_logger, setup_logging
+from megaswift.metadata.files import read_json
+from megaswift.metadata.hub import Files, locate
+from megaswift.metadata.meta import ModelMeta
+from megaswift.metadata.read import get_model_meta, meta_from_config
+from megaswift.parallel.layout import Layout
+
+log = get_logger("convert")
+
+USAGE = """\
+usage: megaswift convert --model HF_MODEL --to mcore --output_dir FOLDER [--nproc N]
+       megaswift convert --model CHECKPOINT --to hf --output_dir FOLDER [--hf_model HF_MODEL]
+       megaswift convert --model MODEL_OR_CONFIG_JSON --dry_run [--tensor_model_parallel_size N ...]
+
+Moves bytes; builds no model and needs no GPU. An interrupted conversion goes on where it stopped when the same command
+is run again. The certificate says that every tensor of the file is used exactly once and every shard of the layout
+filled; a gap is an error.
+"""
+
+
+def run(argv: list[str]) -> int:
+    """Run the command and return its exit code; raises UserError."""
+    if not argv or {"-h", "--help"} & set(argv):
+        sys.stdout.write(USAGE + sections_help(ConvertConfig()))
+        return 0
+    if own_error_file():
+        die_with_parent()
+    config, rest = take_flags(ConvertConfig(), argv)
+    if rest:
+        raise ConfigError(f"{rest[0]} is not a flag of convert. `megaswift convert --help` lists them.")
+    if config.source.model is None:
+        raise ConfigError("model is missing. Say what to convert: --model FOLDER_OR_ID.")
+    start = plan_start(os.environ, nproc_per_node=config.check.nproc, minimal_world=1)
+    rank = start.rank.rank if start.rank else 0
+    setup_logging(rank=rank)
+    if config.check.dry_run:
+        meta, _ = _read(config)
+        sys.stdout.write(certificate_text(meta, certify(meta, layout_of(config.check))))
+        return 0
+    if start.rank is None:
+        _check(config)
+        if start.world_size > 1:
+            return start_ranks([*this_program(), "convert", *argv], nproc=start.nproc, node=start.node)
+    return _convert(config, rank=rank, world=start.world_size)
+
+
+def layout_of(check: CheckConfig) -> Layout:
+    """Return the smallest layout with these axes."""
+    per_stage = lcm(check.tp, check.ep * check.etp)
+    return Layout(
+        world=per_stage * check.pp,
+        tp=check.tp,
+        pp=check.pp,
+        vpp=check.vpp,
+        ep=check.ep,
+        etp=check.etp,
+        pp_first=check.pp_first,
+        pp_last=check.pp_last,
+    )
+
+
+def certificate_text(meta: ModelMeta, certificate: Certificate) -> str:
+    """Return what a certificate says, for people."""
+    layout, billions = certificate.layout, certificate.num_parameters / 1e9
+    axes = {"tp": layout.tp, "pp": layout.pp, "vpp": layout.vpp, "ep": layout.ep, "etp": layout.etp}
+    named = " ".join(f"{name}={size}" for name, size in axes.items() if size > 1) or "one rank"
+    return (
+        f"{meta.model_type} ({certificate.family}): {certificate.num_tensors} tensors, {billions:.3f} billion parameters "
+        f"({certificate.num_parameters})\n"
+        f"{named}: {certificate.num_shards} shards, the largest of {certificate.largest_shard_elements} elements\n"
+        "every element of every tensor is held by exactly one shard, every shard is filled\n"
+    )
+
+
+def _check(config: ConvertConfig) -> None:
+    """Prove what can be proven before anything is written; raises UserError."""
+    if config.target.to is None or config.target.output_dir is None:
+        raise ConfigError("to and output_dir are needed: --to mcore or --to hf, and --output_dir FOLDER.")
+    meta, _ = _read(config)
+    log.info(certificate_text(meta, certify(meta, layout_of(config.check))).rstrip().replace("\n", "; "))
+
+
+def _convert(config: ConvertConfig, *, rank: int, world: int) -> int:
+    started = time.monotonic()
+    meta, source = _read(config)
+    conversion = _plan(config, meta, source)
+    output = carry_out(conversion, Path(str(config.target.output_dir)), source=source, rank=rank, world=world)
+    if rank == 0:
+        gigabytes = sum(part.num_bytes for part in conversion.parts) / 1e9
+        log.info(f"{output}: {gigabytes:.2f} GB in {time.monotonic() - started:.1f} s")
+    return 0
+
+
+def _plan(config: ConvertConfig, meta: ModelMeta, source: Path) -> Conversion:
+    target = config.target
+    max_bytes = parse_size(target.max_shard_size)
+    if target.to == "mcore":
+        multiple = target.make_vocab_size_divisible_by
+        return to_mcore(meta, source, dtype=target.torch_dtype, vocab_multiple=multiple, max_bytes=max_bytes)
+    return to_hf(meta, find_checkpoint(source), dtype=target.torch_dtype, max_bytes=max_bytes)
+
+
+def _read(config: ConvertConfig) -> tuple[ModelMeta, Path]:
+    """Return the facts about the model, its tensors checked where there are some, and the folder to convert."""
+    source = config.source
+    path = Path(str(source.model)).expanduser()
+    if config.target.to == "hf":
+        return _model_of_checkpoint(config, path), path
+    if path.is_file():
+        if not config.check.dry_run:
+            raise ConfigError(
+                f"model={path} is a file. Give the folder; a config.json alone is enough for --dry_run only."
+            )
+        return meta_from_config(read_json(path), trust_remote_code=source.trust_remote_code), path.parent
+    folder = locate(
+        str(source.model),
+        revision=source.model_revision,
+        use_hf=source.use_hf,
+        files=Files.FACTS if config.check.dry_run else Files.ALL,
+        token=source.hub_token,
+    )
+    meta = get_model_meta(folder, trust_remote_code=source.trust_remote_code)
+    if not config.check.dry_run or any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
+        check_files(meta, read_folder(folder))
+    return meta, folder
+
+
+def _model_of_checkpoint(config: ConvertConfig, checkpoint: Path) -> ModelMeta:
+    source = config.source
+    folder: Path
+    if source.hf_model is not None:
+        folder = locate(
+            source.hf_model, revision=source.model_revision, use_hf=source.use_hf, token=source.hub_token
+        )
+    else:
+        beside = [checkpoint / MODEL_FILES, checkpoint.parent / MODEL_FILES]
+        found = [place for place in beside if (place / "config.json").is_file()]
+        if not found:
+            raise ConfigError(
+                f"model={checkpoint} has no {MODEL_FILES}/config.json beside it. Name the Hugging Face model that it is of: "
+                "--hf_model FOLDER_OR_ID."
+            )
+        folder = found[0]
+    return get_model_meta(folder, trust_remote_code=source.trust_remote_code)

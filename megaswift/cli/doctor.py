@@ -1,0 +1,136 @@
+"""`megaswift doctor`: what is installed on this machine, what is missing, and what that means."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megaswift.launch.devices import num_gpus
+from megaswift.launch.local import threads_per_rank
+
+HELP = """\
+usage: megaswift doctor
+
+Lists versions, devices and launchers of this machine. Exit code 1 where something is missing without which nothing trains.
+"""
+
+# package -> (lowest version, why it is needed); as in pyproject.toml
+NEEDED = {
+    "torch": ("2.6", "tensors and collectives"),
+    "megatron-core": ("0.16", "the engine"),
+    "transformers": ("5.0", "tokenizers"),
+    "datasets": ("3.0", "data files"),
+    "safetensors": ("0.4.5", "weights"),
+    "tokenizers": ("0.20", "tokenizers"),
+    "huggingface_hub": ("0.30", "the hub's cache and downloads"),
+    "numpy": ("1.26", "batches"),
+    "pyyaml": ("6.0", "configuration files"),
+}
+OPTIONAL = {
+    "transformer-engine": "fused layers and FP8 on GPUs; without it layers are plain torch",
+    "flash-attn": "attention of packed rows on GPUs without Transformer Engine",
+    "apex": "gradient accumulation inside the GEMM",
+    "peft": "opening adapters elsewhere; training does not need it",
+    "tensorboard": "metrics as TensorBoard files",
+    "mpi4py": "ranks started by mpirun",
+    "nvidia-ml-py": "GPU health",
+}
+PROGRAMS = {
+    "sbatch": "Slurm jobs",
+    "srun": "Slurm steps",
+    "mpirun": "MPI",
+    "nvidia-smi": "NVIDIA's driver",
+    "apptainer": "containers",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One line of the report."""
+
+    name: str
+    state: str
+    good: bool  # false: nothing trains here until it is mended
+    remark: str = ""
+
+
+def run(argv: list[str]) -> int:
+    """Run the command and return its exit code."""
+    if {"-h", "--help"} & set(argv):
+        sys.stdout.write(HELP)
+        return 0
+    findings = [*_machine(), *_packages(), *_programs()]
+    sys.stdout.write(_table(findings))
+    return 0 if all(one.good for one in findings) else 1
+
+
+def _machine() -> list[Finding]:
+    gpus = num_gpus()
+    kind = "cuda, NCCL" if gpus else "cpu, gloo"
+    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return [
+        Finding(name="python", state=platform.python_version(), good=sys.version_info >= (3, 10)),
+        Finding(
+            name="machine",
+            state=f"{platform.system()} {platform.machine()}",
+            good=True,
+            remark=platform.node(),
+        ),
+        Finding(
+            name="cores", state=str(threads_per_rank(1)), good=True, remark=f"{memory_gib:.0f} GiB of memory"
+        ),
+        Finding(
+            name="platform",
+            state=kind,
+            good=True,
+            remark=f"{gpus} GPUs" if gpus else "no GPU: ranks run on the CPU",
+        ),
+    ]
+
+
+def _packages() -> list[Finding]:
+    findings = []
+    for name, (lowest, why) in NEEDED.items():
+        version = _version(name)
+        old = version is not None and _numbers(version) < _numbers(lowest)
+        remark = why if version and not old else f"{why}: pip install '{name}>={lowest}'"
+        findings.append(
+            Finding(
+                name=name, state=version or "missing", good=version is not None and not old, remark=remark
+            )
+        )
+    for name, why in OPTIONAL.items():
+        findings.append(Finding(name=name, state=_version(name) or "not installed", good=True, remark=why))
+    return findings
+
+
+def _programs() -> list[Finding]:
+    return [
+        Finding(name=name, state="found" if shutil.which(name) else "not found", good=True, remark=why)
+        for name, why in PROGRAMS.items()
+    ]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """`2.13.0+cpu` -> (2, 13, 0)."""
+    return tuple(int(part) for part in version.split("+")[0].split(".") if part.isdigit())
+
+
+def _table(findings: Sequence[Finding]) -> str:
+    names, states = (max(len(getattr(one, of)) for one in findings) for of in ("name", "state"))
+    return "".join(
+        f"{'  ' if one.good else '! '}{one.name:<{names}}  {one.state:<{states}}  {one.remark}".rstrip()
+        + "\n"
+        for one in findings
+    )

@@ -1,0 +1,194 @@
+"""`megaswift submit`: check a run, write a batch script that one can read, and hand it to Slurm."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from megaswift.cli.help import sections_help
+from megaswift.config.parse import TASK_DEFAULTS, parse, split_flags, take_flags
+from megaswift.config.rules import minimal_world
+from megaswift.config.run import RunConfig
+from megaswift.config.submit import SubmitConfig
+from megaswift.errors import ConfigError, LaunchError, nearest
+from megaswift.launch import slurm
+from megaswift.launch.matrix import expand_matrix, read_matrix
+from megaswift.launch.preflight import (
+    check_files_for_nodes_without_network,
+    check_output,
+    check_rows,
+    check_run,
+)
+from megaswift.launch.sbatch import Job, sbatch_script
+from megaswift.logs import get_logger, setup_logging
+
+log = get_logger("submit")
+
+USAGE = """\
+usage: megaswift submit TASK [the flags of `megaswift TASK`] [flags below] [--dry_run]
+       megaswift submit list | cancel JOB | follow JOB
+
+Checks the run, writes OUTPUT_DIR/slurm/NAME.sbatch and hands it to sbatch. --dry_run prints the script instead. The job
+goes on in as many slices as it needs: it saves before its time is over, and is requeued while it makes progress.
+"""
+
+
+def run(argv: list[str]) -> int:
+    """Run the command and return its exit code; raises UserError."""
+    setup_logging(rank=0)
+    if not argv or {"-h", "--help"} & set(argv):
+        sys.stdout.write(USAGE + sections_help(SubmitConfig()))
+        return 0
+    verb, rest = argv[0], argv[1:]
+    if verb in JOB_VERBS:
+        return JOB_VERBS[verb](rest)
+    if verb not in TASK_DEFAULTS:
+        raise ConfigError(f"{verb} is not a task.{nearest(verb, [*TASK_DEFAULTS, *JOB_VERBS])}")
+    dry_run = "--dry_run" in rest or "--dry-run" in rest
+    known = _partitions(dry_run)
+    job = plan_job(verb, [word for word in rest if word not in ("--dry_run", "--dry-run")], known)
+    script = sbatch_script(job)
+    if dry_run:
+        sys.stdout.write(script)
+        return 0
+    folder = Path(job.log_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{job.name}.sbatch"
+    path.write_text(script, encoding="utf-8")
+    job_id = slurm.submit(path)
+    log.info(f"job {job_id}: {path}; `megaswift submit follow {job_id}` shows its log")
+    sys.stdout.write(f"{job_id}\n")
+    return 0
+
+
+def _partitions(dry_run: bool) -> list[slurm.Partition]:
+    """Return what Slurm has; nothing where a dry run has no Slurm to ask."""
+    if not dry_run:
+        return slurm.partitions()
+    try:
+        return slurm.partitions()
+    except LaunchError as error:
+        log.info(f"partitions are not checked: {error}")
+        return []
+
+
+def plan_job(task: str, argv: list[str], known: Sequence[slurm.Partition]) -> Job:
+    """Return the job for `megaswift submit TASK argv` on a cluster with the `known` partitions; raises UserError.
+
+    Without any known partition what it would have decided is left to Slurm, or to the flags.
+    """
+    request, argv = take_flags(SubmitConfig(), argv)
+    runs = _runs(task, argv, request)
+    configs = [parse(command[0], command[1:]).config for command, _ in runs]
+    first, asked = configs[0], request.slurm
+    if asked.nodes < 1:
+        raise ConfigError(f"nodes={asked.nodes} is too small. Give 1 or more.")
+    partition = None
+    if known:
+        partition = slurm.choose_partition(
+            known, asked.partition, nodes=asked.nodes, gpus=asked.gpus_per_node
+        )
+    gpus = asked.gpus_per_node if asked.gpus_per_node is not None else partition.gpus if partition else 0
+    ranks = first.launch.nproc_per_node or gpus or -(-minimal_world(first) // asked.nodes)
+    platform_name = "cuda" if gpus and first.launch.platform != "cpu" else "cpu"
+    for config in configs:
+        meta, _ = check_run(config, world_size=asked.nodes * ranks, platform_name=platform_name)
+        check_rows(config)
+        check_output(config, meta)
+        check_files_for_nodes_without_network(config, meta)
+    container_runtime = _container_runtime(request)
+    launcher = request.runtime.launcher
+    if launcher == "auto":
+        launcher = "torchrun" if container_runtime else "srun"
+    tasks = 1 if launcher == "torchrun" else ranks
+    return Job(
+        name=asked.job_name or f"megaswift-{task}",
+        commands=tuple(tuple(command) for command, _ in runs),
+        output_dirs=tuple(folder for _, folder in runs),
+        log_dir=f"{_output_dir(task, argv)}/slurm",
+        ranks_per_node=ranks,
+        gpus_per_node=gpus,
+        cpus_per_task=asked.cpus_per_task
+        or (_share_of_cores(partition, gpus=gpus, tasks=tasks) if partition else None),
+        launcher=launcher,
+        container_runtime=container_runtime,
+        slurm=asked,
+        runtime=replace(request.runtime, venv=_venv(request)),
+    )
+
+
+def _runs(task: str, argv: list[str], request: SubmitConfig) -> list[tuple[list[str], str]]:
+    output_dir = _output_dir(task, argv)
+    if request.slurm.matrix is None:
+        return [([task, *argv], output_dir)]
+    if "output_dir" in split_flags(argv):
+        place = next(at for at, word in enumerate(argv) if word.replace("-", "_").startswith("__output_dir"))
+        argv = argv[:place] + argv[place + (1 if "=" in argv[place] else 2) :]
+    return expand_matrix(task, argv, read_matrix(request.slurm.matrix), output_dir)
+
+
+def _output_dir(task: str, argv: list[str]) -> str:
+    """Return the folder that the flags name; a matrix may leave other flags open."""
+    config: RunConfig = parse(task, argv).config
+    return config.checkpoint.output_dir
+
+
+def _container_runtime(request: SubmitConfig) -> str | None:
+    image, runtime = request.runtime.container, request.runtime.container_runtime
+    if image is None:
+        return None
+    if runtime == "auto":
+        return "apptainer" if image.endswith(".sif") else "pyxis"
+    return runtime
+
+
+def _venv(request: SubmitConfig) -> str | None:
+    """Return the virtual environment of the job: the one asked for, or the one that runs this command."""
+    runtime = request.runtime
+    if runtime.venv or runtime.conda or runtime.container:
+        return runtime.venv
+    return sys.prefix if sys.prefix != sys.base_prefix else None
+
+
+def _share_of_cores(partition: slurm.Partition, *, gpus: int, tasks: int) -> int:
+    """Return the cores of a task: of the node, or of the GPUs' part of it, an even share."""
+    part = gpus / partition.gpus if gpus and partition.gpus else 1.0
+    return max(1, int(partition.cpus * part) // tasks)
+
+
+def _list(argv: list[str]) -> int:
+    rows = [("job", "name", "state", "elapsed", "limit", "nodes", "where")]
+    rows += [
+        (job.job_id, job.name, job.state, job.elapsed, job.limit, str(job.nodes), job.where)
+        for job in slurm.jobs()
+    ]
+    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    for row in rows:
+        sys.stdout.write(
+            "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() + "\n"
+        )
+    return 0
+
+
+def _cancel(argv: list[str]) -> int:
+    for job_id in _job_ids("cancel", argv):
+        slurm.cancel(job_id)
+    return 0
+
+
+def _follow(argv: list[str]) -> int:
+    for text in slurm.follow(_job_ids("follow", argv)[0]):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    return 0
+
+
+def _job_ids(verb: str, argv: list[str]) -> list[str]:
+    if not argv or not all(word.replace("_", "").isdigit() for word in argv):
+        raise ConfigError(
+            f"megaswift submit {verb} needs the number of a job. `megaswift submit list` shows them."
+        )
+    return argv
+
+
+JOB_VERBS = {"list": _list, "cancel": _cancel, "follow": _follow}
