@@ -1,0 +1,107 @@
+"""Twenty optimizer steps under every layout against one rank: same weights, same data, same curve."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.harness.distributed import run_distributed
+from tests.harness.tiny import save_tiny
+from tests.harness.training import Case, curves, temporary_folder
+
+Curve = list[tuple[float, float]]
+
+# float32 sums in another order; after twenty Adam steps the losses have moved apart by less than this.
+LOSS_TOLERANCE = 1e-5
+NORM_TOLERANCE = 1e-4
+
+ROWS: dict[str, dict[str, dict[str, Any]]] = {
+    "padded": {"data": {"padding_free": False}, "training": {"micro_batch_size": 2}},
+    "packed": {
+        "data": {"packing": True, "packing_length": 64},
+        "training": {"micro_batch_size": 1, "global_batch_size": 4},
+    },
+}
+
+# layout name -> (ranks, parallel settings)
+DENSE: dict[str, tuple[int, dict[str, Any]]] = {
+    "dp2": (2, {"use_distributed_optimizer": False}),
+    "dp2 distopt": (2, {}),
+    "dp2 distopt overlap": (2, {"overlap_grad_reduce": True, "overlap_param_gather": True}),
+    "tp2": (2, {"tp": 2}),
+    "tp2 sp": (2, {"tp": 2, "sequence_parallel": True}),
+    "pp2": (2, {"pp": 2}),
+    "pp2 vpp2": (2, {"pp": 2, "vpp": 2}),
+    "pp2 uneven": (2, {"pp": 2, "pp_first": 1}),
+    "tp2 pp2 sp": (4, {"tp": 2, "pp": 2, "sequence_parallel": True}),
+    "dp2 tp2 distopt": (4, {"tp": 2}),
+}
+EXPERTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "dp2": (2, {}),
+    "ep2": (2, {"ep": 2, "use_distributed_optimizer": False}),
+    "ep2 distopt": (2, {"ep": 2}),
+    "tp2 etp2": (2, {"tp": 2, "etp": 2}),
+    "tp2 etp1": (2, {"tp": 2}),
+    "tp2 ep2": (2, {"tp": 2, "ep": 2}),
+    "pp2": (2, {"pp": 2}),
+    "ep2 pp2 distopt": (4, {"ep": 2, "pp": 2}),
+    "tp2 ep2 dp2 distopt": (4, {"tp": 2, "ep": 2}),
+}
+LORA: dict[str, tuple[int, dict[str, Any]]] = {
+    name: DENSE[name] for name in ("dp2 distopt", "tp2", "tp2 sp", "pp2 vpp2", "tp2 pp2 sp")
+}
+EXPERTS_LORA: dict[str, tuple[int, dict[str, Any]]] = {
+    name: EXPERTS[name] for name in ("ep2 distopt", "tp2 etp2", "tp2 etp1", "tp2 ep2", "tp2 ep2 dp2 distopt")
+}
+# what is trained -> (model, tuner, layouts)
+TRAININGS: dict[str, tuple[str, str, dict[str, tuple[int, dict[str, Any]]]]] = {
+    "qwen2-tied": ("qwen2-tied", "full", DENSE),
+    "qwen3": ("qwen3", "full", DENSE),
+    "llama-odd-heads": ("llama-odd-heads", "full", {name: DENSE[name] for name in ("tp2", "tp2 pp2 sp")}),
+    "llama-odd-heads lora": ("llama-odd-heads", "lora", {"tp2": DENSE["tp2"]}),
+    "qwen2_moe": ("qwen2_moe", "full", EXPERTS),
+    "llama lora": ("llama", "lora", LORA),
+    "qwen3_moe lora": ("qwen3_moe", "lora", EXPERTS_LORA),
+}
+
+
+@cache
+def folder_of(model: str) -> Path:
+    return save_tiny(model, temporary_folder())
+
+
+@cache
+def all_curves(training: str, ranks: int) -> list[dict[str, Curve]]:
+    """Run every layout of so many ranks in one set of processes; return what each rank saw."""
+    model, tuner, layouts = TRAININGS[training]
+    # Adapters need larger steps to learn as much in twenty; dropout would draw other numbers under every layout. A gradient
+    # that is zero but for rounding has a random direction, which Adam would follow: a larger eps keeps such weights still.
+    adapted = {
+        "tuner": {"tuner_type": tuner, "lora_dropout": 0.0},
+        "optimizer": {"lr": 1e-3 if tuner == "full" else 1e-2, "adam_eps": 1e-8 if tuner == "full" else 1e-3},
+    }
+    cases = [
+        Case(name=f"{name} {rows}", settings={**ROWS[rows], **adapted, "parallel": parallel})
+        for name, (world, parallel) in {"one": (1, {}), **layouts}.items()
+        if world == ranks
+        for rows in ROWS
+    ]
+    return run_distributed(curves, ranks, folder_of(model), cases)
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(
+    ("training", "layout"),
+    [(training, name) for training, (_, _, layouts) in TRAININGS.items() for name in layouts],
+)
+def test_layout_trains_like_one_rank(training: str, layout: str, rows: str) -> None:
+    expected = all_curves(training, 1)[0][f"one {rows}"]
+    assert expected[-1][0] < 0.9 * expected[0][0], "the run must learn, or equal curves would say little"
+    for rank, seen in enumerate(all_curves(training, TRAININGS[training][2][layout][0])):
+        found = seen[f"{layout} {rows}"]
+        assert len(found) == 20
+        for (loss, norm), (one_loss, one_norm) in zip(found, expected, strict=True):
+            assert loss == pytest.approx(one_loss, rel=LOSS_TOLERANCE), f"rank {rank}"
+            assert norm == pytest.approx(one_norm, rel=NORM_TOLERANCE), f"rank {rank}"

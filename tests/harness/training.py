@@ -1,0 +1,185 @@
+"""Short training runs on synthetic tokens, for comparing layouts and resumed runs; every function runs on every rank."""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megaswift.checkpoint.resume import load_checkpoint
+from megaswift.checkpoint.store import Store
+from megaswift.config.rules import resolve
+from megaswift.config.run import RunConfig
+from megaswift.converters.load import load_weights
+from megaswift.data.batches import BatchSettings, MicroBatch, TrainData
+from megaswift.data.encode import EncodedSet
+from megaswift.mcore import process_groups
+from megaswift.metadata.meta import ModelMeta
+from megaswift.metadata.read import get_model_meta
+from megaswift.models.build import build_model
+from megaswift.models.lora import apply_lora
+from megaswift.parallel.layout import Layout
+from megaswift.platforms.platform import select_platform
+from megaswift.tasks.sft import forward_step
+from megaswift.training.engine import Engine
+from megaswift.training.feed import TrainFeed
+from megaswift.training.loop import Progress
+from megaswift.training.optimizer import build_optimizer, wrap_chunks
+from megaswift.training.schedule import build_schedule
+from megaswift.training.setup import Saver
+
+Curve = list[tuple[float, float]]  # (loss, gradient norm) of each step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One short run: section name -> settings that differ from the defaults."""
+
+    name: str
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def run_config(self, folder: Path) -> RunConfig:
+        """Return the settings of the run on the model in `folder`."""
+        values: dict[str, dict[str, Any]] = {
+            "model": {"model": str(folder), "torch_dtype": "float32"},
+            "data": {"dataset": ["synthetic"], "max_length": 64},
+            "optimizer": {"lr": 1e-3, "lr_decay_style": "constant"},
+            "training": {"global_batch_size": 8, "train_iters": 20},
+            "logging": {"report_to": ["none"]},
+        }
+        run = RunConfig()
+        for section in {*values, *self.settings}:
+            changes = {**values.get(section, {}), **self.settings.get(section, {})}
+            run = replace(run, **{section: replace(getattr(run, section), **changes)})
+        return run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A run's parts, so that a test can go on with them."""
+
+    run: RunConfig
+    meta: ModelMeta
+    layout: Layout
+    engine: Engine
+    feed: TrainFeed
+
+
+def synthetic_set(*, entries: int = 23, vocab: int = 131, longest: int = 40) -> EncodedSet:
+    """Return documents of random tokens and lengths; about a third of the tokens carries no loss."""
+    generator = np.random.default_rng(7)
+    lengths = generator.integers(3, longest + 1, entries)
+    tokens = int(lengths.sum())
+    return EncodedSet(
+        input_ids=generator.integers(3, vocab, tokens).astype(np.int32),
+        loss_weights=(generator.random(tokens) > 0.3).astype(np.uint8),
+        starts=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        samples=np.arange(entries, dtype=np.int64),
+    )
+
+
+def prepare(folder: Path, case: Case) -> Trained:
+    """Build model, optimizer and data of a case on this rank; weights come from `folder`."""
+    platform = select_platform("cpu")
+    meta = get_model_meta(folder)
+    resolved = resolve(case.run_config(folder), meta, dist.get_world_size(), platform.name)
+    run, layout = resolved.config, resolved.layout
+    process_groups.initialise(layout, seed=run.training.seed, timeout_min=3)
+    chunks = build_model(meta, run, layout, platform)
+    if run.tuner.tuner_type == "lora":
+        apply_lora(chunks, run.tuner, meta, seed=run.training.seed)
+    load_weights(chunks, meta, layout, dist.get_rank(), folder)
+    wrapped = wrap_chunks(chunks, run)
+    optimizer = build_optimizer(wrapped, run)
+    schedule = build_schedule(optimizer, run.optimizer, total_steps=run.training.train_iters or 1)
+    engine = Engine(wrapped, optimizer, schedule, forward_step, measure=count)
+    settings = BatchSettings(
+        global_batch_size=run.training.global_batch_size or 1,
+        micro_batch_size=run.training.micro_batch_size,
+        packing=run.data.packing,
+        packing_length=run.data.packing_length,
+        padding_free=run.data.padding_free,
+        pad_to_multiple=layout.tp if layout.sequence_parallel else 1,
+    )
+    feed = TrainFeed(
+        TrainData(synthetic_set(), settings), dp_rank=parallel_state.get_data_parallel_rank(), dp=layout.dp
+    )
+    return Trained(run=run, meta=meta, layout=layout, engine=engine, feed=feed)
+
+
+def count(batch: MicroBatch) -> tuple[int, float]:
+    """Measure a micro batch without a cost model."""
+    return batch.input_ids.numel(), 0.0
+
+
+def steps(trained: Trained, first: int, last: int) -> Curve:
+    """Make optimizer steps `first` to `last` - 1 and return (loss, gradient norm) of each."""
+    curve = []
+    for step in range(first, last):
+        result = trained.engine.train_step(trained.feed.batch(step * trained.feed.items_per_step))
+        assert result.grad_norm is not None
+        curve.append((result.loss, result.grad_norm))
+    return curve
+
+
+def curves(rank: int, world_size: int, folder: Path, cases: Sequence[Case]) -> dict[str, Curve]:
+    """Return the curve of every case, one after the other in the same processes."""
+    found = {}
+    for case in cases:
+        torch.manual_seed(1)
+        trained = prepare(folder, case)
+        found[case.name] = steps(trained, 0, trained.run.training.train_iters or 1)
+        process_groups.destroy()
+    return found
+
+
+def saver_of(trained: Trained, output_dir: Path) -> Saver:
+    """Return what saves a run, without an export."""
+    return Saver(
+        run=trained.run,
+        meta=trained.meta,
+        layout=trained.layout,
+        store=Store(output_dir),
+        engine=trained.engine,
+        writers={},
+    )
+
+
+def saved_curve(
+    rank: int, world_size: int, folder: Path, case: Case, output_dir: Path, at: int, last: int
+) -> Curve:
+    """Train to step `last` without a break, saving after step `at`; return the steps after it."""
+    trained = prepare(folder, case)
+    steps(trained, 0, at)
+    items = at * trained.feed.items_per_step
+    saver_of(trained, output_dir)(Progress(step=at, updates=at, consumed_samples=items))
+    return steps(trained, at, last)
+
+
+def resumed_curve(rank: int, world_size: int, folder: Path, case: Case, output_dir: Path, last: int) -> Curve:
+    """Go on from the newest checkpoint, maybe under another layout, to step `last`; return the steps made."""
+    trained = prepare(folder, case)
+    checkpoint = Store(output_dir).latest_complete()
+    assert checkpoint is not None
+    for chunk in trained.engine.chunks:  # what is not read shows
+        for parameter in chunk.parameters():
+            if parameter.requires_grad:
+                parameter.data.fill_(float("nan"))
+    load_checkpoint(
+        checkpoint,
+        chunks=[chunk.module for chunk in trained.engine.chunks],
+        optimizer=trained.engine.optimizer,
+        layout=trained.layout,
+    )
+    trained.engine.schedule.step(checkpoint.manifest.updates)
+    return steps(trained, checkpoint.manifest.step, last)
+
+
+def temporary_folder() -> Path:
+    """Return a folder that the caller removes."""
+    return Path(tempfile.mkdtemp(prefix="megaswift-test-"))
