@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 an error of ours (with its traceback), 2 an error that the user can mend, 130 Ctrl-C.
 """
 
+import os
 import sys
 import traceback
 from importlib import import_module
@@ -86,6 +87,12 @@ def _report(error: Exception, text: str, code: int) -> int:
         sys.stderr.write(f"[rank {rank}] {text}" if rank else text)
     if env and env.source == "mpi":
         abort(code)
+    ranks = sys.modules.get("torch.distributed")
+    if ranks is not None and ranks.is_initialized():
+        # gloo's threads may still wait for other ranks, and an orderly exit is then an abort now and then.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     return code
 
 
