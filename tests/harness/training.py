@@ -1,7 +1,8 @@
 """Short training runs on synthetic tokens, for comparing layouts and resumed runs; every function runs on every rank."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -83,8 +84,22 @@ def synthetic_set(*, entries: int = 23, vocab: int = 131, longest: int = 40) -> 
     )
 
 
-def prepare(folder: Path, case: Case) -> Trained:
-    """Build model, optimizer and data of a case on this rank; weights come from `folder`."""
+@contextmanager
+def prepared(folder: Path, case: Case) -> Iterator[Trained]:
+    """Yield model, optimizer and data of a case on this rank, with weights from `folder`; free them and the groups after.
+
+    Megatron's DDP keeps the model, parts of which keep the graph of the last step, whose accumulators have hooks that keep
+    the DDP: a cycle through C++ that no collector sees. It would also keep gloo's groups, which poll in threads of their own
+    and slow every later test down.
+    """
+    trained = _prepare(folder, case)
+    yield trained
+    for chunk in trained.engine.chunks:
+        vars(chunk).clear()
+    process_groups.destroy()
+
+
+def _prepare(folder: Path, case: Case) -> Trained:
     platform = select_platform("cpu")
     meta = get_model_meta(folder)
     resolved = resolve(case.run_config(folder), meta, dist.get_world_size(), platform.name)
@@ -132,9 +147,8 @@ def curves(rank: int, world_size: int, folder: Path, cases: Sequence[Case]) -> d
     found = {}
     for case in cases:
         torch.manual_seed(1)
-        trained = prepare(folder, case)
-        found[case.name] = steps(trained, 0, trained.run.training.train_iters or 1)
-        process_groups.destroy()
+        with prepared(folder, case) as trained:
+            found[case.name] = steps(trained, 0, trained.run.training.train_iters or 1)
     return found
 
 
@@ -154,30 +168,30 @@ def saved_curve(
     rank: int, world_size: int, folder: Path, case: Case, output_dir: Path, at: int, last: int
 ) -> Curve:
     """Train to step `last` without a break, saving after step `at`; return the steps after it."""
-    trained = prepare(folder, case)
-    steps(trained, 0, at)
-    items = at * trained.feed.items_per_step
-    saver_of(trained, output_dir)(Progress(step=at, updates=at, consumed_samples=items))
-    return steps(trained, at, last)
+    with prepared(folder, case) as trained:
+        steps(trained, 0, at)
+        items = at * trained.feed.items_per_step
+        saver_of(trained, output_dir)(Progress(step=at, updates=at, consumed_samples=items))
+        return steps(trained, at, last)
 
 
 def resumed_curve(rank: int, world_size: int, folder: Path, case: Case, output_dir: Path, last: int) -> Curve:
     """Go on from the newest checkpoint, maybe under another layout, to step `last`; return the steps made."""
-    trained = prepare(folder, case)
     checkpoint = Store(output_dir).latest_complete()
     assert checkpoint is not None
-    for chunk in trained.engine.chunks:  # what is not read shows
-        for parameter in chunk.parameters():
-            if parameter.requires_grad:
-                parameter.data.fill_(float("nan"))
-    load_checkpoint(
-        checkpoint,
-        chunks=[chunk.module for chunk in trained.engine.chunks],
-        optimizer=trained.engine.optimizer,
-        layout=trained.layout,
-    )
-    trained.engine.schedule.step(checkpoint.manifest.updates)
-    return steps(trained, checkpoint.manifest.step, last)
+    with prepared(folder, case) as trained:
+        for chunk in trained.engine.chunks:  # what is not read shows
+            for parameter in chunk.parameters():
+                if parameter.requires_grad:
+                    parameter.data.fill_(float("nan"))
+        load_checkpoint(
+            checkpoint,
+            chunks=[chunk.module for chunk in trained.engine.chunks],
+            optimizer=trained.engine.optimizer,
+            layout=trained.layout,
+        )
+        trained.engine.schedule.step(checkpoint.manifest.updates)
+        return steps(trained, checkpoint.manifest.step, last)
 
 
 def temporary_folder() -> Path:
