@@ -146,16 +146,13 @@ def test_a_folder_without_a_config_is_named(tmp_path: Path) -> None:
         get_model_meta(tmp_path)
 
 
-def test_reading_metadata_loads_neither_torch_nor_transformers_and_is_quick() -> None:
+def test_reading_metadata_loads_nothing_heavy() -> None:
     script = (
-        "import sys, time; start = time.process_time(); import megaswift.metadata.read; "
-        "spent = time.process_time() - start; "
+        "import sys, megaswift.metadata.read; "
         "heavy = {'torch', 'transformers', 'datasets', 'megatron', 'numpy', 'huggingface_hub'} & set(sys.modules); "
-        "print(spent, *sorted(heavy))"
+        "print(*sorted(heavy))"
     )
     result = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60
     )
-    spent, *heavy = result.stdout.split()
-    assert heavy == []
-    assert float(spent) < 0.15  # of processor time: other work on the machine does not count
+    assert result.stdout.split() == []
