@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
 
@@ -51,6 +52,9 @@ def _redirect_device() -> None:
 
 
 def _redirect_factories() -> None:
+    # `with torch.device(...)` knows the factories by identity and looks them up once: before they are replaced. Otherwise
+    # transformers, which builds models on the meta device, would read weights into memory that nobody has set.
+    _device_constructors()
     # Schedules, clip_grads and optimizers write torch.zeros(..., device="cuda").
     for name in (
         "empty",
