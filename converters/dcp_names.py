@@ -56,8 +56,8 @@ def addresses(parameter: Parameter, meta: ModelMeta, *, stacked: bool) -> list[A
 
 
 def stacks_layers(meta: ModelMeta) -> bool:
-    """Whether a plain GPTModel of this kind stacks its layers: it does where they are all dense."""
-    return meta.moe is None
+    """Whether a plain GPTModel of this kind stacks its layers: it does where they are all dense and alike."""
+    return meta.moe is None and meta.linear_attention is None
 
 
 def find(

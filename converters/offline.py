@@ -155,6 +155,7 @@ def _whole_model(meta: ModelMeta) -> list[Parameter]:
         ),
         "tensors of another dtype": bool(float32_tensors(meta)),
         "latent attention": meta.mla is not None,
+        "Gated DeltaNet": meta.linear_attention is not None,
         "multi-token-prediction layers": meta.num_mtp_layers > 0,
     }
     if found := [name for name, is_there in obstacles.items() if is_there]:

@@ -156,9 +156,15 @@ def _walk(
             yield row, 0, 0, row.megatron
     for local_layer, layer in enumerate(layers):
         is_moe = meta.moe is not None and meta.moe.layer_is_moe[layer]
+        is_delta = meta.linear_attention is not None and meta.linear_attention.layers[layer]
+        here = {
+            Place.LAYER,
+            Place.MOE if is_moe else Place.DENSE,
+            Place.DELTA if is_delta else Place.SOFTMAX,
+        }
         prefix = f"decoder.layers.{local_layer}."
         for row in rows:
-            if row.place is Place.LAYER or row.place is (Place.MOE if is_moe else Place.DENSE):
+            if row.place in here:
                 yield row, layer, 0, prefix + row.megatron
             elif row.place is Place.EXPERT and is_moe:
                 for local_expert, expert in enumerate(experts):
@@ -200,29 +206,31 @@ def _parameter(
     try:
         num_rows, rows = _share_rows([s[0] for s in real], [s[0] for s in padded], units=units, share=share)
         num_cols, cols = 1, (0, 1)
-        if len(real[0]) == 2:
+        if len(real[0]) > 1:
             num_cols, cols = _share_cols(
-                real[0][1], padded[0][1], share=(index, parts) if cut_cols else (0, 1)
+                math.prod(real[0][1:]), math.prod(padded[0][1:]), share=(index, parts) if cut_cols else (0, 1)
             )
     except _DoesNotDivideError as error:
         axis = "etp" if row.place is Place.EXPERT else "tp"
         raise ConfigError(
             f"{axis}={parts} does not cut {row.megatron} evenly: {error}. Choose another size."
         ) from None
+    holders, heights = row.holders(len(real)), [shape[0] for shape in real]
     pieces = tuple(
         Piece(
-            tensor=tensors[part % len(tensors)],
-            rows=_in_file(row, part, first, into.rows, [shape[0] for shape in real], packed_at=packed_at),
+            tensor=tensors[holders[part]],
+            rows=_in_file(row, part, start, run.rows, heights, packed_at=packed_at, head=sizes.real["K"]),
             cols=cols,
-            into=into,
+            into=run,
             slab=packed_at if row.transposed else None,
         )
         for part, (first, into) in enumerate(rows)
         if into.rows and cols[1] > cols[0]  # a rank may hold nothing but padding
+        for start, run in _runs(row, first, into, head=sizes.real["K"])
     )
     return Parameter(
         name=name,
-        shape=(num_rows,) if len(real[0]) == 1 else (num_rows, num_cols),
+        shape=(num_rows, num_cols) if len(real[0]) == 2 else (num_rows, *real[0][1:]),
         tensors=tensors,
         pieces=pieces,
         shard=row.shard,
@@ -233,14 +241,32 @@ def _parameter(
     )
 
 
-def _in_file(row: Row, part: int, first: int, count: int, heights: list[int], *, packed_at: int) -> Stripe:
+def _runs(row: Row, first: int, into: Stripe, *, head: int) -> list[tuple[int, Stripe]]:
+    """Return (first row of its part, rows of the parameter) of the runs that lie together in the file."""
+    if not row.by_head:
+        return [(first, into)]
+    if first % head or into.width % head:
+        raise ConfigError(
+            f"tp cuts {row.megatron} within a head, and {row.file} keeps parts of a head together. Choose tp up to the "
+            "number of key/value heads."
+        )
+    begins = (begin for low, high in into.intervals() for begin in range(low, high, head))
+    return [(first + number * head, block(begin, head)) for number, begin in enumerate(begins)]
+
+
+def _in_file(
+    row: Row, part: int, first: int, count: int, heights: list[int], *, packed_at: int, head: int
+) -> Stripe:
     """Return where the rows of one part of a stack lie in the tensor that holds them."""
+    holders = row.holders(len(heights))
+    together = [other for other, holder in enumerate(holders) if holder == holders[part]]
+    place = together.index(part)
     if row.interleaved:
-        return Stripe(first * len(heights) + part, count, len(heights), 1)
-    if len(row.tensors) == len(heights):
-        above, height = 0, heights[part]
-    else:  # the parts lie below each other
-        above, height = sum(heights[:part]), sum(heights)
+        return Stripe(first * len(together) + place, count, len(together), 1)
+    if row.by_head:
+        return block((first // head * len(together) + place) * head, count)
+    above = sum(heights[other] for other in together[:place])
+    height = sum(heights[other] for other in together)
     return block((0 if row.transposed else packed_at * height) + above + first, count)
 
 

@@ -3,13 +3,16 @@
 A row reads in both directions. Its tensors are stacked along dim 0 in the order given; with `per` the order starts
 again for each unit of that size, as Megatron's linear_qkv does for each kv group (attention.py, 0.16.1,
 get_query_key_value_tensors). Without `per` it starts again on each rank, as linear_fc1 does (mlp.py: [gate; up]).
-A file may hold the whole stack as one tensor: then one name stands beside several shapes.
+A file may hold the whole stack as one tensor: then one name stands beside several shapes. Or a tensor holds some parts of
+it: then its name is repeated, once a part.
 
 Sizes are spelled in letters, "HK" being the product of H and K. Where tp does not divide V, G or H, Megatron's
 parameters are padded with zeros (parallel/layout.py); the file never is.
 V vocabulary, D model, H heads, G kv groups, K head size, F ffn, M ffn of one expert, S ffn of the shared experts, E experts.
 Of latent attention: A latent of q, C latent of k and v, L the same with the shared key part, U value head, W a head's k (without
 rotary positions) and v.
+Of Gated DeltaNet: N key heads, P key head size, X value heads, Y value head size, T length of the convolution; J rows of q,
+k, v and z of one key head, I of its b and a.
 """
 
 import math
@@ -28,6 +31,8 @@ class Place(Enum):
     FIRST = "the first chunk of the first stage"
     LAST = "the last chunk of the last stage"
     LAYER = "every decoder layer"
+    SOFTMAX = "decoder layers with softmax attention"
+    DELTA = "decoder layers with Gated DeltaNet"
     DENSE = "decoder layers with a dense feed-forward part"
     MOE = "decoder layers with experts"
     EXPERT = "each expert of those layers"
@@ -57,15 +62,25 @@ class Row:
     interleaved: bool = (
         False  # the parts of one tensor take turns row by row, instead of lying below each other
     )
+    by_head: bool = False  # or head by head
 
     @property
     def tensors(self) -> tuple[str, ...]:
         """The patterns of the file's tensors, in the order of stacking."""
+        return tuple(dict.fromkeys(self._names))
+
+    @property
+    def _names(self) -> tuple[str, ...]:
         found = re.fullmatch(r"([^{]*)\{([^}]*)\}(.*)", self.file)
         if not found:
             return (self.file,)
         before, names, after = found.groups()
         return tuple(before + name + after for name in names.split(","))
+
+    def holders(self, parts: int) -> tuple[int, ...]:
+        """Return which of `tensors` holds each part of the stack."""
+        names = self._names * parts if len(self._names) == 1 else self._names
+        return tuple(self.tensors.index(name) for name in names)
 
     @property
     def is_packed(self) -> bool:
@@ -78,19 +93,26 @@ class Row:
             tuple(math.prod(sizes[letter] for letter in dim) for dim in one.split())
             for one in self.shapes.split(",")
         ]
-        assert len(self.tensors) in (1, len(shapes)), (
-            f"{self.file}: {len(shapes)} shapes for {len(self.tensors)} tensors"
+        assert len(self._names) in (1, len(shapes)), (
+            f"{self.file}: {len(shapes)} shapes for {len(self._names)} names"
         )
         return tuple(shapes)
 
     def tensor_shapes(self, sizes: Mapping[str, int]) -> tuple[tuple[int, ...], ...]:
         """Return the shape of each tensor in the file."""
-        shapes = self.part_shapes(sizes)
-        if len(shapes) > len(self.tensors):
-            shapes = ((sum(shape[0] for shape in shapes), *shapes[0][1:]),)
+        parts = self.part_shapes(sizes)
+        holders = self.holders(len(parts))
+        shapes = tuple(
+            _stacked([shape for shape, holder in zip(parts, holders, strict=True) if holder == tensor])
+            for tensor in range(len(self.tensors))
+        )
         if self.transposed:
             shapes = tuple(shape[::-1] for shape in shapes)
         return tuple((sizes["E"], *shape) for shape in shapes) if self.is_packed else shapes
+
+
+def _stacked(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
+    return shapes[0] if len(shapes) == 1 else (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +181,18 @@ class Sizes:
                 "L": meta.mla.kv_rank + meta.mla.rope_head_dim,
                 "U": meta.mla.v_head_dim,
                 "W": meta.mla.nope_head_dim + meta.mla.v_head_dim,
+            }
+        if meta.linear_attention:
+            linear = meta.linear_attention
+            share = linear.num_value_heads // linear.num_key_heads
+            real |= {
+                "N": linear.num_key_heads,
+                "P": linear.key_head_dim,
+                "X": linear.num_value_heads,
+                "Y": linear.value_head_dim,
+                "T": linear.conv_kernel,
+                "J": 2 * linear.key_head_dim + 2 * share * linear.value_head_dim,
+                "I": 2 * share,
             }
         groups = padded_kv_heads(meta.num_heads, meta.num_kv_heads, tp=tp)
         padded = {

@@ -5,6 +5,7 @@ from megaswift.converters.tables.decoder import (
     ALL_HEADS_NORMS,
     ATTENTION,
     ENDS,
+    GATED_LINEARS,
     GATED_MLP,
     LATE_HEAD_NORMS,
     LINEARS,
@@ -12,6 +13,7 @@ from megaswift.converters.tables.decoder import (
     PRE_NORMS,
     SINKS,
 )
+from megaswift.converters.tables.delta import DELTA_NET, SPLIT_DELTA_NET
 from megaswift.converters.tables.dense import DENSE_TABLES
 from megaswift.converters.tables.experts import (
     DEEPSEEK_EXPERTS,
@@ -31,6 +33,7 @@ _NORMED_OVER_HEADS = ENDS + PRE_NORMS + LINEARS + ALL_HEADS_NORMS
 _DEEPSEEK_MOE = Table(rows=ENDS + ATTENTION + GATED_MLP + DEEPSEEK_EXPERTS)
 _DEEPSEEK = Table(rows=ENDS + PRE_NORMS + LATENT_ATTENTION + GATED_MLP + DEEPSEEK_EXPERTS)
 _GRANITE_MOE = Table(rows=ENDS + ATTENTION + GRANITE_EXPERTS)
+_HYBRID = ENDS + PRE_NORMS + GATED_LINEARS + GATED_MLP
 
 TABLES: dict[str, Table] = {
     **DENSE_TABLES,
@@ -50,5 +53,8 @@ TABLES: dict[str, Table] = {
     "mixtral": Table(rows=ENDS + ATTENTION + MIXTRAL_EXPERTS),
     "olmoe": Table(rows=_NORMED_OVER_HEADS + QWEN_EXPERTS),
     "qwen2_moe": _QWEN_MOE,
+    "qwen3_5_moe_text": Table(rows=_HYBRID + SPLIT_DELTA_NET + QWEN_EXPERTS, mtp_prefix="mtp."),
+    "qwen3_5_text": Table(rows=_HYBRID + SPLIT_DELTA_NET, mtp_prefix="mtp."),
     "qwen3_moe": _QWEN_MOE,
+    "qwen3_next": Table(rows=_HYBRID + DELTA_NET + QWEN_EXPERTS, mtp_prefix="mtp."),
 }

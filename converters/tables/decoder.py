@@ -23,6 +23,17 @@ FUSED_LINEARS = (
     Row(_LAYER, "self_attention.linear_proj.weight",    "self_attn.o_proj.weight",         "D HK",             _DIM1),
 )
 
+# Each query head stands above its gate in the file; Megatron has the gates of a group below its queries (attention.py, 0.16.1).
+_SOFTMAX = Place.SOFTMAX
+GATED_LINEARS = (
+    Row(_SOFTMAX, "self_attention.linear_qkv.weight",   "self_attn.{q,q,k,v}_proj.weight", "HK D, HK D, GK D, GK D", _DIM0, per="G", by_head=True),
+    Row(_SOFTMAX, "self_attention.linear_qkv.bias",     "self_attn.{q,q,k,v}_proj.bias",   "HK, HK, GK, GK",   _DIM0, per="G", by_head=True, when="qkv_bias"),
+    Row(_SOFTMAX, "self_attention.linear_proj.weight",  "self_attn.o_proj.weight",         "D HK",             _DIM1),
+    Row(_SOFTMAX, "self_attention.linear_proj.bias",    "self_attn.o_proj.bias",           "D",                _NONE, when="attention_out_bias"),
+    Row(_SOFTMAX, "self_attention.q_layernorm.weight",  "self_attn.q_norm.weight",         "K",                _NONE),
+    Row(_SOFTMAX, "self_attention.k_layernorm.weight",  "self_attn.k_norm.weight",         "K",                _NONE),
+)
+
 # One norm shared by the heads, or one over all of them; Hunyuan's come after the rotary positions.
 HEAD_NORMS = (
     Row(_LAYER, "self_attention.q_layernorm.weight",    "self_attn.q_norm.weight",         "K",                _NONE, when="qk_norm"),

@@ -115,6 +115,30 @@ def tp_shares_out_the_heads(case: Case) -> Case | None:
     return case.change("parallel", note)
 
 
+def linear_attention_is_cut_by_heads(case: Case) -> None:
+    """Gated DeltaNet is cut over tp by key heads, not along the sequence; the gates of attention go with key/value heads.
+
+    With more ranks than key/value heads Megatron-Core 0.16.1 cuts the queries and forgets the gates (attention.py).
+    """
+    meta, parallel = case.meta, case.run.parallel
+    linear = meta.linear_attention
+    if linear is not None and linear.num_key_heads % parallel.tp:
+        raise ConfigError(
+            f"tp={parallel.tp} does not divide linear_num_key_heads={linear.num_key_heads} ({case.model_name}). "
+            f"Choose tp from {_listed(_divisors(linear.num_key_heads))}."
+        )
+    if meta.attention.output_gate and parallel.tp > meta.num_kv_heads:
+        raise ConfigError(
+            f"tp={parallel.tp} is above num_kv_heads={meta.num_kv_heads} ({case.model_name}), whose attention is gated. "
+            f"Choose tp from {_listed(_divisors(meta.num_kv_heads))}."
+        )
+    if linear is not None and parallel.cp > 1:
+        raise ConfigError(
+            f"context_parallel_size={parallel.cp} is not built for Gated DeltaNet ({case.model_name}). Use "
+            "--tensor_model_parallel_size with --sequence_parallel."
+        )
+
+
 def pipeline_divides_the_layers(case: Case) -> None:
     """Every stage and every chunk of it has the layers it is due."""
     parallel, layout = case.run.parallel, case.layout

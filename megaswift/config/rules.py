@@ -25,6 +25,7 @@ RULES: tuple[Rule, ...] = (
     layout.expert_settings_need_experts,
     layout.tp_divides_the_feed_forward_part,
     layout.tp_shares_out_the_heads,
+    layout.linear_attention_is_cut_by_heads,
     layout.pipeline_divides_the_layers,
     layout.experts_divide,
     layout.world_holds_whole_copies,

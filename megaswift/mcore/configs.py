@@ -95,6 +95,9 @@ def _architecture(meta: ModelMeta, *, tp: int) -> dict[str, Any]:
         # Megatron sums gradients of q_layernorm and k_layernorm over tp: right for a norm that every head shares.
         "qk_layernorm": meta.qk_norm == "head",
         "softmax_scale": meta.attention.scale,
+        "attention_output_gate": meta.attention.output_gate,
+        "hetereogenous_dist_checkpoint": meta.linear_attention
+        is not None,  # layers are not alike: no stacking of them
         "rotary_interleaved": meta.rope.interleaved,
         "no_rope_freq": [int(not turns) for turns in meta.rope.layers] or None,
         "init_method_std": meta.initializer_range,

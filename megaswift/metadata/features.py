@@ -129,6 +129,8 @@ BUILT = frozenset(
         "router with a bias for the choice",
         "group-limited routing",
         "scaled routing weights",
+        "gated attention",
+        "Gated DeltaNet",
     }
 )
 

@@ -190,6 +190,14 @@ def _growth(scaling: QueryScaling, length: int) -> torch.Tensor:
     return 1 + scaling.beta * torch.log1p(steps)
 
 
+class GatedAttention(SelfAttention):
+    """Self-attention whose heads are scaled by gates, without the compiler that Megatron's own function calls at run time."""
+
+    def _apply_output_gate(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        """Return [S, B, H*K] scaled by gates of as many elements, in float32."""
+        return (x * torch.sigmoid(gate.float()).reshape(x.shape)).to(x.dtype)
+
+
 class TwoRopesAttention(SelfAttention):
     """Self-attention that takes its layer's table of rotary positions: sliding layers have another than the rest."""
 

@@ -123,7 +123,7 @@ def _check_adaptable(meta: ModelMeta) -> None:
     if meta.moe is not None:
         written -= {"gate_up_proj"}  # one tensor for all experts
     strange = [name for name in meta.target_modules if name not in written]
-    if strange and (meta.moe is not None or meta.mla is not None):
+    if strange and (meta.moe is not None or meta.mla is not None or meta.linear_attention is not None):
         raise ConfigError(
             f"tuner_type=lora is not built for {', '.join(strange)} of {meta.model_type}. Use tuner_type=full."
         )

@@ -16,8 +16,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megaswift.errors import ModelError
 from megaswift.metadata.features import FEATURES
 from megaswift.metadata.meta import ModelMeta
-from megaswift.models.attention import CoreAttention, TwoRopesAttention
+from megaswift.models.attention import CoreAttention, GatedAttention, TwoRopesAttention
 from megaswift.models.branch import BranchEnd, ParallelLayer
+from megaswift.models.delta_net import GatedDeltaNet
 from megaswift.models.linear import (
     ExpertRowParallelLinear,
     UnbiasedColumnParallelLinear,
@@ -50,6 +51,7 @@ LOCAL_ONLY = (
     "q and k of unit length",
     "clamped SwiGLU",
     "experts with biases",
+    "Gated DeltaNet",
 )
 
 
@@ -95,7 +97,10 @@ def _local_layer(meta: ModelMeta, config: TransformerConfig, layer: int) -> Modu
         if meta.moe.expert_bias:
             spec.submodules.mlp.submodules.experts.submodules.linear_fc2 = ExpertRowParallelLinear
     _place_norms(spec, meta, config)
-    _attend(spec, meta, config, layer)
+    if meta.linear_attention is not None and meta.linear_attention.layers[layer]:
+        spec.submodules.self_attention = ModuleSpec(module=GatedDeltaNet, params={"meta": meta})
+    else:
+        _attend(spec, meta, config, layer)
     if not is_moe and config.add_bias_linear and not meta.mlp_bias:
         mlp = spec.submodules.mlp.submodules
         mlp.linear_fc1, mlp.linear_fc2 = UnbiasedColumnParallelLinear, UnbiasedRowParallelLinear
@@ -129,6 +134,8 @@ def _attend(spec: ModuleSpec, meta: ModelMeta, config: TransformerConfig, layer:
     attention = spec.submodules.self_attention.submodules
     if has_two_ropes(meta):
         spec.submodules.self_attention.module = TwoRopesAttention
+    if meta.attention.output_gate:
+        spec.submodules.self_attention.module = GatedAttention
     if meta.mla is not None:
         latent = spec.submodules.self_attention
         latent.module, latent.params = LatentAttention, {**latent.params, "meta": meta}

@@ -9,7 +9,7 @@ from megaswift.config.dump import dump_run
 from megaswift.config.parse import parse_run
 from megaswift.config.rules import REQUEST_RULES, RULES, ResolvedRun, minimal_world, resolve
 from megaswift.errors import ConfigError
-from megaswift.metadata.meta import ModelMeta, MoEMeta
+from megaswift.metadata.meta import AttentionMeta, LinearAttentionMeta, ModelMeta, MoEMeta
 from megaswift.parallel.layout import Layout
 
 NEEDED = "--model m --dataset rows.jsonl "
@@ -40,6 +40,20 @@ def moe(**changes: Any) -> ModelMeta:
     return dense(**{"moe": experts, **changes})
 
 
+def hybrid(**sizes: int) -> ModelMeta:
+    """The same with Gated DeltaNet in all layers but the last, whose attention is gated."""
+    heads = {
+        "num_key_heads": 16,
+        "num_value_heads": 32,
+        "key_head_dim": 8,
+        "value_head_dim": 8,
+        "conv_kernel": 4,
+        **sizes,
+    }
+    linear = LinearAttentionMeta(layers=(True,) * 7 + (False,), **heads)
+    return dense(num_kv_heads=2, linear_attention=linear, attention=AttentionMeta(output_gate=True))
+
+
 def resolved(
     words: str, meta: ModelMeta, *, world: int = 1, platform: str = "cpu", task: str = "sft"
 ) -> ResolvedRun:
@@ -52,6 +66,8 @@ def resolved(
         ("--tp 0", dense(), 1, "tensor_model_parallel_size=0 is not a size. Give 1 or more."),
         ("--tp 3", dense(), 3, "tp=3 does not divide ffn_hidden_size=1024 (llama). Choose tp from 1, 2, 4, 8, 16, 32."),
         ("--tp 64", dense(), 64, "tp=64 is above num_heads=32 (llama). Choose tp from 1, 2, 4, 8, 16, 32."),
+        ("--tp 4", hybrid(), 4, "tp=4 is above num_kv_heads=2 (llama), whose attention is gated. Choose tp from 1, 2."),
+        ("--tp 2", hybrid(num_key_heads=5), 2, "tp=2 does not divide linear_num_key_heads=5 (llama). Choose tp from 1, 5."),
         ("--tp 2", dense(), 3, "world_size=3 is not a multiple of tp=2 x pp=1 x cp=1 = 2"),
         ("--cp 2", dense(), 2, "context_parallel_size=2 is not built"),
         ("--ep 2", dense(), 2, "expert_model_parallel_size=2 but llama has no experts"),

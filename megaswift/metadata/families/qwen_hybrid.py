@@ -88,6 +88,7 @@ QWEN3_NEXT = Family(
         "qk_norm": "head",
         "attention": AttentionMeta(output_gate=True),
         "linear_attention": _LINEAR_ATTENTION,
+        "num_mtp_layers": 1,  # of the released files; config.json does not tell
         "moe": moe(
             num_experts=key("num_experts"),
             topk=key("num_experts_per_tok"),
@@ -100,6 +101,7 @@ QWEN3_NEXT = Family(
         ),
         "target_modules": (*ATTENTION_TARGETS, "in_proj_qkvz", "in_proj_ba", "out_proj", *_MLP_TARGETS),
     },
+    supported=True,
 )
 
 
