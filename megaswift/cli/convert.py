@@ -5,6 +5,7 @@ import sys
 import time
 from math import lcm
 from pathlib import Path
+from typing import Any
 
 from megaswift.cli.help import sections_help
 from megaswift.cli.train import this_program
@@ -24,7 +25,8 @@ from megaswift.logs import get_logger, setup_logging
 from megaswift.metadata.files import read_json
 from megaswift.metadata.hub import Files, locate
 from megaswift.metadata.meta import ModelMeta
-from megaswift.metadata.read import get_model_meta, meta_from_config
+from megaswift.metadata.proven import write_note
+from megaswift.metadata.read import get_model_meta, is_known, meta_from_config
 from megaswift.parallel.layout import Layout
 
 log = get_logger("convert")
@@ -33,11 +35,15 @@ USAGE = """\
 usage: megaswift convert --model HF_MODEL --to mcore --output_dir FOLDER [--nproc N]
        megaswift convert --model CHECKPOINT --to hf --output_dir FOLDER [--hf_model HF_MODEL]
        megaswift convert --model MODEL_OR_CONFIG_JSON --dry_run [--tensor_model_parallel_size N ...]
+       megaswift convert --model MODEL_OR_CONFIG_JSON --verify
 
 Moves bytes; builds no model and needs no GPU. An interrupted conversion goes on where it stopped when the same command
 is run again. The certificate says that every tensor of the file is used exactly once and every shard of the layout
-filled; a gap is an error.
+filled; a gap is an error. --verify builds a small model of the same structure and runs it through transformers and through
+the converter: exit code 0 where logits and gradients are equal, 1 where they differ. With --to it comes first. A model of an unknown type is taken for
+one of a known family if keys, tensors and that comparison agree; a note beside it then lets every command read it.
 """
+VERIFICATION_FAILED = 1
 
 
 def run(argv: list[str]) -> int:
@@ -59,6 +65,11 @@ def run(argv: list[str]) -> int:
         meta, _ = _read(config)
         sys.stdout.write(certificate_text(meta, certify(meta, layout_of(config.check))))
         return 0
+    if config.check.verify and rank == 0 and not own_error_file():
+        if not _verify(config):
+            return VERIFICATION_FAILED
+        if config.target.to is None:
+            return 0
     if start.rank is None:
         _check(config)
         if start.world_size > 1:
@@ -102,6 +113,56 @@ def _check(config: ConvertConfig) -> None:
     log.info(certificate_text(meta, certify(meta, layout_of(config.check))).rstrip().replace("\n", "; "))
 
 
+def _verify(config: ConvertConfig) -> bool:
+    """Print what a verification finds, and return whether it passed; a model of an unknown type must be proven to be of a known one."""
+    # torch, transformers and Megatron: seconds that moving bytes need not pay
+    from megaswift.parity.infer import infer
+    from megaswift.parity.verify import verify
+
+    trusted = {"trust_remote_code": config.source.trust_remote_code}
+    raw, folder = _config_to_verify(config)
+    if is_known(raw, folder):
+        verdict = verify(raw, _read(config)[0], **trusted)
+    else:
+        has_weights = folder is not None and any(
+            (folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)
+        )
+        tensors = read_folder(folder) if folder is not None and has_weights else None
+        verdict = infer(raw, folder, tensors, **trusted).verdict
+        log.info(
+            f"model_type={verdict.model_type} is not declared; it computes what the family {verdict.family} does"
+        )
+        if folder is not None:
+            _note(raw, folder, family=verdict.family, compared_with=verdict.compared_with)
+    sys.stdout.write(verdict.text())
+    return verdict.passed
+
+
+def _config_to_verify(config: ConvertConfig) -> tuple[dict[str, Any], Path | None]:
+    """Return a config.json and the folder that it is of; None where it stands alone."""
+    source = config.source
+    path = Path(str(source.model)).expanduser()
+    if path.is_file():
+        return read_json(path), None
+    if config.target.to == "hf":
+        folder = _model_of_checkpoint(config, path).folder
+    else:
+        folder = locate(
+            str(source.model), revision=source.model_revision, use_hf=source.use_hf, token=source.hub_token
+        )
+    assert folder is not None, "it was read from one"
+    return read_json(folder / "config.json"), folder
+
+
+def _note(config: dict[str, Any], folder: Path, *, family: str, compared_with: str) -> None:
+    try:
+        write_note(config, folder, family=family, compared_with=compared_with)
+    except OSError as error:
+        log.warning(
+            f"{folder} cannot be written ({error.strerror}): other commands will not know the family; copy the folder first"
+        )
+
+
 def _convert(config: ConvertConfig, *, rank: int, world: int) -> int:
     started = time.monotonic()
     meta, source = _read(config)
@@ -129,20 +190,21 @@ def _read(config: ConvertConfig) -> tuple[ModelMeta, Path]:
     if config.target.to == "hf":
         return _model_of_checkpoint(config, path), path
     if path.is_file():
-        if not config.check.dry_run:
+        if config.target.to is not None and not config.check.dry_run:
             raise ConfigError(
-                f"model={path} is a file. Give the folder; a config.json alone is enough for --dry_run only."
+                f"model={path} is a file. Give the folder; a config.json alone is enough for --dry_run and --verify only."
             )
         return meta_from_config(read_json(path), trust_remote_code=source.trust_remote_code), path.parent
+    facts_only = config.check.dry_run or config.target.to is None
     folder = locate(
         str(source.model),
         revision=source.model_revision,
         use_hf=source.use_hf,
-        files=Files.FACTS if config.check.dry_run else Files.ALL,
+        files=Files.FACTS if facts_only else Files.ALL,
         token=source.hub_token,
     )
     meta = get_model_meta(folder, trust_remote_code=source.trust_remote_code)
-    if not config.check.dry_run or any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
+    if not facts_only or any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
         check_files(meta, read_folder(folder))
     return meta, folder
 

@@ -12,7 +12,7 @@ class FromConfig:
 
     model: str | None = setting(
         None,
-        "Hugging Face folder or hub id, a torch_dist checkpoint, or (for --dry_run) a config.json alone",
+        "Hugging Face folder or hub id, a torch_dist checkpoint, or (for --dry_run and --verify) a config.json alone",
         aliases=("model_id_or_path", "mcore_model"),
     )
     hf_model: str | None = setting(
@@ -51,6 +51,11 @@ class CheckConfig:
     """What is proven beforehand, and by how many processes the work is done."""
 
     dry_run: bool = setting(False, "print the certificate and write nothing")
+    verify: bool = setting(
+        False,
+        "run a small model of the same structure through transformers and through the converter; logits and gradients "
+        "must be equal",
+    )
     tp: int = setting(
         1,
         "layout of the certificate: tensor parallel size",

@@ -26,6 +26,9 @@ class Family:
         default_factory=dict
     )  # key -> values that change nothing
     harmless_keys: tuple[str, ...] = ()  # keys that change nothing whatever they hold
+    repeats: str | None = (
+        None  # not in transformers; its own code is that of this model type under another name
+    )
     supported: bool = False  # a model is built and its weights are read; proven by a parity test
 
     def evaluate(self, values: Mapping[str, Any], *, name: str) -> dict[str, Any]:
@@ -34,6 +37,12 @@ class Family:
         facts = {field: fact(config) if callable(fact) else fact for field, fact in self.facts.items()}
         self._check_other_keys(config)
         return facts
+
+    def strange_keys(self, values: Mapping[str, Any]) -> list[str]:
+        """Return the keys of a config.json that this family does not know."""
+        known = {*self.defaults, *self.aliases, *self.harmless_keys, *self.harmless_values}
+        known |= {*HARMLESS_KEYS, *HARMLESS_VALUES, "rope_scaling"}
+        return sorted(key for key, value in values.items() if key not in known and value is not None)
 
     def _check_other_keys(self, config: ConfigReader) -> None:
         """Refuse every key without a declared default, unless it is known to change nothing or holds null."""

@@ -9,6 +9,7 @@ from megaswift.metadata.family import Family
 from megaswift.metadata.files import first_dtype, read_json, read_json_if_there
 from megaswift.metadata.hub import Files, locate
 from megaswift.metadata.meta import ModelMeta
+from megaswift.metadata.proven import proven_family
 from megaswift.metadata.tokenizer import read_tokenizer
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -34,18 +35,25 @@ def get_model_meta(
 
 
 def meta_from_config(
-    config: dict[str, Any], folder: Path | None = None, *, trust_remote_code: bool = False
+    config: dict[str, Any],
+    folder: Path | None = None,
+    *,
+    trust_remote_code: bool = False,
+    family: str | None = None,
 ) -> ModelMeta:
-    """Return the facts of a config.json, and of the files beside it when `folder` is given; raises ModelError."""
+    """Return the facts of a config.json, and of the files beside it when `folder` is given; raises ModelError.
+
+    `family` reads it as one of that family, whatever its model_type is.
+    """
     name = str(folder) if folder else str(config.get("_name_or_path") or "the model")
-    family = _family(config, name, trust_remote_code)
-    facts = family.evaluate(config, name=name)
+    declared = FAMILIES[family] if family else _family(config, name, trust_remote_code, folder)
+    facts = declared.evaluate(config, name=name)
     generation = read_json_if_there(folder / "generation_config.json") if folder else {}
     tokenizer = read_tokenizer(folder) if folder else None
     meta = ModelMeta(
         model_type=config["model_type"],
-        architecture=(config.get("architectures") or [family.architecture])[0],
-        family=family.name,
+        architecture=(config.get("architectures") or [declared.architecture])[0],
+        family=declared.name,
         folder=folder,
         dtype=_dtype(config, folder),
         template=tokenizer.template if tokenizer else None,
@@ -63,8 +71,18 @@ def meta_from_config(
     return meta
 
 
-def _family(config: dict[str, Any], name: str, trust_remote_code: bool) -> Family:
-    """Return the declaration for config.json's model_type; raises ModelError naming the nearest known one."""
+def is_known(config: dict[str, Any], folder: Path | None) -> bool:
+    """Whether config.json's model_type is declared, or the model was proven to be of a declared family."""
+    return config.get("model_type") in FAMILIES or (
+        folder is not None and proven_family(config, folder) is not None
+    )
+
+
+def _family(config: dict[str, Any], name: str, trust_remote_code: bool, folder: Path | None) -> Family:
+    """Return the declaration for config.json's model_type, or for the family that the model was proven to be.
+
+    Raises ModelError naming the nearest known one.
+    """
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise ModelError(
@@ -72,6 +90,8 @@ def _family(config: dict[str, Any], name: str, trust_remote_code: bool) -> Famil
         )
     if model_type in FAMILIES:
         return FAMILIES[model_type]
+    if proven := proven_family(config, folder) if folder else None:
+        return FAMILIES[proven]
     text_type = (config.get("text_config") or {}).get("model_type")
     if text_type in FAMILIES:
         raise ModelError(
@@ -81,7 +101,8 @@ def _family(config: dict[str, Any], name: str, trust_remote_code: bool) -> Famil
     own_code = "its own code (auto_map) does not help: " if "auto_map" in config and trust_remote_code else ""
     raise ModelError(
         f"model_type={model_type} of {name} is not a known family; {own_code}a family needs a declaration in "
-        f"megaswift/metadata/families.{nearest(model_type, FAMILIES)} `megaswift models` lists them."
+        f"megaswift/metadata/families.{nearest(model_type, FAMILIES)} `megaswift models` lists them; "
+        f"`megaswift convert --verify --model {name}` looks for one that computes the same."
     )
 
 

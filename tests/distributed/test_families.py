@@ -23,6 +23,7 @@ DENSE = (
     "olmo2-odd-heads",
     "olmo3-yarn",
     "phi3-long",
+    "qwen3_5_text",
     "seed_oss",
     "starcoder2",
 )
@@ -36,6 +37,7 @@ EXPERTS = (
     "granitemoeshared",
     "llama4_text",
     "minimax_m2",
+    "qwen3_next",
 )
 # families, their layouts of two ranks, and how many steps
 GROUPS: tuple[tuple[tuple[str, ...], dict[str, dict[str, Any]], int], ...] = (

@@ -18,6 +18,7 @@ RUNS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "lora": ("llama", {"tuner": {"tuner_type": "lora", "lora_dropout": 0.0}, "optimizer": {"lr": 1e-2}}),
     "experts": ("qwen2_moe", {}),
     "odd heads": ("llama-odd-heads", {}),
+    "hybrid": ("qwen3_5_text", {}),
 }
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
@@ -42,6 +43,7 @@ CHANGES: dict[str, dict[str, list[str]]] = {
     "sgd": {"dp2": ["dp2", "tp2 sp"]},
     "lora": {"tp2 sp": ["tp2 sp", "pp2", "dp2 distopt"]},
     "odd heads": {"tp2 sp": ["pp2"], "one": ["tp2 sp"]},
+    "hybrid": {"tp2 sp": ["tp2 sp", "pp2"]},
     "experts": {"ep2": ["ep2", "dp2 distopt", "tp2 etp2", "pp2"], "one": ["one", "ep2"]},
 }
 

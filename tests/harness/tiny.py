@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
+from megaswift.parity.reference import save_random
 from tests.harness.tiny_dense import DENSE_MODELS
 
 SIZES: dict[str, Any] = {
@@ -22,7 +23,6 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-CHOICE_BIAS = "e_score_correction_bias"  # files hold it in float32, whatever the dtype of the weights
 EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 DEEPSEEK_EXPERTS: dict[str, Any] = {
     "n_routed_experts": 4,
@@ -49,6 +49,15 @@ LATENT_YARN: dict[str, Any] = {
     "mscale": 0.7,
     "mscale_all_dim": 1.0,
 }
+PARTIAL: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
+DELTA: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "linear_conv_kernel_dim": 3,
+}
 GRANITE_CONSTANTS: dict[str, Any] = {
     "embedding_multiplier": 3.0,
     "residual_multiplier": 0.4,
@@ -61,7 +70,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     **DENSE_MODELS,
     "llama": ("llama", {}),
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
-    "llama-odd-heads": ("llama", {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3}),  # tp=2 pads to 8 and 4
+    "llama-odd-heads": (
+        "llama",
+        {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3},
+    ),  # tp=2 pads to 8 and 4
     "llama3-rope": (
         "llama",
         {
@@ -179,6 +191,21 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             **GRANITE_CONSTANTS,
         },
     ),
+    "qwen3_5_text": ("qwen3_5_text", {**DELTA, "rope_parameters": {**PARTIAL, "mrope_section": [1, 1, 0]}}),
+    "qwen3_5_moe_text": (
+        "qwen3_5_moe_text",
+        {"intermediate_size": None, **DELTA, **EXPERTS, "shared_expert_intermediate_size": 80},
+    ),
+    "qwen3_next": (
+        "qwen3_next",
+        {
+            **DELTA,
+            **EXPERTS,
+            "shared_expert_intermediate_size": 80,
+            "rope_parameters": PARTIAL,
+            "mlp_only_layers": [2],
+        },
+    ),
     "hunyuan_v1_moe": ("hunyuan_v1_moe", {"num_experts": 4, "moe_topk": 2}),
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }
@@ -187,24 +214,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 def save_tiny(
     name: str, folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any
 ) -> Path:
-    """Save a random model of the catalogue above into `folder`; norms and biases are random too, so that none can go missing."""
+    """Save a random model of the catalogue above into `folder` and return it."""
     model_type, differs = MODELS[name]
     config = AutoConfig.for_model(model_type, **{**SIZES, **differs, **overrides})
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-            else:
-                parameter.normal_(std=0.08)
-        state = model.state_dict()
-        for key in state:
-            if key.endswith(CHOICE_BIAS):
-                state[key].normal_(std=0.1)
-            else:
-                state[key] = state[key].to(dtype)
-    if config.tie_word_embeddings:
-        state.pop("lm_head.weight", None)  # no longer the same memory, so save_pretrained would write both
-    model.to(dtype).save_pretrained(folder, state_dict=state)
-    return folder
+    return save_random(config, folder, dtype=dtype, seed=seed)

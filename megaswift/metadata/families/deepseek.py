@@ -200,4 +200,4 @@ DEEPSEEK_V3 = Family(
 )
 
 # Moonshot names its own model type so that engines can tell it apart; the mathematics is DeepSeek-V3's.
-KIMI_K2 = replace(DEEPSEEK_V3, name="kimi_k2")
+KIMI_K2 = replace(DEEPSEEK_V3, name="kimi_k2", repeats="deepseek_v3")

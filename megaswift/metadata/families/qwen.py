@@ -170,5 +170,6 @@ MIMO = replace(  # not in transformers; its remote code is Qwen2 with layers for
         "qkv_bias": key("attention_bias"),
         "num_mtp_layers": key("num_nextn_predict_layers"),
     },
+    repeats="qwen2",
     supported=True,
 )
