@@ -9,7 +9,7 @@ from math import ceil
 
 RECENT = 50  # measurements that count
 MARGIN = 1.5  # of a 95th percentile: a shared disk is not always as fast as it was
-LEAVING_S = 5.0  # to close files and groups
+LEAVING_S = 10.0  # to close files and groups, and for the batch script to have the job requeued
 FIRST_SHARE = 0.15  # of a slice, assumed for a save or a validation until one has been measured,
 FIRST_LIMIT_S = 300.0  # but no more than this
 

@@ -210,12 +210,14 @@ def _run(job: Job) -> list[str]:
         "before=$(newest)",
         'rm -f "$OUT/user-error"; export MEGASWIFT_USER_ERROR=$OUT/user-error  # srun and torchrun do not keep an exit code of 2',
         "stopped=",
-        "trap 'stopped=1' TERM  # cancelled, preempted, or requeued by hand: Slurm knows what comes next",
+        "trap 'stopped=$(date +%s)' TERM  # the time is over, or: cancelled, preempted, requeued by hand",
+        'time_is_over() { [ -n "$stopped" ] && [ "$stopped" -ge "${SLURM_JOB_END_TIME:-9999999999}" ]; }',
         "",
         f"{command} &",
         "ranks=$!",
         'wait "$ranks"; code=$?',
-        'while kill -0 "$ranks" 2>/dev/null; do wait "$ranks"; code=$?; done  # a signal ends a wait early',
+        'while kill -0 "$ranks" 2>/dev/null && ! time_is_over; do wait "$ranks"; code=$?; done  # a signal ends a wait early',
+        "time_is_over && sleep 5  # for a save that is under way; Slurm kills this script after its KillWait, 30 s",
         "",
     ]
 
@@ -223,7 +225,7 @@ def _run(job: Job) -> list[str]:
 def _afterwards(job: Job) -> list[str]:
     lines = [
         "# An error in what was asked for is not tried again. Any other end that is not the end goes on, if there is something new.",
-        '[ -z "$stopped" ] || exit "$code"',
+        '[ -z "$stopped" ] || time_is_over || exit "$code"  # Slurm knows what comes next',
         f'[ "$code" -ne 0 ] || [ -e "$OUT/{UNFINISHED}" ] || exit 0',
         '[ ! -e "$MEGASWIFT_USER_ERROR" ] || exit 2',
     ]

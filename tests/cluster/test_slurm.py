@@ -1,12 +1,18 @@
-"""Training on a real Slurm of virtual nodes: both launchers, time limits, requeueing, and the death of tasks and nodes."""
+"""Training on a real Slurm of virtual nodes: both launchers, time limits, requeueing, and the death of tasks and nodes.
+
+All jobs are handed in at once, so that the waiting of some (for a time limit, for a dead node) is the work of others: one
+that outlives its time limit on node3, one that dies again and again on node4 and node5, the rest on node1 and node2.
+"""
 
 import json
 import os
+import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,11 +24,39 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(why_not() is not None, reason
 
 MEGASWIFT = (sys.executable, "-m", "megaswift.cli.main")
 STARTING_S = 300.0  # ranks import torch and Megatron-Core: seconds, but minutes on a busy machine
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+SCRIPTS = Path(__file__).parents[2] / "slurm"
+
+# Stands in for a longer run: every step begins with a pause, which costs no processor.
+SLOW_STEPS = """
+import os, sys, time
+from megaswift.training.feed import TrainFeed
+batch = TrainFeed.batch
+def slow(self, consumed):
+    time.sleep(float(os.environ["PAUSE_S"]))
+    return batch(self, consumed)
+TrainFeed.batch = slow
+from megaswift.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+LONG_STEPS, LONG_PAUSE_S = (
+    90,
+    0.5,
+)  # 45 s of pauses: more than a slice of one minute has left beside start and save
+
+
+@dataclass(frozen=True, kw_only=True)
+class Jobs:
+    """The jobs of this file by name, the folder they were handed in from, and the one that is driven through deaths."""
+
+    ids: dict[str, str]
+    folder: Path
+    deaths: "Future[None]"
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[SlurmCluster]:
-    with running_cluster(nodes=2, cpus=8, gpus=4) as one:
+    with running_cluster(nodes=5, cpus=8, gpus=4) as one:
         yield one
 
 
@@ -34,8 +68,117 @@ def sft(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [*words.split(), "--env", '{"OMP_NUM_THREADS": "1"}']
 
 
+@pytest.fixture(scope="module")
+def jobs(cluster: SlurmCluster, sft: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    """Hand all jobs in; the one with the short time limit gets the machine to itself until it trains."""
+    folder = tmp_path_factory.mktemp("jobs")
+    (folder / "empty.jsonl").write_text("")
+    (folder / "matrix.yaml").write_text("seed: [1, 2]\n")
+    ids = {}
+    long = ["--tp", "2", "--output_dir", "long", "--train_iters", str(LONG_STEPS), "--save_steps", "100000"]
+    pause = slow_steps(folder, LONG_PAUSE_S)
+    short_slices = ["--time", "1", "--signal_seconds", "0", "--exclude", "node[1-2,4-5]"]
+    ids["long"] = submit(cluster, folder, *sft, *long, *pause, *short_slices)
+    deadline = time.monotonic() + 45
+    while not (folder / "long" / "logging.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+
+    deaths = [
+        "--train_iters",
+        "1000000",
+        "--save_steps",
+        "5",
+        "--save_total_limit",
+        "2",
+        "--save_safetensors",
+        "false",
+    ]
+    two_ranks = ["--nodes", "2", "--nproc_per_node", "1", "--time", "60", "--exclude", "node[1-3]"]
+    ids["deaths"] = submit(
+        cluster, folder, *sft, *deaths, *two_ranks, *slow_steps(folder, 0.2), "--output_dir", "deaths"
+    )
+    rest = ["--exclude", "node[3-5]", "--time", "20"]
+    four_ranks = ["--train_iters", "4", "--tp", "2", "--nodes", "2", "--nproc_per_node", "2"]
+    for launcher in ("srun", "torchrun"):
+        words = [*four_ranks, "--launcher", launcher, "--output_dir", launcher]
+        ids[launcher] = submit(cluster, folder, *sft, *rest, *words)
+    scripts = {"one-node": (1, 2), "srun": (2, LONG_STEPS), "torchrun": (1, 2)}
+    for name, (ranks, steps) in scripts.items():
+        ids[f"{name}.sbatch"] = submit_script(cluster, sft, folder, name, ranks=ranks, steps=steps)
+    words = ["--val_dataset", "empty.jsonl", "--nproc_per_node", "2", "--output_dir", "wrong"]
+    ids["wrong"] = submit(cluster, folder, *sft, *rest, *words)
+    words = ["--train_iters", "2", "--output_dir", "array", "--matrix", "matrix.yaml"]
+    ids["array"] = submit(cluster, folder, *sft, *rest, *words)
+    with ThreadPoolExecutor(1) as pool:
+        yield Jobs(
+            ids=ids,
+            folder=folder,
+            deaths=pool.submit(go_through_deaths, cluster, ids["deaths"], folder / "deaths"),
+        )
+
+
+def slow_steps(folder: Path, pause_s: float) -> list[str]:
+    """Return flags of `megaswift submit` that put a `python` with slow steps in front of the real one."""
+    programs = folder / "slow"
+    programs.mkdir(exist_ok=True)
+    (programs / "steps.py").write_text(SLOW_STEPS)
+    python = programs / "python"
+    python.write_text(
+        f'#!/bin/sh\nshift 2  # -m megaswift.cli.main\nexec {sys.executable} {programs}/steps.py "$@"\n'
+    )
+    python.chmod(0o755)
+    return ["--setup", f"export PATH={programs}:$PATH PAUSE_S={pause_s}"]
+
+
 def submit(cluster: SlurmCluster, folder: Path, *words: str) -> str:
     return cluster.call(*MEGASWIFT, "submit", "sft", "--gpus_per_node", "0", *words, cwd=folder).strip()
+
+
+def submit_script(
+    cluster: SlurmCluster, sft: list[str], folder: Path, name: str, *, ranks: int, steps: int
+) -> str:
+    """Hand in one of the scripts to start from as it is, but smaller."""
+    tasks = ranks if name == "srun" else 1
+    smaller = ["--nodes=1", f"--ntasks-per-node={tasks}", f"--gpus-per-node={ranks}", "--cpus-per-task=2"]
+    environ = {
+        "MODEL": sft[1],
+        "DATA": sft[3],
+        "OUT": f"{name}.sbatch",
+        "VENV": sys.prefix,
+        "FLAGS": f"{' '.join(sft[4:-2])} --train_iters {steps} --tp {ranks}",
+        "OMP_NUM_THREADS": "1",
+    }
+    words = ["--exclude=node[3-5]", *smaller, str(SCRIPTS / f"{name}.sbatch")]
+    return cluster.call("sbatch", "--parsable", *words, cwd=folder, **environ).strip()
+
+
+def go_through_deaths(cluster: SlurmCluster, job: str, output_dir: Path) -> None:
+    """Requeue a job by hand, kill one of its tasks, then its second node; each time it must come further than before."""
+    latest = output_dir / "latest"
+
+    def step() -> int:
+        return int(latest.read_text().split("-")[1]) if latest.exists() else 0
+
+    def goes_on(restarts: int, since: int) -> bool:
+        facts = cluster.job(job)
+        assert facts["JobState"] not in ENDED, log_of(cluster, job)
+        return int(facts["Restarts"]) == restarts and step() > since
+
+    wait_for(lambda: goes_on(0, 0), STARTING_S, "the first checkpoint")
+    cluster.call("scontrol", "requeue", job)
+    before = step()
+    wait_for(lambda: goes_on(1, before), STARTING_S, "a checkpoint after scontrol requeue")
+
+    (rank,) = cluster.processes_on(5, "slow/steps.py")
+    before = step()
+    os.kill(rank, signal.SIGKILL)
+    wait_for(lambda: goes_on(2, before), STARTING_S, "a checkpoint after the death of a task")
+
+    before = step()
+    cluster.kill_node(5)
+    wait_for(lambda: int(cluster.job(job)["Restarts"]) == 3, 120, "Slurm to give the dead node up")
+    cluster.start_node(5)
+    wait_for(lambda: goes_on(3, before), STARTING_S, "a checkpoint after the death of a node")
 
 
 def log_of(cluster: SlurmCluster, job: str) -> str:
@@ -52,150 +195,40 @@ def losses(folder: Path) -> dict[int, float]:
 
 
 def finish(cluster: SlurmCluster, job: str, *, timeout: float = STARTING_S) -> None:
-    state = cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", timeout=timeout)
+    state = cluster.wait(job, *ENDED, timeout=timeout)
     assert state == "COMPLETED", log_of(cluster, job)
 
 
 def test_two_nodes_of_two_ranks_train_through_srun_and_through_torchrun(
-    cluster: SlurmCluster, sft: list[str], tmp_path: Path
+    cluster: SlurmCluster, jobs: Jobs
 ) -> None:
-    words = [*sft, "--train_iters", "4", "--tp", "2", "--nodes", "2", "--nproc_per_node", "2", "--time", "20"]
     for launcher in ("srun", "torchrun"):
-        job = submit(cluster, tmp_path, *words, "--launcher", launcher, "--output_dir", launcher)
-        finish(cluster, job)
-        assert "dp=2 tp=2" in log_of(cluster, job)
-    assert losses(tmp_path / "srun") == losses(tmp_path / "torchrun")
-    assert len(losses(tmp_path / "srun")) == 4
+        finish(cluster, jobs.ids[launcher])
+        assert "dp=2 tp=2" in log_of(cluster, jobs.ids[launcher])
+    assert losses(jobs.folder / "srun") == losses(jobs.folder / "torchrun")
+    assert len(losses(jobs.folder / "srun")) == 4
 
 
-def test_a_user_error_ends_the_job_with_one_message(
-    cluster: SlurmCluster, sft: list[str], tmp_path: Path
-) -> None:
-    (tmp_path / "empty.jsonl").write_text("")
-    job = submit(
-        cluster, tmp_path, *sft, "--val_dataset", "empty.jsonl", "--nproc_per_node", "2", "--time", "20"
-    )
-    assert cluster.wait(job, "COMPLETED", "FAILED", timeout=STARTING_S) == "FAILED"
-    assert cluster.job(job)["ExitCode"] == "2:0"
-    assert log_of(cluster, job).count("error: ") == 1
+@pytest.mark.parametrize("name", ["srun", "one-node", "torchrun"])
+def test_the_scripts_to_start_from_work_as_they_are(cluster: SlurmCluster, jobs: Jobs, name: str) -> None:
+    finish(cluster, jobs.ids[f"{name}.sbatch"])
+    assert ("tp=2" if name == "srun" else "one rank") in log_of(cluster, jobs.ids[f"{name}.sbatch"])
+    assert len(losses(jobs.folder / f"{name}.sbatch")) == (LONG_STEPS if name == "srun" else 2)
 
 
-def test_a_run_longer_than_its_time_limit_finishes_in_slices_as_if_uninterrupted(
-    cluster: SlurmCluster, sft: list[str], tmp_path: Path
-) -> None:
-    words = [*sft[:-2], "--tp", "2", "--output_dir", "whole"]
-    environ = {**os.environ, "SLURM_JOB_END_TIME": str(int(time.time()) + 100), "OMP_NUM_THREADS": "1"}
-    began = time.monotonic()
-    subprocess.run(
-        [*MEGASWIFT, "sft", *words, "--train_iters", "100000"],
-        cwd=tmp_path,
-        env=environ,
-        check=True,
-        timeout=300,
-    )
-    whole = losses(tmp_path / "whole")
-    lines = (tmp_path / "whole" / "logging.jsonl").read_text().splitlines()
-    training_s = sum(json.loads(line)["step_time_s"] for line in lines)
-    starting_s = time.monotonic() - began - training_s
-    if starting_s > 25:
-        pytest.skip(
-            f"this machine is busy: a run needs {starting_s:.0f} s to start, and a slice of one minute is too short"
-        )
-
-    sliced = [
-        *sft,
-        "--tp",
-        "2",
-        "--output_dir",
-        "sliced",
-        "--train_iters",
-        str(len(whole)),
-        "--save_steps",
-        "100000",
-    ]
-    job = submit(cluster, tmp_path, *sliced, "--time", "1")
-    finish(cluster, job, timeout=600)
-    assert int(cluster.job(job)["Restarts"]) >= 1, "the run fitted into one slice"
-    log = log_of(cluster, job)
-    assert "the job's time ends soon" in log and "requeueing" in log and "resumed from" in log
-    assert losses(tmp_path / "sliced") == whole
+def test_a_user_error_ends_the_job_with_one_message(cluster: SlurmCluster, jobs: Jobs) -> None:
+    assert cluster.wait(jobs.ids["wrong"], *ENDED, timeout=STARTING_S) == "FAILED"
+    assert cluster.job(jobs.ids["wrong"])["ExitCode"] == "2:0"
+    log = log_of(
+        cluster, jobs.ids["wrong"]
+    )  # in which srun tells of the tasks that it ended, as "srun: error: ..."
+    assert len(re.findall(r"^(?:\[rank \d+\] )?error: ", log, re.MULTILINE)) == 1, log
 
 
-def test_nothing_is_lost_but_the_steps_since_the_last_checkpoint(
-    cluster: SlurmCluster, sft: list[str], tmp_path: Path
-) -> None:
-    """A job is requeued by hand, then one of its tasks is killed, then a whole node; then it is cancelled."""
-    words = [
-        *sft,
-        "--train_iters",
-        "1000000",
-        "--save_steps",
-        "10",
-        "--save_total_limit",
-        "2",
-        "--output_dir",
-        "out",
-    ]
-    job = submit(cluster, tmp_path, *words, "--nodes", "2", "--nproc_per_node", "1", "--time", "60")
-    latest = tmp_path / "out" / "latest"
-
-    def step() -> int:
-        return int(latest.read_text().split("-")[1]) if latest.exists() else 0
-
-    def goes_on(restarts: int, since: int) -> bool:
-        facts = cluster.job(job)
-        assert facts["JobState"] in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"), log_of(cluster, job)
-        return int(facts["Restarts"]) == restarts and step() > since
-
-    wait_for(lambda: goes_on(0, 0), STARTING_S, "the first checkpoint")
-    cluster.call("scontrol", "requeue", job)
-    before = step()
-    wait_for(lambda: goes_on(1, before), STARTING_S, "a checkpoint after scontrol requeue")
-
-    (rank,) = cluster.processes_on(2, "megaswift.cli.main")
-    before = step()
-    os.kill(rank, signal.SIGKILL)
-    wait_for(lambda: goes_on(2, before), STARTING_S, "a checkpoint after the death of a task")
-
-    before = step()
-    cluster.kill_node(2)
-    wait_for(lambda: int(cluster.job(job)["Restarts"]) == 3, 120, "Slurm to give the dead node up")
-    cluster.start_node(2)
-    wait_for(lambda: goes_on(3, before), STARTING_S, "a checkpoint after the death of a node")
-
-    cluster.call(*MEGASWIFT, "submit", "cancel", job)
-    assert cluster.wait(job, "CANCELLED", timeout=60) == "CANCELLED"
-    found = sorted(losses(tmp_path / "out"))
-    assert found == list(range(1, len(found) + 1))
-
-
-def test_an_array_runs_every_row_of_a_matrix(cluster: SlurmCluster, sft: list[str], tmp_path: Path) -> None:
-    (tmp_path / "matrix.yaml").write_text("seed: [1, 2]\n")
-    words = [*sft, "--train_iters", "2", "--output_dir", "out", "--matrix", "matrix.yaml", "--time", "20"]
-    job = submit(cluster, tmp_path, *words)
+def test_an_array_runs_every_row_of_a_matrix(cluster: SlurmCluster, jobs: Jobs) -> None:
     for row in (0, 1):
-        finish(cluster, f"{job}_{row}")
-    assert len(losses(tmp_path / "out" / "000-1")) == len(losses(tmp_path / "out" / "001-2")) == 2
-
-
-@pytest.mark.parametrize("name", ["one-node", "srun", "torchrun"])
-def test_the_scripts_to_start_from_work_as_they_are(
-    cluster: SlurmCluster, sft: list[str], tmp_path: Path, name: str
-) -> None:
-    script = Path(__file__).parents[2] / "slurm" / f"{name}.sbatch"
-    ranks = "1" if name != "srun" else "2"
-    smaller = ["--nodes=1", f"--ntasks-per-node={ranks}", "--gpus-per-node=2", "--cpus-per-task=2"]
-    environ = {
-        "MODEL": sft[1],
-        "DATA": sft[3],
-        "OUT": "out",
-        "VENV": sys.prefix,
-        "FLAGS": "--max_length 64 --global_batch_size 4 --train_iters 2 --tp 2",
-        "OMP_NUM_THREADS": "1",
-    }
-    job = cluster.call("sbatch", "--parsable", *smaller, str(script), cwd=tmp_path, **environ).strip()
-    finish(cluster, job)
-    assert "tp=2" in log_of(cluster, job) and len(losses(tmp_path / "out")) == 2
+        finish(cluster, f"{jobs.ids['array']}_{row}")
+    assert len(losses(jobs.folder / "array" / "000-1")) == len(losses(jobs.folder / "array" / "001-2")) == 2
 
 
 def test_an_unknown_partition_is_refused_with_the_ones_there_are(
@@ -205,3 +238,26 @@ def test_an_unknown_partition_is_refused_with_the_ones_there_are(
         submit(cluster, tmp_path, *sft, "--partition", "tset")
     assert caught.value.code == 2
     assert "partition=tset is not a partition of this cluster. Did you mean test?" in caught.value.stderr
+
+
+def test_a_run_longer_than_its_time_limit_finishes_in_slices_as_if_uninterrupted(
+    cluster: SlurmCluster, jobs: Jobs
+) -> None:
+    state = cluster.wait(jobs.ids["long"], *ENDED, timeout=600)
+    log = log_of(cluster, jobs.ids["long"])
+    if state == "TIMEOUT" and not re.search(r"step \d+/", log):
+        pytest.skip("this machine is busy: a slice of one minute is over before the ranks have started")
+    assert state == "COMPLETED", log
+    assert int(cluster.job(jobs.ids["long"])["Restarts"]) >= 1, "the run fitted into one slice"
+    assert "the job's time ends soon" in log and "requeueing" in log and "resumed from" in log
+    finish(cluster, jobs.ids["srun.sbatch"])
+    assert losses(jobs.folder / "long") == losses(jobs.folder / "srun.sbatch")
+
+
+def test_nothing_is_lost_but_the_steps_since_the_last_checkpoint(cluster: SlurmCluster, jobs: Jobs) -> None:
+    """A job was requeued by hand, then one of its tasks was killed, then a whole node; now it is cancelled."""
+    jobs.deaths.result(timeout=4 * STARTING_S)
+    cluster.call(*MEGASWIFT, "submit", "cancel", jobs.ids["deaths"])
+    assert cluster.wait(jobs.ids["deaths"], "CANCELLED", timeout=60) == "CANCELLED"
+    found = sorted(losses(jobs.folder / "deaths"))
+    assert found == list(range(1, len(found) + 1))

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-START_S = 30.0
+START_S = 60.0
 PROGRAMS = (
     "munged",
     "slurmctld",
@@ -226,6 +226,7 @@ class SlurmCluster:
             "KillWait": 10,
             "MinJobAge": 3600,
             "SlurmdTimeout": 20,
+            "MessageTimeout": 60,  # a busy machine answers late, and a client must not take that for a failure
             "PropagateResourceLimits": "NONE",
         }
         lines = [f"{name}={value}" for name, value in settings.items()]

@@ -14,11 +14,11 @@ def test_without_an_end_nothing_stops() -> None:
 def test_one_more_step_and_a_save_must_fit() -> None:
     governor = Governor(start=0, end=1000).after_step(10).after_save(20)
     assert governor.save_s() == 30  # 1.5 x
-    assert not governor.must_stop(934)  # this step and the next, 15 each, 30 for the save and 5 to leave
-    assert governor.must_stop(935)
-    assert governor.must_stop(905, save_due=True)
-    assert not governor.after_validation(100).must_stop(784, validation_due=True)
-    assert governor.after_validation(100).must_stop(785, validation_due=True)
+    assert not governor.must_stop(929)  # this step and the next, 15 each, 30 for the save and 10 to leave
+    assert governor.must_stop(930)
+    assert governor.must_stop(900, save_due=True)
+    assert not governor.after_validation(100).must_stop(779, validation_due=True)
+    assert governor.after_validation(100).must_stop(780, validation_due=True)
 
 
 def test_the_first_save_is_guessed_from_the_slice() -> None:
