@@ -17,9 +17,15 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 def check_run(run: RunConfig, *, world_size: int, platform_name: str) -> tuple[ModelMeta, ResolvedRun]:
     """Return the facts about the model and the resolved run; raises UserError for the first thing that is wrong."""
+    meta = model_of(run)
+    return meta, resolve(run, meta, world_size, platform_name)
+
+
+def model_of(run: RunConfig) -> ModelMeta:
+    """Return the facts about the model, whose weights are on this machine's disk then; raises UserError."""
     check_request(run)
     assert run.model.model is not None, "checked by check_request"
-    meta = get_model_meta(
+    return get_model_meta(
         run.model.model,
         revision=run.model.model_revision,
         use_hf=run.model.use_hf,
@@ -27,7 +33,6 @@ def check_run(run: RunConfig, *, world_size: int, platform_name: str) -> tuple[M
         files=Files.FACTS if run.model.random_init else Files.ALL,
         token=run.model.hub_token,
     )
-    return meta, resolve(run, meta, world_size, platform_name)
 
 
 def check_rows(run: RunConfig) -> None:

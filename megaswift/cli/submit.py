@@ -6,21 +6,25 @@ from dataclasses import replace
 from pathlib import Path
 
 from megaswift.cli.help import sections_help
-from megaswift.config.parse import TASK_DEFAULTS, parse, split_flags, take_flags
+from megaswift.config.parse import TASK_DEFAULTS, Parsed, parse, split_flags, take_flags
 from megaswift.config.rules import minimal_world
 from megaswift.config.run import RunConfig
 from megaswift.config.submit import SubmitConfig
 from megaswift.errors import ConfigError, LaunchError, nearest
 from megaswift.launch import slurm
+from megaswift.launch.layout import Chosen, check_memory, choose_layout
 from megaswift.launch.matrix import expand_matrix, read_matrix
 from megaswift.launch.preflight import (
     check_files_for_nodes_without_network,
     check_output,
     check_rows,
     check_run,
+    model_of,
 )
+from megaswift.launch.profile import profile_of_name
 from megaswift.launch.sbatch import Job, sbatch_script
 from megaswift.logs import get_logger, setup_logging
+from megaswift.planner.machine import Machine
 
 log = get_logger("submit")
 
@@ -79,8 +83,8 @@ def plan_job(task: str, argv: list[str], known: Sequence[slurm.Partition]) -> Jo
     """
     request, argv = take_flags(SubmitConfig(), argv)
     runs = _runs(task, argv, request)
-    configs = [parse(command[0], command[1:]).config for command, _ in runs]
-    first, asked = configs[0], request.slurm
+    rows = [parse(command[0], command[1:]) for command, _ in runs]
+    first, asked = rows[0].config, request.slurm
     if asked.nodes < 1:
         raise ConfigError(f"nodes={asked.nodes} is too small. Give 1 or more.")
     partition = None
@@ -91,11 +95,14 @@ def plan_job(task: str, argv: list[str], known: Sequence[slurm.Partition]) -> Jo
     gpus = asked.gpus_per_node if asked.gpus_per_node is not None else partition.gpus if partition else 0
     ranks = first.launch.nproc_per_node or gpus or -(-minimal_world(first) // asked.nodes)
     platform_name = "cuda" if gpus and first.launch.platform != "cpu" else "cpu"
-    for config in configs:
-        meta, _ = check_run(config, world_size=asked.nodes * ranks, platform_name=platform_name)
-        check_rows(config)
-        check_output(config, meta)
-        check_files_for_nodes_without_network(config, meta)
+    machine = _machine(partition, nodes=asked.nodes, ranks=ranks) if platform_name == "cuda" else None
+    layouts: dict[str, Chosen | None] = {}
+    commands = []
+    for (command, _), row in zip(runs, rows, strict=True):
+        layout = _layout(row, machine, layouts)
+        config = layout.adopt(row.config) if layout is not None else row.config
+        _check(config, machine, world_size=asked.nodes * ranks, platform_name=platform_name)
+        commands.append((*command, *(layout.words(row.given) if layout is not None else [])))
     container_runtime = _container_runtime(request)
     launcher = request.runtime.launcher
     if launcher == "auto":
@@ -103,7 +110,7 @@ def plan_job(task: str, argv: list[str], known: Sequence[slurm.Partition]) -> Jo
     tasks = 1 if launcher == "torchrun" else ranks
     return Job(
         name=asked.job_name or f"megaswift-{task}",
-        commands=tuple(tuple(command) for command, _ in runs),
+        commands=tuple(commands),
         output_dirs=tuple(folder for _, folder in runs),
         log_dir=f"{_output_dir(task, argv)}/slurm",
         ranks_per_node=ranks,
@@ -115,6 +122,41 @@ def plan_job(task: str, argv: list[str], known: Sequence[slurm.Partition]) -> Jo
         slurm=asked,
         runtime=replace(request.runtime, venv=_venv(request)),
     )
+
+
+def _machine(partition: slurm.Partition | None, *, nodes: int, ranks: int) -> Machine | None:
+    """Return the GPUs that the job will have; None where the partition does not say which they are."""
+    if partition is None or partition.gpu_type is None:
+        return None
+    try:
+        return profile_of_name(partition.gpu_type, nodes=nodes, per_node=ranks).machine
+    except LaunchError as error:
+        log.info(f"memory is not checked, and the layout is chosen inside the job: {error}")
+        return None
+
+
+def _layout(row: Parsed, machine: Machine | None, known: dict[str, Chosen | None]) -> Chosen | None:
+    """Return the layout of a run that names none; `known` has those of rows of a matrix that differ in other things."""
+    run = row.config
+    if machine is None or not run.launch.auto_layout:
+        return None
+    lengths = (run.data.max_length, run.data.packing_length)
+    key = repr((run.model, lengths, run.training, run.tuner, run.parallel))
+    if key not in known:
+        known[key] = chosen = choose_layout(run, model_of(run), machine)
+        if chosen is not None:
+            log.info(chosen.note)
+    return known[key]
+
+
+def _check(run: RunConfig, machine: Machine | None, *, world_size: int, platform_name: str) -> None:
+    """Check a run as far as this node can; raises UserError for the first thing that is wrong."""
+    meta, resolved = check_run(run, world_size=world_size, platform_name=platform_name)
+    if machine is not None:
+        check_memory(resolved.config, resolved.layout, meta, machine)
+    check_rows(run)
+    check_output(run, meta)
+    check_files_for_nodes_without_network(run, meta)
 
 
 def _runs(task: str, argv: list[str], request: SubmitConfig) -> list[tuple[list[str], str]]:

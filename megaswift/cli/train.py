@@ -9,10 +9,11 @@ from pathlib import Path
 from megaswift.cli.help import task_help
 from megaswift.config.parse import parse
 from megaswift.config.rules import check_request, minimal_world
-from megaswift.launch.devices import platform_here
+from megaswift.launch.devices import num_gpus, platform_here
 from megaswift.launch.environment import own_error_file, set_library_defaults
+from megaswift.launch.layout import layout_here
 from megaswift.launch.local import die_with_parent, start_ranks
-from megaswift.launch.preflight import check_run
+from megaswift.launch.preflight import check_run, model_of
 from megaswift.launch.sbatch import UNFINISHED
 from megaswift.launch.start import plan_start
 from megaswift.logs import get_logger, setup_logging
@@ -30,11 +31,26 @@ def run_task(task: str, argv: list[str]) -> int:
     parsed = parse(task, argv)
     run = parsed.config
     check_request(run)
-    start = plan_start(os.environ, nproc_per_node=run.launch.nproc_per_node, minimal_world=minimal_world(run))
+    platform = platform_here(run.launch.platform)
+    # Who names no layout gets all GPUs of this node; on processors one rank, unless more are asked for.
+    fewest = num_gpus() if run.launch.auto_layout and platform == "cuda" else 0
+    start = plan_start(
+        os.environ, nproc_per_node=run.launch.nproc_per_node, minimal_world=max(fewest, minimal_world(run))
+    )
     rank = start.rank.rank if start.rank else 0
     setup_logging(rank=rank, verbose=run.logging.verbose)
     if start.rank is None:
-        check_run(run, world_size=start.world_size, platform_name=platform_here(run.launch.platform))
+        chosen = layout_here(
+            run,
+            model_of(run),
+            nodes=start.node.num_nodes,
+            ranks_per_node=start.nproc,
+            on_gpus=platform == "cuda",
+        )
+        if chosen is not None:
+            run, argv = chosen.adopt(run), [*argv, *chosen.words(parsed.given)]
+            log.info(chosen.note)
+        check_run(run, world_size=start.world_size, platform_name=platform)
         if start.world_size > 1:
             log.info(f"starting {start.nproc} ranks on this node")
             return start_ranks([*this_program(), task, *argv], nproc=start.nproc, node=start.node)
@@ -48,11 +64,20 @@ def run_task(task: str, argv: list[str]) -> int:
         warnings.filterwarnings(
             "ignore", module=r"(megatron|torch)\b"
         )  # about what is not installed, and deprecations
+    if platform == "cpu":
+        from megaswift.platforms.cpu import skip_compilation  # torch
+
+        skip_compilation()
     from megaswift.training.run import train  # torch and Megatron-Core: seconds
 
     summary = train(run)
     if rank == 0:
         mark_unfinished(summary.output_dir, summary.interrupted)
+    if start.rank is not None and start.rank.source != "mpi":  # MPI wants to be finalised
+        # Nothing is left to do, and taking the interpreter down can cost what is left of a slice.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
     return 0
 
 

@@ -12,6 +12,9 @@ class LaunchConfig:
     nproc_per_node: int | None = setting(
         None, "ranks to start here; default: the smallest world the layout needs"
     )
+    auto_layout: bool = setting(
+        True, "let the planner choose the layout where no parallel flag is given; with one it is off"
+    )
     platform: str = setting("auto", "device back end", choices=("auto", "cpu", "cuda"))
     hang_timeout_seconds: float | None = setting(
         None,

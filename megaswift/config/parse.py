@@ -31,6 +31,24 @@ RIVALS = (
     ("lr_warmup_iters", "lr_warmup_fraction"),
 )
 
+# Who gives one of these has chosen a layout.
+LAYOUT_FLAGS = {
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+    "sequence_parallel",
+    "cp_comm_type",
+    "recompute_granularity",
+    "recompute_method",
+    "recompute_num_layers",
+    "recompute_modules",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Parsed:
@@ -38,6 +56,7 @@ class Parsed:
 
     config: RunConfig
     notes: tuple[str, ...] = ()
+    given: frozenset[str] = frozenset()  # flags that somebody wrote, by their first names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +85,8 @@ def parse(task: str, argv: list[str]) -> Parsed:
     for pair in RIVALS:
         if any(flag in from_flags for flag in pair):
             from_file = {flag: given for flag, given in from_file.items() if flag not in pair}
-    return Parsed(config=_build(task, {**from_file, **from_flags}), notes=tuple(notes))
+    given = {**from_file, **from_flags}
+    return Parsed(config=_build(task, given), notes=tuple(notes), given=frozenset(given))
 
 
 def make_run(task: str, /, **settings: Any) -> RunConfig:
@@ -157,9 +177,15 @@ def _put(found: dict[str, Given], setting: Setting, raw: Raw, name: str, *, same
 def _build(task: str, given: dict[str, Given]) -> RunConfig:
     if task not in TASK_DEFAULTS:
         raise ConfigError(f"task={task} is not built.{nearest(task, TASK_DEFAULTS)}")
-    return fill(
-        RunConfig(task=task), {**TASK_DEFAULTS[task], **{flag: one.value for flag, one in given.items()}}
-    )
+    values = {**TASK_DEFAULTS[task], **{flag: one.value for flag, one in given.items()}}
+    if LAYOUT_FLAGS & given.keys():
+        values["auto_layout"] = False
+    return fill(RunConfig(task=task), values)
+
+
+def with_flags(config: RunConfig, words: dict[str, Raw]) -> RunConfig:
+    """Return `config` with some flags set to other values; raises ConfigError."""
+    return fill(config, {flag: one.value for flag, one in understand(words, []).items()})
 
 
 def fill(config: Sections, values: dict[str, Any]) -> Sections:

@@ -19,9 +19,12 @@ from megaswift.config.run import RunConfig
 from megaswift.converters.adapters import load_peft
 from megaswift.converters.load import load_weights
 from megaswift.converters.peft_folder import PeftAdapter, read_adapter
+from megaswift.launch.environment import RankEnv
 from megaswift.launch.governor import Governor
 from megaswift.launch.heartbeat import Heartbeat, empty_folder
 from megaswift.launch.join import this_rank
+from megaswift.launch.layout import layout_here
+from megaswift.launch.preflight import model_of
 from megaswift.launch.slurm import job_end
 from megaswift.logs import get_logger, setup_logging
 from megaswift.mcore import process_groups
@@ -86,11 +89,26 @@ def train(run: RunConfig) -> RunSummary:
         master=here.master,
         timeout_min=run.parallel.ddp_timeout_min,
     )
-    summary = train_in_world(run, platform)
+    summary = train_in_world(agree_on_first(lambda: _with_layout(run, platform, here)), platform)
     # Not after a failure: leaving a group is a collective for some back ends, and a failed rank enters none.
     process_groups.destroy()
     dist.destroy_process_group()
     return summary
+
+
+def _with_layout(run: RunConfig, platform: Platform, here: RankEnv) -> RunConfig:
+    """Return the run with the layout that the planner chooses where none is named."""
+    if not run.launch.auto_layout:
+        return run
+    nodes = here.world_size // here.local_world_size
+    on_gpus = platform.name == "cuda"
+    chosen = layout_here(
+        run, model_of(run), nodes=nodes, ranks_per_node=here.local_world_size, on_gpus=on_gpus
+    )
+    if chosen is None:
+        return run
+    logger.info("%s", chosen.note)
+    return chosen.adopt(run)
 
 
 def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:

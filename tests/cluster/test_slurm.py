@@ -159,26 +159,30 @@ def go_through_deaths(cluster: SlurmCluster, job: str, output_dir: Path) -> None
     def step() -> int:
         return int(latest.read_text().split("-")[1]) if latest.exists() else 0
 
-    def goes_on(restarts: int, since: int) -> bool:
-        facts = cluster.job(job)
-        assert facts["JobState"] not in ENDED, log_of(cluster, job)
-        return int(facts["Restarts"]) == restarts and step() > since
+    def goes_on(restarts: int) -> None:
+        """Return when the slice after so many restarts has left a checkpoint of its own."""
 
-    wait_for(lambda: goes_on(0, 0), STARTING_S, "the first checkpoint")
+        def runs() -> bool:
+            facts = cluster.job(job)
+            assert facts["JobState"] not in ENDED, log_of(cluster, job)
+            return int(facts["Restarts"]) == restarts and facts["JobState"] == "RUNNING"
+
+        wait_for(runs, STARTING_S, f"slice {restarts} to start")
+        before = step()
+        wait_for(
+            lambda: runs() and step() > before, STARTING_S, f"a checkpoint of slice {restarts}", poll_s=0.5
+        )
+
+    goes_on(0)
     cluster.call("scontrol", "requeue", job)
-    before = step()
-    wait_for(lambda: goes_on(1, before), STARTING_S, "a checkpoint after scontrol requeue")
-
+    goes_on(1)
     (rank,) = cluster.processes_on(5, "slow/steps.py")
-    before = step()
     os.kill(rank, signal.SIGKILL)
-    wait_for(lambda: goes_on(2, before), STARTING_S, "a checkpoint after the death of a task")
-
-    before = step()
+    goes_on(2)
     cluster.kill_node(5)
     wait_for(lambda: int(cluster.job(job)["Restarts"]) == 3, 120, "Slurm to give the dead node up")
     cluster.start_node(5)
-    wait_for(lambda: goes_on(3, before), STARTING_S, "a checkpoint after the death of a node")
+    goes_on(3)
 
 
 def log_of(cluster: SlurmCluster, job: str) -> str:

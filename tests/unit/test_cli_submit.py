@@ -47,6 +47,15 @@ def test_a_run_is_written_down_and_handed_in(cluster: Path, capsys: pytest.Captu
     assert "sbatch --parsable out/slurm/megaswift-sft.sbatch" in (cluster / "calls").read_text()
 
 
+def test_a_layout_is_chosen_for_the_partitions_gpus(
+    cluster: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*SFT, "--dry_run", "--nodes", "2", "--global_batch_size", "32"]) == 0
+    captured = capsys.readouterr()
+    assert "on the fullest of 16 H100-80G" in captured.err
+    assert "--global_batch_size 32 --tensor_model_parallel_size 1 --pipeline_model" in captured.out
+
+
 def test_dry_run_prints_and_hands_nothing_in(cluster: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SFT, "--dry_run", "--partition", "cpu", "--nproc_per_node", "2"]) == 0
     script = capsys.readouterr().out
@@ -148,7 +157,7 @@ def test_a_matrix_is_a_job_array_with_a_folder_for_each_run(
     script = capsys.readouterr().out
     assert "#SBATCH --array=0-7%3\n" in script
     assert (
-        "RUN=(sft --model model --lr 1e-5 --dataset rows.jsonl --output_dir out/000-sft-1e-5-rows.jsonl)"
+        "RUN=(sft --model model --lr 1e-5 --dataset rows.jsonl --output_dir out/000-sft-1e-5-rows.jsonl --tensor_model"
         in script
     )
     assert (

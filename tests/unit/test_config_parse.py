@@ -1,5 +1,6 @@
 """Command line and YAML to a RunConfig."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -123,7 +124,14 @@ def test_what_is_dumped_reads_back_the_same(tmp_path: Path) -> None:
     run = parse_run("sft", words)
     file = tmp_path / "args.yaml"
     file.write_text(dump_run(run), encoding="utf-8")
-    assert parse_run("sft", ["--config", str(file)]) == run
+    named = replace(run.launch, auto_layout=False)  # a dump names its layout
+    assert parse_run("sft", ["--config", str(file)]) == replace(run, launch=named)
+
+
+def test_a_parallel_flag_is_a_layout() -> None:
+    assert parse_run("sft", []).launch.auto_layout
+    assert not parse_run("sft", ["--tp", "1"]).launch.auto_layout
+    assert not parse_run("sft", ["--recompute_granularity", "full", "--auto_layout"]).launch.auto_layout
 
 
 def test_a_token_is_never_dumped() -> None:

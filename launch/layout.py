@@ -1,0 +1,130 @@
+"""The layout of a run that names none: the planner chooses it for the devices there are."""
+
+from dataclasses import dataclass, replace
+
+from megaswift.config.parse import with_flags
+from megaswift.config.run import RunConfig
+from megaswift.errors import LaunchError
+from megaswift.launch.profile import profile_here
+from megaswift.metadata.meta import ModelMeta
+from megaswift.parallel.layout import Layout
+from megaswift.planner.ask import Question, ask, software_on
+from megaswift.planner.costs import Costs
+from megaswift.planner.flags import flags_of
+from megaswift.planner.job import Candidate
+from megaswift.planner.machine import GIB, Machine
+from megaswift.planner.plan import memory_limit
+from megaswift.planner.rescue import nothing_fits
+from megaswift.planner.search import search
+from megaswift.planner.trainable import refusal
+
+USUAL_LENGTH = 4096  # tokens of a sample that is planned for where nobody says how long samples are
+PRECISIONS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+OVERLAP = {"overlap_grad_reduce", "overlap_param_gather"}  # the same numbers, sooner; gloo does not overlap
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """What the planner adds to a run: flags of `megaswift sft`, and one line that says why."""
+
+    flags: dict[str, str]
+    note: str
+
+    def words(self, given: frozenset[str]) -> list[str]:
+        """Return the flags as they are typed, but for those that the user has `given`."""
+        chosen = {name: value for name, value in self.flags.items() if name not in given}
+        return [word for name, value in chosen.items() for word in (f"--{name}", *value.split())]
+
+    def adopt(self, run: RunConfig) -> RunConfig:
+        """Return `run` with the flags set."""
+        settled = with_flags(run, {name: value.split() for name, value in self.flags.items()})
+        return replace(settled, launch=replace(settled.launch, auto_layout=False))
+
+
+def choose_layout(run: RunConfig, meta: ModelMeta, machine: Machine) -> Chosen | None:
+    """Return the fastest layout that fits; None where the user has named one (launch.auto_layout).
+
+    Micro batch, dtype and what else was said are kept. Raises LaunchError where no layout fits the memory of the GPUs; on
+    processors, whose memory is shared with who knows what, the run is left as it is.
+    """
+    if not run.launch.auto_layout:
+        return None
+    on_cpu = machine.device.generation == "cpu"
+    question, software = _question(run, meta, machine), software_on(machine.device)
+    job = question.job
+    found = search(job, machine, software=software, space=question.space)
+    if not found.plans and not on_cpu:
+        raise nothing_fits(job, machine, found, software=software, space=question.space)
+    plan = next((one for one in found.plans if refusal(one, job, machine) is None), None)
+    if plan is None:
+        return None
+    left_out = {"micro_batch_size"}  # is as the run says
+    if on_cpu or not run.parallel.use_distributed_optimizer:
+        left_out |= OVERLAP
+    if run.training.gradient_accumulation_steps is not None:
+        left_out.add("global_batch_size")
+    sizes = plan.candidate.layout
+    axes = {"dp": sizes.dp, "tp": sizes.tp, "pp": sizes.pp, "cp": sizes.cp, "ep": sizes.ep}
+    named = " ".join(f"{name}={size}" for name, size in axes.items() if size > 1) or "one rank"
+    return Chosen(
+        flags={name: value for name, value in flags_of(plan, job).items() if name not in left_out},
+        note=f"layout: {named}, recomputation {plan.candidate.recompute}; of {found.tried} tried the fastest that fits, with "
+        f"{plan.memory_gib:.1f} of {machine.device.memory_gib:.0f} GiB on the fullest of {machine.num_devices} "
+        f"{machine.device.name} for samples of {job.seq_len} tokens. Parallel flags override it",
+    )
+
+
+def layout_here(
+    run: RunConfig, meta: ModelMeta, *, nodes: int, ranks_per_node: int, on_gpus: bool
+) -> Chosen | None:
+    """Return the layout for nodes like this one; None where one is named, or where this machine's GPU is not known."""
+    if not run.launch.auto_layout:
+        return None
+    try:
+        profile = profile_here(nodes=nodes, ranks=ranks_per_node, gpus=None if on_gpus else ())
+    except (
+        LaunchError
+    ):  # a device that the catalogue does not have: the run's own settings are as good as any
+        return None
+    machine = replace(profile.machine, num_devices=nodes * ranks_per_node, per_node=ranks_per_node)
+    return choose_layout(run, meta, machine)
+
+
+def check_memory(run: RunConfig, layout: Layout, meta: ModelMeta, machine: Machine) -> None:
+    """Raise LaunchError where a resolved run needs more memory than its devices have, by the planner's reckoning."""
+    training, precision = run.training, PRECISIONS[run.model.torch_dtype or "bfloat16"]
+    candidate = Candidate(
+        layout=layout,
+        micro_batch=training.micro_batch_size,
+        precision=precision if precision in machine.device.peak_flops else "fp32",
+        recompute=training.recompute_granularity,
+        recompute_layers=training.recompute_num_layers if training.recompute_method == "block" else None,
+    )
+    costs = Costs(_question(run, meta, machine).job, machine, software_on(machine.device))
+    memory = costs.memory(candidate, costs.stages(layout)).total
+    if memory > memory_limit(machine):
+        raise LaunchError(
+            f"the run needs about {memory / GIB:.0f} GiB on its fullest rank and {machine.device.name} has "
+            f"{machine.device.memory_gib:.0f} GiB. Leave the parallel flags out, and a layout that fits is chosen; "
+            "`megaswift plan` shows what would fit."
+        )
+
+
+def _question(run: RunConfig, meta: ModelMeta, machine: Machine) -> Question:
+    """Return what the planner is asked: this run, with a length and a batch where nobody has said them."""
+    training, data = run.training, run.data
+    if training.gradient_accumulation_steps is not None:  # of as many replicas as there can be
+        size = training.micro_batch_size * training.gradient_accumulation_steps * machine.num_devices
+        training = replace(training, global_batch_size=size)
+    if data.max_length is None and data.packing_length is None:
+        data = replace(data, max_length=min(USUAL_LENGTH, meta.max_length))
+    precision = PRECISIONS.get(run.model.torch_dtype or "", "auto")
+    return ask(
+        replace(run, training=training, data=data),
+        meta,
+        machine,
+        given=frozenset({"micro_batch_size"}),
+        precision=precision if precision in machine.device.peak_flops else "auto",
+        document_len=None,
+        offload=False,
+    )

@@ -1,0 +1,72 @@
+"""The layout of a run that names none."""
+
+import pytest
+
+from megaswift.config.parse import Parsed, parse
+from megaswift.errors import LaunchError
+from megaswift.launch.layout import check_memory, choose_layout
+from megaswift.launch.profile import profile_here, profile_of_name
+from megaswift.metadata.meta import ModelMeta
+from megaswift.parallel.layout import Layout
+from megaswift.planner.machine import Machine
+from tests.harness.planning import golden_meta
+
+
+def parsed(*words: str) -> Parsed:
+    return parse("sft", ["--model", "m", "--dataset", "rows.jsonl", *words])
+
+
+@pytest.fixture(scope="module")
+def llama() -> ModelMeta:
+    return golden_meta("llama-3.1-8b")
+
+
+@pytest.fixture(scope="module")
+def node() -> Machine:
+    return profile_of_name("H100", num_gpus=8).machine
+
+
+def test_a_run_without_parallel_flags_gets_the_planners_layout(llama: ModelMeta, node: Machine) -> None:
+    asked = parsed("--max_length", "4096")
+    chosen = choose_layout(asked.config, llama, node)
+    assert chosen is not None and "dp=4 tp=2" in chosen.note
+    run = chosen.adopt(asked.config)
+    assert (run.parallel.tp, run.training.global_batch_size, run.training.micro_batch_size) == (2, 16, 1)
+    typed = parsed("--max_length", "4096", *chosen.words(asked.given)).config
+    assert typed == run and not run.launch.auto_layout
+    assert choose_layout(run, llama, node) is None
+
+
+def test_what_the_user_gave_is_kept(llama: ModelMeta, node: Machine) -> None:
+    batch = (
+        "--per_device_train_batch_size 2 --gradient_accumulation_steps 4 --overlap_grad_reduce true".split()
+    )
+    asked = parsed(*batch)
+    chosen = choose_layout(asked.config, llama, node)
+    assert chosen is not None
+    run = parsed(*batch, *chosen.words(asked.given)).config
+    assert (run.training.micro_batch_size, run.training.gradient_accumulation_steps) == (2, 4)
+    assert run.training.global_batch_size is None and run.parallel.overlap_grad_reduce
+
+
+@pytest.mark.parametrize("words", ["--tp 1", "--pp 2", "--recompute_granularity full"])
+def test_one_parallel_flag_makes_the_layout_the_users(llama: ModelMeta, node: Machine, words: str) -> None:
+    assert choose_layout(parsed(*words.split()).config, llama, node) is None
+
+
+def test_a_model_that_cannot_fit_is_refused_with_what_would_work(node: Machine) -> None:
+    with pytest.raises(LaunchError, match=r"8 x H100-80G does not fit.*What would work: 128 devices"):
+        choose_layout(parsed().config, golden_meta("llama-3.1-405b"), node)
+
+
+def test_ranks_of_a_processor_replicate_a_small_model() -> None:
+    machine = profile_here(ranks=2, gpus=()).machine
+    chosen = choose_layout(parsed("--max_length", "64").config, golden_meta("qwen3-0.6b"), machine)
+    assert chosen is not None and "overlap_grad_reduce" not in chosen.flags
+
+
+def test_a_layout_that_needs_more_memory_than_there_is_is_refused(llama: ModelMeta, node: Machine) -> None:
+    run = parsed("--max_length", "4096", "--torch_dtype", "bfloat16").config
+    check_memory(run, Layout(world=8, tp=4, sequence_parallel=True), llama, node)
+    with pytest.raises(LaunchError, match=r"needs about \d+ GiB on its fullest rank and H100-80G has 79 GiB"):
+        check_memory(run, Layout(world=1), llama, profile_of_name("H100", num_gpus=1).machine)
