@@ -24,6 +24,7 @@ from megaswift.launch.governor import Governor
 from megaswift.launch.heartbeat import Heartbeat, empty_folder
 from megaswift.launch.join import this_rank
 from megaswift.launch.layout import layout_here
+from megaswift.launch.ledger import beginning
 from megaswift.launch.preflight import model_of
 from megaswift.launch.slurm import job_end
 from megaswift.logs import get_logger, setup_logging
@@ -36,6 +37,7 @@ from megaswift.parallel.agreement import agree, agree_on_first, alike
 from megaswift.parallel.layout import Layout
 from megaswift.platforms.platform import Platform, init_distributed, select_platform
 from megaswift.tasks.catalogue import TASKS
+from megaswift.training.account import Account
 from megaswift.training.callbacks import Evaluate, Log, Save
 from megaswift.training.engine import Engine
 from megaswift.training.feed import TrainFeed, ValidationFeed
@@ -186,10 +188,13 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
         validate_every=run.logging.eval_steps if sets.val is not None else None,
         clock=time.time,
     )
+    account = _account(run, output_dir, start, on_gpus=platform.name == "cuda")
+    if account is not None:
+        callbacks.append(account)
     callbacks.append(
         Save(
             feed,
-            wall_time.timed(saver),
+            wall_time.timed(account.timed(saver) if account is not None else saver),
             every_steps=every_steps,
             every_epoch=run.checkpoint.save_strategy == "epoch",
             stop_after_first=run.checkpoint.exit_after_save,
@@ -209,6 +214,8 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
         )
     for reporter in reporters:
         reporter.close()
+    if account is not None:
+        account.close(progress, total_steps=total_steps)
     return _summary(store, progress, total_steps)
 
 
@@ -283,6 +290,16 @@ def _reporters(run: RunConfig, output_dir: Path, *, start: Progress, total_steps
     else:
         reporters.append(PlainLines(total_steps=total_steps))
     return reporters
+
+
+def _account(run: RunConfig, output_dir: Path, start: Progress, *, on_gpus: bool) -> Account | None:
+    """Return what keeps the ledger, on rank 0."""
+    if dist.get_rank() != 0:
+        return None
+    dtype, world_size = run.model.torch_dtype or "bfloat16", dist.get_world_size()
+    facts = beginning(os.environ, dtype=dtype, on_gpus=on_gpus, world_size=world_size)
+    every = run.logging.logging_steps
+    return Account(output_dir, every=every, clock=time.time, start={**facts, "step": start.step})
 
 
 def _announce(meta: ModelMeta, layout: Layout, run: RunConfig, *, start: Progress, total_steps: int) -> None:
