@@ -14,7 +14,7 @@ from megaswift.converters.spelling import is_adapter, local_spelling
 from megaswift.converters.stripes import Stripe
 from megaswift.converters.tables.catalogue import TABLES
 from megaswift.errors import ConfigError
-from megaswift.metadata.meta import ModelMeta, MoEMeta
+from megaswift.metadata.meta import AttentionMeta, LinearAttentionMeta, ModelMeta, MoEMeta
 from megaswift.parallel.layout import Layout, coordinates
 
 Array = npt.NDArray[np.int64]
@@ -41,6 +41,20 @@ MODELS = {
         family="qwen2_moe", qkv_bias=True, moe=experts(shared_ffn_hidden_size=12, shared_gate=True)
     ),
     "mixtral": model(family="mixtral", moe=experts((True,) * 4)),
+    "qwen3_next": model(
+        family="qwen3_next",
+        qk_norm="head",
+        attention=AttentionMeta(output_gate=True),
+        linear_attention=LinearAttentionMeta(
+            layers=(True, False, True, True),
+            conv_kernel=3,
+            num_key_heads=4,
+            num_value_heads=8,
+            key_head_dim=2,
+            value_head_dim=3,
+        ),
+        moe=experts(shared_ffn_hidden_size=12, shared_gate=True),
+    ),
 }
 LAYOUTS = {
     "one": Layout(),
@@ -132,6 +146,28 @@ def test_ranks_beyond_the_kv_heads_hold_contiguous_rows_of_a_group() -> None:
     for rank, expected in enumerate(np.split(fused, 4)):
         name = "0/decoder.layers.0.self_attention.linear_qkv.weight"
         assert np.array_equal(assemble(plans(meta, Layout(world=4, tp=4), rank)[name], tensors), expected)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_gates_of_attention_lie_below_the_queries_of_their_group(tp: int) -> None:
+    meta, tensors = MODELS["qwen3_next"], numbered(MODELS["qwen3_next"])
+    shards = [
+        assemble(
+            plans(meta, Layout(world=tp, tp=tp), rank)["0/decoder.layers.1.self_attention.linear_qkv.weight"],
+            tensors,
+        )
+        for rank in range(tp)
+    ]
+    q, k, v = (tensors[f"model.layers.1.self_attn.{one}_proj.weight"] for one in "qkv")
+    heads = q.reshape(4, 2, 2, 8)  # head, query or gate, K, D
+    groups = [
+        np.concatenate(
+            [heads[2 * group : 2 * group + 2, part].reshape(4, 8) for part in (0, 1)] + [k[rows], v[rows]]
+        )
+        for group in range(2)
+        for rows in [slice(2 * group, 2 * group + 2)]
+    ]
+    assert np.array_equal(np.concatenate(shards), np.concatenate(groups))
 
 
 def test_gate_and_up_are_stacked_on_each_rank() -> None:
