@@ -1,6 +1,7 @@
 """Hugging Face -> Megatron -> Hugging Face is bit-identical for every family in every layout."""
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -178,22 +179,30 @@ def test_round_trip_with_padded_heads_is_bit_identical(tmp_path: Path) -> None:
     check_round_trip(tmp_path, LAYOUTS["tp2"], folder, dtype="bfloat16")
 
 
-# tiny model -> (overrides, where its file has layers for multi-token prediction)
+# family -> (key of config.json that announces layers for multi-token prediction, where its file has them)
 PREDICTING = {
-    "deepseek_v3": ({}, "model.layers.4."),
-    "glm4_moe": ({"num_nextn_predict_layers": 1}, "model.layers.4."),
-    "qwen3_next": ({}, "mtp."),
-    "qwen3_5_text": ({"mtp_num_hidden_layers": 1}, "mtp."),
+    "deepseek_v3": ("num_nextn_predict_layers", "model.layers.4."),
+    "glm4_moe": ("num_nextn_predict_layers", "model.layers.4."),
+    "glm4_moe_lite": ("num_nextn_predict_layers", "model.layers.4."),
+    "kimi_k2": ("num_nextn_predict_layers", "model.layers.4."),
+    "mimo": ("num_nextn_predict_layers", "model.mtp_layers.0."),
+    "qwen3_5_moe_text": ("mtp_num_hidden_layers", "mtp."),
+    "qwen3_5_text": ("mtp_num_hidden_layers", "mtp."),
+    "qwen3_next": (None, "mtp."),
 }
 
 
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("layout", ["tp2", "pp2", "ep2"])
-def test_layers_of_multi_token_prediction_go_through_untouched(tmp_path: Path, layout: str) -> None:
-    names = [name for name in PREDICTING if layout != "ep2" or name != "qwen3_5_text"]
+def test_layers_of_multi_token_prediction_go_through_untouched(
+    tmp_path: Path, saved: Callable[[str], Path], layout: str
+) -> None:
+    names = [name for name in PREDICTING if layout != "ep2" or name in WITH_EXPERTS]
     for name in names:
-        overrides, prefix = PREDICTING[name]
-        folder = save_tiny(name, tmp_path / name / "in", dtype=torch.bfloat16, **overrides)
+        key, prefix = PREDICTING[name]
+        folder = Path(shutil.copytree(saved(name), tmp_path / name / "in"))
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **({key: 1} if key else {})}))
         tensors = load_file(folder / "model.safetensors")
         tensors[f"{prefix}eh_proj.weight"] = torch.randn(64, 128)
         tensors[f"{prefix}enorm.weight"] = torch.randn(64).bfloat16()
