@@ -72,26 +72,28 @@ def without_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def has_trusted_code(config: Mapping[str, Any], folder: Path | None, *, trust_remote_code: bool) -> bool:
+    """Whether the model's folder brings code of its own that may run."""
+    return "auto_map" in config and trust_remote_code and folder is not None
+
+
+def write_question(config: Mapping[str, Any], target: Path, *, code_from: Path | None) -> None:
+    """Write a config.json for transformers to read, with the code of the folder `code_from`, or without any."""
+    asked = {key: value for key, value in config.items() if code_from is not None or key != "auto_map"}
+    (target / "config.json").write_text(json.dumps(asked))
+    if code_from is not None:
+        for path in code_from.glob("*.py"):
+            shutil.copyfile(path, target / path.name)
+
+
 def class_defaults(
     config: Mapping[str, Any], folder: Path | None, *, trust_remote_code: bool
 ) -> dict[str, Any]:
     """Return what the class of a config.json takes for every key, given or not."""
+    own_code = has_trusted_code(config, folder, trust_remote_code=trust_remote_code)
     with tempfile.TemporaryDirectory(prefix="megaswift-config-") as scratch:
-        own_code = copy_question(dict(config), folder, Path(scratch), trust_remote_code=trust_remote_code)
+        write_question(config, Path(scratch), code_from=folder if own_code else None)
         return dict(read_config(Path(scratch), trust_remote_code=own_code).to_dict())
-
-
-def copy_question(
-    config: dict[str, Any], folder: Path | None, target: Path, *, trust_remote_code: bool
-) -> bool:
-    """Write a config.json for transformers to read, with the model's own code if it has some and it is trusted; return that."""
-    own_code = "auto_map" in config and trust_remote_code and folder is not None
-    asked = {key: value for key, value in config.items() if own_code or key != "auto_map"}
-    (target / "config.json").write_text(json.dumps(asked))
-    if own_code and folder is not None:
-        for path in folder.glob("*.py"):
-            shutil.copyfile(path, target / path.name)
-    return own_code
 
 
 def transformers_outcome(folder: Path, gradients: Path, *, trust_remote_code: bool = False) -> Outcome:

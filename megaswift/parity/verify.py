@@ -13,15 +13,16 @@ from megaswift.metadata.features import check_supported
 from megaswift.metadata.meta import ModelMeta
 from megaswift.metadata.read import meta_from_config
 from megaswift.metadata.small import small_config
-from megaswift.parity.compare import differences
+from megaswift.parity.compare import GRADIENT_LIMIT, LOGITS_LIMIT, differences
 from megaswift.parity.documents import Outcome, read_tensors
 from megaswift.parity.ours import megatron_outcome, one_rank
 from megaswift.parity.reference import (
-    copy_question,
+    has_trusted_code,
     read_config,
     save_random,
     transformers_outcome,
     without_progress_bars,
+    write_question,
 )
 
 MAX_FAULTS = 12  # lines of a report
@@ -49,7 +50,10 @@ class Verdict:
         whose = "its own code" if self.remote_code else f"transformers' {self.compared_with}"
         title = f"{self.model_type} ({self.family}) against {whose}: {self.layers} layers, {self.tensors} tensors, float32\n"
         if self.passed:
-            return title + "logits, loss and every gradient are equal: pass\n"
+            return (
+                title
+                + f"logits agree within {LOGITS_LIMIT:.0e} of the largest, every gradient within {GRADIENT_LIMIT:.0e}: pass\n"
+            )
         shown = "".join(f"  {fault}\n" for fault in self.faults[:MAX_FAULTS])
         more = f"  and {len(self.faults) - MAX_FAULTS} more\n" if len(self.faults) > MAX_FAULTS else ""
         return title + shown + more + "the sides differ: fail\n"
@@ -96,16 +100,16 @@ class Reference:
         small = small_config(config, meta)
         asked = dict(small)
         repeats = FAMILIES[meta.family].repeats
-        has_own_code = "auto_map" in small and trust_remote_code and meta.folder is not None
-        if repeats is not None and meta.model_type == meta.family and not has_own_code:
+        own_code = has_trusted_code(small, meta.folder, trust_remote_code=trust_remote_code)
+        if repeats is not None and meta.model_type == meta.family and not own_code:
             asked["model_type"] = repeats
         question = scratch / "config"
         question.mkdir()
-        own_code = copy_question(asked, meta.folder, question, trust_remote_code=trust_remote_code)
+        write_question(asked, question, code_from=meta.folder if own_code else None)
         try:
             theirs = read_config(question, trust_remote_code=own_code)
             folder = save_random(theirs, scratch / "model", trust_remote_code=own_code)
-        except (ValueError, ImportError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, ImportError, OSError, RuntimeError) as error:
             raise ModelError(
                 f"model_type={asked['model_type']} cannot be built by transformers here, so there is nothing to compare with: "
                 f"{_first_line(error)} {_remedy(small, own_code)}"
