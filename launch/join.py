@@ -24,7 +24,8 @@ def this_rank(environ: Mapping[str, str]) -> RankEnv:
             master_port=None,
             source="single",
         )
-    if rank.world_size == 1:
+    # torchrun's agent keeps the store of its ranks, also of a single one: torch would wait for another one for ever.
+    if rank.world_size == 1 and rank.source != "torchrun":
         return replace(rank, master_addr="127.0.0.1", master_port=free_port())
     if rank.source == "mpi" and (rank.master_addr is None or rank.master_port is None):
         return broadcast_master(rank)

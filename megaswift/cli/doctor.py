@@ -9,13 +9,19 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megaswift.config.parse import take_flags
+from megaswift.config.plan import PlanConfig
+from megaswift.errors import ConfigError, nearest
 from megaswift.launch.devices import num_gpus
 from megaswift.launch.local import threads_per_rank
 
 HELP = """\
-usage: megaswift doctor
+usage: megaswift doctor [--profile [--gpu H100-80G --nodes 8 | --partition NAME]] [--measure]
 
 Lists versions, devices and launchers of this machine. Exit code 1 where something is missing without which nothing trains.
+
+--profile shows the hardware instead, of this machine, of a name or of a Slurm partition, and what it switches and why.
+--measure runs matrix products, copies and all-reduces on this machine's devices and shows them beside the data sheet's.
 """
 
 # package -> (lowest version, why it is needed); as in pyproject.toml
@@ -62,6 +68,25 @@ def run(argv: list[str]) -> int:
     """Run the command and return its exit code."""
     if {"-h", "--help"} & set(argv):
         sys.stdout.write(HELP)
+        return 0
+    asked = [word for word in argv if word not in ("--profile", "--measure")]
+    config, rest = take_flags(PlanConfig(), asked)
+    if rest:
+        raise ConfigError(
+            f"{rest[0]} is not a flag of megaswift doctor.{nearest(rest[0], ['--profile', '--measure'])}"
+        )
+    if asked and "--profile" not in argv:
+        raise ConfigError(f"{asked[0]} needs --profile. megaswift doctor alone looks at this machine.")
+    if "--profile" in argv:
+        from megaswift.cli.plan import find_hardware  # the planner, which the other reports do not need
+        from megaswift.launch.profile import describe
+
+        sys.stdout.write(describe(find_hardware(config.hardware)))
+    if "--measure" in argv:
+        from megaswift.training.measure import measure  # torch
+
+        sys.stdout.write(measure())
+    if {"--profile", "--measure"} & set(argv):
         return 0
     findings = [*_machine(), *_packages(), *_programs()]
     sys.stdout.write(_table(findings))

@@ -39,6 +39,7 @@ TrainFeed.batch = slow
 from megaswift.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
+BUSY = 6  # processes a core that want to run: more than these jobs have themselves
 LONG_STEPS, LONG_PAUSE_S = (
     90,
     0.5,
@@ -181,7 +182,10 @@ def go_through_deaths(cluster: SlurmCluster, job: str, output_dir: Path) -> None
     goes_on(2)
     cluster.kill_node(5)
     wait_for(lambda: int(cluster.job(job)["Restarts"]) == 3, 120, "Slurm to give the dead node up")
+    cluster.call("scontrol", "hold", job)  # the node, once back, ends what it remembers of this job id
     cluster.start_node(5)
+    wait_for(lambda: cluster.state_of_node(5) == "idle", STARTING_S, "the dead node to come back")
+    cluster.call("scontrol", "release", job)
     goes_on(3)
 
 
@@ -249,8 +253,8 @@ def test_a_run_longer_than_its_time_limit_finishes_in_slices_as_if_uninterrupted
 ) -> None:
     state = cluster.wait(jobs.ids["long"], *ENDED, timeout=600)
     log = log_of(cluster, jobs.ids["long"])
-    if state == "TIMEOUT" and not re.search(r"step \d+/", log):
-        pytest.skip("this machine is busy: a slice of one minute is over before the ranks have started")
+    if "without a new checkpoint" in log and os.getloadavg()[0] > BUSY * (os.cpu_count() or 1):
+        pytest.skip("this machine is busy: a slice of one minute was over before its ranks had started")
     assert state == "COMPLETED", log
     assert int(cluster.job(jobs.ids["long"])["Restarts"]) >= 1, "the run fitted into one slice"
     assert "the job's time ends soon" in log and "requeueing" in log and "resumed from" in log

@@ -16,31 +16,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from tests.harness.hosts import VirtualHosts, search_path, why_no_hosts
+
 START_S = 60.0
-PROGRAMS = (
-    "munged",
-    "slurmctld",
-    "slurmd",
-    "sbatch",
-    "srun",
-    "scontrol",
-    "squeue",
-    "ip",
-    "nsenter",
-    "unshare",
-)
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
 
 
 def why_not() -> str | None:
     """Return why no cluster can be started here, or None."""
-    missing = [name for name in PROGRAMS if shutil.which(name, path=_path()) is None]
-    if missing:
-        return f"not installed: {', '.join(missing)} (apt-get install slurm-wlm)"
-    if os.geteuid() != 0:
-        return "a cluster of virtual nodes needs root"
-    if subprocess.run(["unshare", "--net", "--uts", "--mount", "true"], capture_output=True).returncode:
-        return "this machine does not allow network namespaces"
-    return None
+    missing = [name for name in PROGRAMS if shutil.which(name, path=search_path()) is None]
+    return f"not installed: {', '.join(missing)} (apt-get install slurm-wlm)" if missing else why_no_hosts()
 
 
 class CallError(Exception):
@@ -60,9 +45,8 @@ class SlurmCluster:
         # munged refuses a socket below a folder that others may not enter.
         self.folder = Path(tempfile.mkdtemp(prefix="megaswift-slurm-"))
         self.folder.chmod(0o755)
-        tag = os.getpid() % 10000
-        self._bridge, self._network = f"ms{tag}", f"10.{100 + tag // 250}.{tag % 250}"
-        self._port = 20000 + 3 * (tag % 1000)
+        self._hosts = VirtualHosts(nodes, folder=self.folder)
+        self._port = 20000 + 3 * (os.getpid() % 1000)
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     @property
@@ -71,12 +55,12 @@ class SlurmCluster:
         kept = {
             name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "MEGASWIFT_"))
         }
-        return {**kept, "SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": _path()}
+        return {**kept, "SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": search_path()}
 
     def __enter__(self) -> "SlurmCluster":
         try:
             self._configure()
-            self._make_network()
+            self._hosts.__enter__()
             self._daemon("munged", ["munged", "--foreground", *self._munge_files()])
             wait_for(lambda: (self.folder / "munge.socket").exists(), START_S, "munged")
             self._daemon("slurmctld", ["slurmctld", "-D", "-f", self.environ["SLURM_CONF"]])
@@ -96,10 +80,7 @@ class SlurmCluster:
                 self.kill_node(int(name[4:]))
             elif name in self._daemons:
                 _end(self._daemons.pop(name))
-        for number in range(1, self.nodes + 1):
-            subprocess.run(["ip", "link", "del", f"{self._bridge}v{number}"], capture_output=True)
-            subprocess.run(["ip", "netns", "del", self._namespace(number)], capture_output=True)
-        subprocess.run(["ip", "link", "del", self._bridge], capture_output=True)
+        self._hosts.__exit__()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def call(self, *words: str, timeout: float = 60, cwd: Path | None = None, **environ: str) -> str:
@@ -125,20 +106,19 @@ class SlurmCluster:
         wait_for(reached, timeout, f"job {job_id} to be {' or '.join(states)}", poll_s=0.5)
         return self.job(job_id)["JobState"]
 
+    def state_of_node(self, number: int) -> str:
+        """Return what sinfo calls a node's state: "idle", "down" ..."""
+        return self.call("sinfo", "-h", "-N", "-n", f"node{number}", "-o", "%T").strip()
+
     def start_node(self, number: int) -> None:
         """Start a node's slurmd in the node's namespaces."""
-        name = f"node{number}"
-        script = (
-            f"mount --bind {self.folder}/hosts /etc/hosts && hostname {name} && mount -t tmpfs tmpfs /dev/shm && "
-            f"exec slurmd -D -N {name} -f {self.environ['SLURM_CONF']}"
-        )
-        enter = ["nsenter", f"--net=/run/netns/{self._namespace(number)}", "unshare", "--uts", "--mount"]
-        self._daemon(name, [*enter, "--propagation", "private", "bash", "-c", script])
+        slurmd = f"slurmd -D -N node{number} -f {self.environ['SLURM_CONF']}"
+        self._daemon(f"node{number}", self._hosts.on(number, slurmd))
 
     def kill_node(self, number: int) -> None:
         """End everything that lives on a node at once: its slurmd, its jobs' shepherds and their tasks."""
         with contextlib.suppress(FileNotFoundError):
-            namespace = Path("/run/netns", self._namespace(number)).stat().st_ino
+            namespace = Path("/run/netns", self._hosts.namespace(number)).stat().st_ino
             for process in Path("/proc").glob("[0-9]*"):
                 with contextlib.suppress(OSError):
                     if (process / "ns" / "net").stat().st_ino == namespace:
@@ -149,7 +129,7 @@ class SlurmCluster:
 
     def processes_on(self, number: int, having: str) -> list[int]:
         """Return the processes of a node whose command line has `having`."""
-        namespace = Path("/run/netns", self._namespace(number)).stat().st_ino
+        namespace = Path("/run/netns", self._hosts.namespace(number)).stat().st_ino
         found = []
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
@@ -157,9 +137,6 @@ class SlurmCluster:
                 if having in words and (process / "ns" / "net").stat().st_ino == namespace:
                     found.append(int(process.name))
         return found
-
-    def _namespace(self, number: int) -> str:
-        return f"{self._bridge}-node{number}"
 
     def _daemon(self, name: str, words: list[str]) -> None:
         log = (self.folder / f"{name}.log").open("ab")
@@ -180,19 +157,6 @@ class SlurmCluster:
         }
         return [f"--{option}={self.folder}/{file}" for option, file in names.items()]
 
-    def _make_network(self) -> None:
-        _ip("link", "add", self._bridge, "type", "bridge")
-        _ip("addr", "add", f"{self._network}.254/24", "dev", self._bridge)
-        _ip("link", "set", self._bridge, "up")
-        for number in range(1, self.nodes + 1):
-            namespace, outer = self._namespace(number), f"{self._bridge}v{number}"
-            _ip("netns", "add", namespace)
-            _ip("link", "add", outer, "type", "veth", "peer", "name", "eth0", "netns", namespace)
-            _ip("link", "set", outer, "master", self._bridge, "up")
-            _ip("-n", namespace, "addr", "add", f"{self._network}.{number}/24", "dev", "eth0")
-            _ip("-n", namespace, "link", "set", "eth0", "up")
-            _ip("-n", namespace, "link", "set", "lo", "up")
-
     def _configure(self) -> None:
         host = os.uname().nodename.split(".")[0]
         for folder in ("state", "spool", "tmp"):
@@ -201,7 +165,7 @@ class SlurmCluster:
             (self.folder / "tmp" / f"node{number}").mkdir()
         settings: Mapping[str, object] = {
             "ClusterName": "test",
-            "SlurmctldHost": f"{host}({self._network}.254)",
+            "SlurmctldHost": f"{host}({self._hosts.network}.254)",
             "SlurmctldPort": self._port,
             "SlurmUser": "root",
             "SlurmdUser": "root",
@@ -230,20 +194,17 @@ class SlurmCluster:
             "PropagateResourceLimits": "NONE",
         }
         lines = [f"{name}={value}" for name, value in settings.items()]
-        hosts = ["127.0.0.1 localhost", f"{self._network}.254 {host}"]
         for number in range(1, self.nodes + 1):
-            address = f"{self._network}.{number}"
+            address = f"{self._hosts.network}.{number}"
             lines.append(
                 f"NodeName=node{number} NodeHostname=node{number} NodeAddr={address} Port={self._port + 1} "
                 f"CPUs={self.cpus} RealMemory=64000 {f'Gres=gpu:{self.gpus} ' if self.gpus else ''}State=UNKNOWN"
             )
-            hosts.append(f"{address} node{number}")
         lines.append(f"PartitionName=test Nodes=node[1-{self.nodes}] Default=YES MaxTime=INFINITE State=UP")
         if self.gpus:
             self._make_gpus()
             lines.insert(0, "GresTypes=gpu")
         (self.folder / "slurm.conf").write_text("\n".join(lines) + "\n")
-        (self.folder / "hosts").write_text("\n".join(hosts) + "\n")
 
     def _make_gpus(self) -> None:
         null = os.makedev(1, 3)
@@ -262,14 +223,6 @@ class SlurmCluster:
             states = self.call("sinfo", "-h", "-N", "-o", "%T", timeout=5).split()
             return states == ["idle"] * self.nodes
         return False
-
-
-def _ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True)
-
-
-def _path() -> str:
-    return f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
 
 def _end(daemon: "subprocess.Popen[bytes]") -> None:

@@ -97,6 +97,11 @@ def test_a_lone_rank_meets_itself() -> None:
     assert (found.rank, found.world_size, found.master_addr) == (0, 1, "127.0.0.1") and found.master_port
 
 
+def test_a_lone_rank_of_torchrun_meets_at_torchruns_store() -> None:
+    environ = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "node7", "MASTER_PORT": "15007"}
+    assert this_rank(environ).master == "node7:15007"  # another one would be waited for, for ever
+
+
 def test_the_names_of_ms_swift_describe_a_node() -> None:
     environ = {"NPROC_PER_NODE": "8", "NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "n1"}
     assert node_env(environ) == NodeEnv(
