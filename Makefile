@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test lint bench bench-plan clean gpu-check kernel-table bench-loss bench-context
+.PHONY: demo test lint bench bench-plan bench-pack bench-fp8 bench-long clean gpu-check kernel-table bench-loss bench-context
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +40,15 @@ bench-loss: $(VENV)/ready
 
 bench-context: $(VENV)/ready
 	$(BIN)/python -m tests.harness.bench_context
+
+bench-pack: $(VENV)/ready
+	$(BIN)/python -m tests.harness.bench_pack
+
+bench-fp8: $(VENV)/ready
+	$(BIN)/python -m tests.harness.bench_fp8
+
+bench-long: $(VENV)/ready
+	$(BIN)/python -m tests.harness.bench_long
 
 clean:
 	rm -rf $(VENV) .demo .bench

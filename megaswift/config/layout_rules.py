@@ -26,15 +26,6 @@ def axes_are_positive(case: Case) -> None:
             raise ConfigError(f"{name}={size} is not a size. Give 1 or more.")
 
 
-def context_parallel_is_not_built(case: Case) -> None:
-    """One sequence lives on one rank."""
-    if case.run.parallel.cp > 1:
-        raise ConfigError(
-            f"context_parallel_size={case.run.parallel.cp} is not built. Use --tensor_model_parallel_size with "
-            "--sequence_parallel true for long sequences."
-        )
-
-
 def expert_axes_need_experts(case: Case) -> Case | None:
     """ep and etp are for mixture-of-experts models; etp is 1 unless asked for."""
     parallel = case.run.parallel

@@ -47,7 +47,10 @@ class ParallelConfig:
         None, "layers on the last pipeline stage", flag="decoder_last_pipeline_num_layers"
     )
     cp_comm_type: str = setting(
-        "auto", "how attention crosses ranks", choices=("auto", "p2p", "a2a", "all_gather", "a2a+p2p")
+        "auto",
+        "how attention crosses the ranks of a sequence: keys in a ring (p2p) or gathered, heads exchanged (a2a), "
+        "or heads within a node and a ring across; auto takes the fastest by links, heads and document lengths",
+        choices=("auto", "p2p", "a2a", "all_gather", "a2a+p2p"),
     )
     use_distributed_optimizer: bool = setting(True, "shard optimizer state over data-parallel ranks (ZeRO-1)")
     overlap_grad_reduce: bool = setting(False, "reduce gradients while the backward pass runs")

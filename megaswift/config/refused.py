@@ -162,14 +162,6 @@ REFUSED: dict[str, Refused] = {
         exp_avg_dtype="fp32",
         exp_avg_sq_dtype="fp32",
     ),
-    **_refuse(
-        "FP8",
-        fp8_format="none",
-        fp8_recipe="delayed",
-        fp8_param_gather="false",
-        fp8_amax_history_len="1024",
-        fp8_amax_compute_algo="max",
-    ),
     **_refuse("FP4", fp4_format="none", fp4_recipe="nvfp4", fp4_param_gather="false"),
     **_refuse(
         "choosing fusions one by one",

@@ -1,9 +1,11 @@
-"""The rules between settings, in the order in which they are applied; each is a function of layout_rules or training_rules."""
+"""The rules between settings, in the order in which they are applied; each is a function of one of the *_rules.py."""
 
 from dataclasses import dataclass
 from math import lcm
 
+from megaswift.config import context_rules as context
 from megaswift.config import layout_rules as layout
+from megaswift.config import precision_rules as precision
 from megaswift.config import training_rules as training
 from megaswift.config.case import Case, Rule
 from megaswift.config.run import RunConfig
@@ -20,12 +22,13 @@ REQUEST_RULES = (
 
 RULES: tuple[Rule, ...] = (
     layout.axes_are_positive,
-    layout.context_parallel_is_not_built,
+    context.spread_attention_has_what_the_model_needs,
     layout.expert_axes_need_experts,
     layout.expert_settings_need_experts,
     layout.tp_divides_the_feed_forward_part,
     layout.tp_shares_out_the_heads,
     layout.linear_attention_is_cut_by_heads,
+    context.the_heads_allow_the_way_across_ranks,
     layout.pipeline_divides_the_layers,
     layout.experts_divide,
     layout.world_holds_whole_copies,
@@ -36,6 +39,9 @@ RULES: tuple[Rule, ...] = (
     layout.timeouts_are_in_order,
     training.dtype_fits_the_platform,
     training.fused_kernels_need_a_gpu,
+    precision.fp8_settings_belong_together,
+    precision.fp8_weights_are_gathered_from_shards,
+    precision.fp8_products_have_whole_blocks,
     training.batches_divide,
     training.interleaved_stages_need_full_rounds,
     training.the_run_has_one_end,

@@ -10,6 +10,7 @@ from megaswift.config.model import ModelConfig
 from megaswift.config.moe import MoEConfig
 from megaswift.config.optimizer import OptimizerConfig
 from megaswift.config.parallel import ParallelConfig
+from megaswift.config.precision import PrecisionConfig
 from megaswift.config.training import TrainingConfig
 from megaswift.config.tuner import TunerConfig
 
@@ -23,6 +24,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     tuner: TunerConfig = field(default_factory=TunerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -18,6 +18,7 @@ from megaswift.data.encode import EncodedSet
 from megaswift.data.order import shuffled
 from megaswift.data.packing import Packs, pack
 from megaswift.errors import ConfigError
+from megaswift.kernels.context_attention.plan import ContextPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,9 @@ class MicroBatch:
     cu_seqlens: torch.Tensor | None  # int32 [documents + 1]
     max_seqlen: int  # tokens of the longest document
     sample_ids: tuple[int, ...]  # entries of the EncodedSet, in the order of the documents
+    plan: ContextPlan | None = (
+        None  # of one rank's part: where the tokens of all documents are (data/context.py)
+    )
 
 
 class TrainData:

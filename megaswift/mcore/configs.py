@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from megaswift.config.run import RunConfig
 from megaswift.errors import ModelError
+from megaswift.mcore.process_groups import context_levels
 from megaswift.metadata.meta import ClampedSwiGLU, MLAMeta, ModelMeta, MoEMeta, RopeScaling
 from megaswift.parallel.layout import Layout, padded_kv_heads
 from megaswift.platforms.platform import Platform
@@ -48,6 +49,7 @@ def transformer_config(
         **_parallel(layout, run, platform),
         **_precision(meta, run, platform),
         **_recompute(run),
+        **_eight_bits(run, platform),
     }
     if meta.moe is not None:
         values |= _experts(meta.moe, run, platform)
@@ -143,6 +145,8 @@ def _parallel(layout: Layout, run: RunConfig, platform: Platform) -> dict[str, A
         "num_layers_in_first_pipeline_stage": layout.pp_first,
         "num_layers_in_last_pipeline_stage": layout.pp_last,
         "context_parallel_size": layout.cp,
+        "cp_comm_type": layout.cp_comm_type,
+        "hierarchical_context_parallel_sizes": context_levels(layout),
         "expert_model_parallel_size": layout.ep,
         "expert_tensor_parallel_size": layout.etp,
         "sequence_parallel": layout.sequence_parallel,
@@ -193,6 +197,23 @@ def _precision(meta: ModelMeta, run: RunConfig, platform: Platform) -> dict[str,
             if run.model.random_init
             else {"init_method": _leave, "output_layer_init_method": _leave, "embedding_init_method": _leave}
         ),
+    }
+
+
+def _eight_bits(run: RunConfig, platform: Platform) -> dict[str, Any]:
+    """Return Megatron's FP8 settings; on a CPU models/fp8.py emulates them and Megatron need not know."""
+    precision = run.precision
+    if precision.fp8_format == "none" or platform.name == "cpu":
+        return {}
+    return {
+        "fp8": precision.fp8_format,
+        "fp8_recipe": precision.fp8_recipe,
+        "fp8_param": precision.fp8_param_gather,
+        "fp8_amax_history_len": precision.fp8_amax_history_len,
+        "fp8_amax_compute_algo": precision.fp8_amax_compute_algo,
+        "first_last_layers_bf16": precision.first_last_layers_bf16,
+        "num_layers_at_start_in_bf16": precision.num_layers_at_start_in_bf16,
+        "num_layers_at_end_in_bf16": precision.num_layers_at_end_in_bf16,
     }
 
 

@@ -1,7 +1,11 @@
 """Megatron-Core's process groups for one layout."""
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megaswift.parallel.layout import Layout
 
@@ -13,6 +17,7 @@ def initialise(layout: Layout, *, seed: int, timeout_min: float) -> None:
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         context_parallel_size=layout.cp,
+        hierarchical_context_parallel_sizes=context_levels(layout),
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
         distributed_timeout_minutes=max(1, round(timeout_min)),
@@ -20,10 +25,36 @@ def initialise(layout: Layout, *, seed: int, timeout_min: float) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
+def context_levels(layout: Layout) -> list[int] | None:
+    """Return the sizes of Megatron's nested context groups, the inner one first; None where one group does all."""
+    return [layout.cp_inner, layout.cp_ring] if min(layout.cp_inner, layout.cp_ring) > 1 else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextGroups:
+    """The groups that a sequence is spread over; None where one rank does that part."""
+
+    ring: Any = None  # ranks that hold different keys
+    inner: Any = None  # ranks that exchange heads for tokens
+
+
+def context_groups(config: TransformerConfig) -> ContextGroups:
+    """Return this rank's groups for the way in which attention crosses ranks (parallel/context.py)."""
+    if config.context_parallel_size == 1:
+        return ContextGroups()
+    if config.cp_comm_type == "a2a+p2p":
+        inner, ring = parallel_state.get_hierarchical_context_parallel_groups()
+        return ContextGroups(ring=ring, inner=inner)
+    whole = parallel_state.get_context_parallel_group()
+    return ContextGroups(inner=whole) if config.cp_comm_type == "a2a" else ContextGroups(ring=whole)
+
+
 def destroy() -> None:
     """Free the groups, so that another layout can be initialised in the same processes; every rank calls it."""
     groups = parallel_state._global_process_group_list or []
     parallel_state.destroy_model_parallel()  # forgets the groups (0.16-0.19) and leaves most running: threads, in gloo
     for group in groups:
-        if dist.distributed_c10d._world.pg_map.get(group) is not None:  # as Megatron asks for those that it does end
+        if (
+            dist.distributed_c10d._world.pg_map.get(group) is not None
+        ):  # as Megatron asks for those that it does end
             dist.destroy_process_group(group)

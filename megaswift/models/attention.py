@@ -1,5 +1,7 @@
 """Core attention for ranks without Transformer Engine: torch's SDPA, one call a document, no quadratic mask.
 
+Where a sequence is spread over ranks it is the core attention of every platform.
+
 Letters: S sequence, B batch, T packed tokens, H query heads of this rank, G key/value heads of this rank, K head size.
 """
 
@@ -16,13 +18,17 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 
+from megaswift.data.batches import MicroBatch
+from megaswift.kernels.context_attention.segments import Pattern
+from megaswift.mcore.process_groups import context_groups
 from megaswift.metadata.meta import QueryScaling
+from megaswift.models.context import SpreadDocuments, keys_of, spread_attention
 
 CAPPED_QUERIES = 512  # queries whose soft-capped scores are formed at once: 512 * length * 4 bytes a head
 
 
 def packed_documents(cu_seqlens: torch.Tensor, max_seqlen: int) -> PackedSeqParams:
-    """Return Megatron's description of documents that lie end to end.
+    """Return Megatron's description of documents that lie end to end on one rank.
 
     `cu_seqlens` is int32 [documents + 1]; `max_seqlen` must be the true longest length: Megatron's rotary embedding reads
     a table of that many rows and takes one of exactly T rows for a table by packed position (rope_utils.py, 0.16.1).
@@ -34,6 +40,16 @@ def packed_documents(cu_seqlens: torch.Tensor, max_seqlen: int) -> PackedSeqPara
         max_seqlen_q=max_seqlen,
         max_seqlen_kv=max_seqlen,
     )
+
+
+def documents_of(batch: MicroBatch, device: torch.device) -> PackedSeqParams | None:
+    """Return the documents of a micro batch, or of this rank's part of one; None for padded rows."""
+    if batch.plan is not None:
+        positions_T = batch.position_ids[0].to(device, non_blocking=True)
+        return SpreadDocuments(plan=batch.plan, position_ids_T=positions_T, longest=batch.max_seqlen)
+    if batch.cu_seqlens is None:
+        return None
+    return packed_documents(batch.cu_seqlens.to(device, non_blocking=True), batch.max_seqlen)
 
 
 class CoreAttention(torch.nn.Module):
@@ -68,6 +84,7 @@ class CoreAttention(torch.nn.Module):
         self.window = config.window_size[0] + 1 if windowed else None
         self.softcap = softcap
         self.chunk = chunk
+        self.groups, self.keys = context_groups(config), keys_of(config)
         turns = not (config.no_rope_freq and config.no_rope_freq[layer_number - 1])
         skips = query_scaling is not None and query_scaling.only_without_rope and turns
         self.query_scaling = None if skips else query_scaling
@@ -97,6 +114,8 @@ class CoreAttention(torch.nn.Module):
         assert attention_bias is None, "no attention bias in a decoder"
         if self.q_layernorm is not None and self.k_layernorm is not None:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
+        if isinstance(packed_seq_params, SpreadDocuments):
+            return self._attend_across_ranks(query, key, value, packed_seq_params)
         if packed_seq_params is None:
             out_BHSK = self._attend(*(x_SBHK.permute(1, 2, 0, 3) for x_SBHK in (query, key, value)))
             return out_BHSK.permute(2, 0, 1, 3).flatten(2)
@@ -108,12 +127,35 @@ class CoreAttention(torch.nn.Module):
         ]
         return torch.cat(outs).flatten(1)
 
+    def _attend_across_ranks(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: SpreadDocuments
+    ) -> torch.Tensor:
+        assert self.softcap is None and self.chunk is None and not self.dropout, (
+            "refused by config/context_rules.py"
+        )
+        if self.query_scaling is not None:
+            assert documents.position_ids_T is not None
+            growth_T = _growth(self.query_scaling, documents.position_ids_T).to(query)
+            query = query * growth_T.view(-1, *[1] * (query.dim() - 1))
+        scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
+        return spread_attention(
+            query, key, value, documents, pattern=Pattern(causal=self.causal, window=self.window, scale=scale),
+            groups=self.groups, keys=self.keys, sinks_H=self.sinks,
+        )  # fmt: skip
+
+    @property
+    def sinks(self) -> torch.Tensor | None:
+        """A logit of each head that takes its share of the weights [H]; None here."""
+        return None
+
     def _attend(
         self, query_BHSK: torch.Tensor, key_BGSK: torch.Tensor, value_BGSK: torch.Tensor
     ) -> torch.Tensor:
         length = query_BHSK.shape[2]
         if self.query_scaling is not None:
-            query_BHSK = query_BHSK * _growth(self.query_scaling, length).to(query_BHSK)[:, None]
+            query_BHSK = (
+                query_BHSK * _growth(self.query_scaling, torch.arange(length)).to(query_BHSK)[:, None]
+            )
         if self.chunk is not None and length > self.chunk:
             chunks = zip(
                 *(x.split(self.chunk, dim=2) for x in (query_BHSK, key_BGSK, value_BGSK)), strict=True
@@ -184,9 +226,9 @@ class CoreAttention(torch.nn.Module):
             return attend(self.dropout)
 
 
-def _growth(scaling: QueryScaling, length: int) -> torch.Tensor:
-    """Return the factor of the query at each position of a document [S], float32 (Llama 4; Ministral 3)."""
-    steps = torch.floor((torch.arange(length) + scaling.offset) / scaling.length)
+def _growth(scaling: QueryScaling, positions_S: torch.Tensor) -> torch.Tensor:
+    """Return the factor of the query at each position in its document [S], float32 (Llama 4; Ministral 3)."""
+    steps = torch.floor((positions_S + scaling.offset) / scaling.length)
     return 1 + scaling.beta * torch.log1p(steps)
 
 

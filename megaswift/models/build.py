@@ -9,6 +9,7 @@ from megaswift.metadata.features import check_supported
 from megaswift.metadata.meta import ModelMeta
 from megaswift.models.activations import XIELU
 from megaswift.models.causal_lm import CausalLM
+from megaswift.models.fp8 import emulate_fp8
 from megaswift.models.rope import RotaryPositions
 from megaswift.models.specs import decoder_spec
 from megaswift.parallel.layout import Layout, chunk_layers, padded_vocab_size
@@ -50,5 +51,7 @@ def build_model(meta: ModelMeta, run: RunConfig, layout: Layout, platform: Platf
         assert len(model.decoder.layers) == len(layers), (
             f"{len(model.decoder.layers)} layers built, {len(layers)} planned"
         )
+        if run.precision.fp8_format != "none" and platform.name == "cpu":
+            emulate_fp8(model, run.precision, num_layers=meta.num_layers)
         chunks.append(model.to(platform.device))
     return chunks

@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 
 from megaswift.metadata.meta import ModelMeta, RopeMeta
+from megaswift.models.context import SpreadDocuments
 from megaswift.models.rope import RotaryPositions
 
 
@@ -76,6 +77,7 @@ class LatentPositions(RotaryPositions):
         super().__init__(halves, torch.device(torch.cuda.current_device()), **kwargs)
         self.amplitude = 1.0 if meta.rope_scaling is None else meta.rope_scaling.amplitude
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, float]:  # type: ignore[override]  # as Megatron's yarn
-        """Return the angles [S, 1, 1, P], float32, and the amplitude."""
-        return super().forward(*args, **kwargs), self.amplitude
+    def forward(self, rows: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, float]:  # type: ignore[override]  # as Megatron's yarn
+        """Return the angles [S, 1, 1, P], float32, and the amplitude; of spread documents [T, 1, P], as the keys have no batch."""
+        angles = super().forward(rows, *args, **kwargs)
+        return angles.squeeze(1) if isinstance(rows, SpreadDocuments) else angles, self.amplitude

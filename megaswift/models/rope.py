@@ -12,6 +12,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 
 from megaswift.errors import ModelError
 from megaswift.metadata.meta import ModelMeta, RopeScaling
+from megaswift.models.context import SpreadDocuments
 
 
 class RotaryPositions(RotaryEmbedding):
@@ -30,6 +31,17 @@ class RotaryPositions(RotaryEmbedding):
             assert meta.rope.local_theta is not None
             self.metas.append(replace(meta, rope_theta=meta.rope.local_theta, rope_scaling=None))
         self.device = device
+
+    def get_rotary_seq_len(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what `forward` makes a table of: a length, or the documents that are spread over ranks."""
+        documents = next((one for one in (*args, *kwargs.values()) if isinstance(one, SpreadDocuments)), None)
+        return super().get_rotary_seq_len(*args, **kwargs) if documents is None else documents
+
+    def forward(self, rows: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return the angles [S, tables, 1, R] of positions 0 to S - 1, or those of a rank's own tokens."""
+        if isinstance(rows, SpreadDocuments):
+            return self.get_emb(rows.longest)[rows.position_ids_T]
+        return super().forward(rows, *args, **kwargs)
 
     def get_emb(self, max_seq_len: int, offset: int = 0) -> torch.Tensor:
         """Return the angles [S, tables, 1, R], float32: the first table is that of full attention."""

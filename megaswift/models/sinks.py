@@ -28,6 +28,11 @@ class SinkAttention(CoreAttention):
         )
         set_tensor_model_parallel_attributes(self.softmax_offset, True, 0, 1)
 
+    @property
+    def sinks(self) -> torch.Tensor:
+        """The logits [H], H query heads of this rank."""
+        return self.softmax_offset
+
     def _sdpa(
         self,
         query: torch.Tensor,

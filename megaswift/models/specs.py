@@ -68,6 +68,8 @@ def decoder_spec(
         for spec, layer in zip(block.layer_specs, layers, strict=True):
             if meta.moe is not None and meta.moe.layer_is_moe[layer]:
                 place_router(spec, meta.moe)
+            if config.context_parallel_size > 1:
+                spec.submodules.self_attention.submodules.core_attention = CoreAttention
         return block
     specs = [_local_layer(meta, config, layer) for layer in layers]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=_norm(meta))

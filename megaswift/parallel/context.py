@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from megaswift.errors import ConfigError
 from megaswift.kernels.context_attention.volume import Heads, sent_groups, volume
+from megaswift.metadata.meta import ModelMeta
+from megaswift.parallel.layout import padded_kv_heads
 
 _BYTES = 2  # bf16
 
@@ -32,6 +34,19 @@ class ContextMode:
     reason: str
 
 
+def heads_of(meta: ModelMeta, *, tp: int) -> Heads:
+    """Return the attention heads of one tp rank as core attention sees them: latent attention has as many keys as queries."""
+    if meta.mla is not None:
+        own = meta.num_heads // tp
+        key_size = meta.mla.nope_head_dim + meta.mla.rope_head_dim
+        return Heads(query=own, groups=own, key_size=key_size, value_size=meta.mla.v_head_dim)
+    groups = padded_kv_heads(meta.num_heads, meta.num_kv_heads, tp=tp)
+    query = groups * (meta.num_heads // meta.num_kv_heads)
+    return Heads(
+        query=query // tp, groups=max(1, groups // tp), key_size=meta.head_dim, value_size=meta.head_dim
+    )
+
+
 def context_mode(
     kind: str,
     *,
@@ -52,15 +67,17 @@ def context_mode(
     if cp == 1:
         return ContextMode(kind="p2p", ring=1, inner=1, reason="one rank has the whole sequence")
     if kind != "auto":
-        ring, inner = _shape(kind, cp=cp, tp=tp, heads=heads, links=links)
+        ring, inner = context_shape(kind, cp=cp, tp=tp, heads=heads, ranks_per_node=links.ranks_per_node)
         return ContextMode(kind=kind, ring=ring, inner=inner, reason="as asked")
     costs: dict[str, float] = {}
     shapes: dict[str, tuple[int, int]] = {}
     for candidate in ("p2p", "all_gather", "a2a", "a2a+p2p"):
-        if candidate == "p2p" and window is not None:
+        if candidate.endswith("p2p") and window is not None:
             continue  # most of what a ring sends lies outside the window of every query
         try:
-            shapes[candidate] = _shape(candidate, cp=cp, tp=tp, heads=heads, links=links)
+            shapes[candidate] = context_shape(
+                candidate, cp=cp, tp=tp, heads=heads, ranks_per_node=links.ranks_per_node
+            )
         except ConfigError:
             continue
         costs[candidate] = exposed_s(
@@ -118,8 +135,8 @@ def _speed(ranks: int, links: Links) -> float:
     return links.node_bytes_per_s if ranks <= links.ranks_per_node else links.network_bytes_per_s
 
 
-def _shape(kind: str, *, cp: int, tp: int, heads: Heads, links: Links) -> tuple[int, int]:
-    """Return (R, U) of a kind."""
+def context_shape(kind: str, *, cp: int, tp: int, heads: Heads, ranks_per_node: int) -> tuple[int, int]:
+    """Return (R, U) of a kind; raises ConfigError where heads or ranks do not allow it."""
     if kind in ("p2p", "all_gather"):
         return cp, 1
     exchangeable = [
@@ -137,12 +154,12 @@ def _shape(kind: str, *, cp: int, tp: int, heads: Heads, links: Links) -> tuple[
                 "Choose p2p, all_gather or auto."
             )
         return 1, cp
-    in_node = [inner for inner in exchangeable if inner < cp and tp * inner <= links.ranks_per_node]
+    in_node = [inner for inner in exchangeable if inner < cp and tp * inner <= ranks_per_node]
     if kind != "a2a+p2p" or not in_node:
         raise ConfigError(
             f"cp_comm_type={kind} needs a divisor of context_parallel_size={cp} that is smaller than it, divides "
             f"the heads of a tp rank ({heads.query} query, {heads.groups} key/value) and fits in a node of "
-            f"{links.ranks_per_node} ranks. "
+            f"{ranks_per_node} ranks. "
             "There is none. Choose p2p, all_gather or auto."
         )
     inner = max(in_node)

@@ -18,6 +18,8 @@ class Layout:
     pp: int = 1
     vpp: int = 1
     cp: int = 1
+    cp_inner: int = 1  # of the cp ranks, those that exchange heads for tokens; the others exchange keys
+    cp_comm_type: str = "p2p"  # how, see parallel/context.py
     ep: int = 1
     etp: int = 1
     sequence_parallel: bool = False
@@ -28,6 +30,11 @@ class Layout:
     def dp(self) -> int:
         """Ranks that see different samples."""
         return self.world // (self.tp * self.pp * self.cp)
+
+    @property
+    def cp_ring(self) -> int:
+        """Parts of a sequence between which keys travel."""
+        return self.cp // self.cp_inner
 
     @property
     def edp(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megaswift.data.batches import MicroBatch
-from megaswift.models.attention import packed_documents
+from megaswift.models.attention import documents_of
 
 # What Megatron's schedule makes of a micro batch: the loss to differentiate, its token count, and what is logged.
 Loss = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
@@ -24,16 +24,13 @@ def forward_step(data_iterator: Iterator[MicroBatch], model: Any) -> tuple[torch
     batch = next(data_iterator)
     device = next(model.parameters()).device
     loss_mask_BS = batch.loss_mask.to(device, non_blocking=True)
-    documents = None
-    if batch.cu_seqlens is not None:
-        documents = packed_documents(batch.cu_seqlens.to(device, non_blocking=True), batch.max_seqlen)
     output = model(
         batch.input_ids.to(device, non_blocking=True),
         batch.position_ids.to(device, non_blocking=True),
         None,  # causal; documents are kept apart by their lengths, never by a quadratic mask
         labels=batch.labels.to(device, non_blocking=True),
         loss_mask=loss_mask_BS,
-        packed_seq_params=documents,
+        packed_seq_params=documents_of(batch, device),
     )
     return output, partial(token_loss, loss_mask_BS)
 

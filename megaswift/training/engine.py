@@ -49,14 +49,15 @@ class Engine:
         forward_step: Callable[..., Any],
         *,
         measure: Callable[[MicroBatch], tuple[int, float]],
+        share: Callable[[MicroBatch], MicroBatch] | None = None,
     ) -> None:
-        """`measure` returns a micro batch's tokens without padding, and its model FLOPs."""
+        """`measure` returns a micro batch's tokens without padding, and its model FLOPs; `share` this cp rank's part of one."""
         self.chunks = chunks
         self.optimizer: Any = optimizer
         self.schedule = schedule
         self.config: Any = chunks[0].module.config
         self._forward_step = forward_step
-        self._measure = measure
+        self._measure, self._share = measure, share
         self._per_token = bool(self.config.calculate_per_token_loss)
         self._device = next(chunks[0].parameters()).device
 
@@ -113,11 +114,13 @@ class Engine:
             chunk.enable_forward_pre_hook()
 
     def _run(self, batches: list[MicroBatch], *, forward_only: bool) -> list[dict[str, torch.Tensor]]:
+        if self._share is not None:
+            batches = [self._share(batch) for batch in batches]
         # Every chunk of an interleaved schedule reads the same micro batches through an iterator of its own.
         iterators = [iter(batches) for _ in self.chunks]
         batch_size, seq_len = batches[0].input_ids.shape
         results: list[dict[str, torch.Tensor]] = get_forward_backward_func()(
-            forward_step_func=self._forward_step,
+            forward_step_func=self._forward_step if self._per_token else self._forward_with_mean,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.chunks,
             num_microbatches=len(batches),
@@ -126,6 +129,23 @@ class Engine:
             forward_only=forward_only,
         )
         return results
+
+    def _forward_with_mean(self, data_iterator: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Any]:
+        """Run a micro batch whose loss is a mean over its own tokens: those of all cp ranks, each of which has a part.
+
+        Megatron divides by what this rank counted, and averages gradients over the cp ranks (schedules.py, 0.16.1).
+        """
+        output, loss_function = self._forward_step(data_iterator, model)
+        group = parallel_state.get_context_parallel_group()
+
+        def loss_over_ranks(
+            output: torch.Tensor,
+        ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+            loss_sum, num_tokens, log = loss_function(output)
+            dist.all_reduce(num_tokens, group=group)
+            return loss_sum * group.size(), num_tokens, {**log, "mean_of": num_tokens}
+
+        return output, loss_over_ranks
 
     def _totals(
         self, outputs: list[dict[str, torch.Tensor]], batches: list[MicroBatch], *, interrupted: bool
@@ -139,8 +159,9 @@ class Engine:
             if self._per_token:
                 values[:2] = sums.sum(0)
             else:
-                values[0] = (sums[:, 0] / sums[:, 1].clamp(min=1)).sum()
-                values[1] = len(outputs)
+                tokens_of_means = torch.stack([output["mean_of"] for output in outputs])
+                values[0] = (sums[:, 0] / tokens_of_means.clamp(min=1)).sum()
+                values[1] = len(outputs) / parallel_state.get_context_parallel_world_size()
             if parallel_state.get_context_parallel_rank() == 0:
                 for batch in batches:
                     values[3:5] += torch.tensor(

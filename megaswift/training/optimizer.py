@@ -33,6 +33,7 @@ def wrap_chunks(chunks: list[CausalLM], run: RunConfig) -> list[DistributedDataP
         overlap_grad_reduce=run.parallel.overlap_grad_reduce,
         overlap_param_gather=run.parallel.overlap_param_gather and distributed,
         use_distributed_optimizer=distributed,
+        fp8_param_gather=run.precision.fp8_param_gather,
         check_for_nan_in_grad=False,  # the loop stops at a loss or a gradient norm that is not finite
     )
     return [

@@ -35,10 +35,12 @@ from megaswift.models.build import build_model
 from megaswift.models.lora import apply_lora
 from megaswift.parallel.agreement import agree, agree_on_first, alike
 from megaswift.parallel.layout import Layout
+from megaswift.platforms.fp8 import check_fp8, format_for, software_here
 from megaswift.platforms.platform import Platform, init_distributed, select_platform
 from megaswift.tasks.catalogue import TASKS
 from megaswift.training.account import Account
 from megaswift.training.callbacks import Evaluate, Log, Save
+from megaswift.training.context import context_share, nest_context, place_context, ranks_per_node
 from megaswift.training.engine import Engine
 from megaswift.training.feed import TrainFeed, ValidationFeed
 from megaswift.training.loop import Callback, Progress, train_loop
@@ -123,6 +125,7 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
         run = replace(run, tuner=adapter.adopt(run.tuner, meta))
     for note in resolved.notes:
         logger.info("%s", note)
+    layout = alike(lambda: nest_context(run, meta, layout, ranks_per_node=ranks_per_node()))
     process_groups.initialise(layout, seed=run.training.seed, timeout_min=run.parallel.ddp_timeout_min)
 
     output_dir = Path(run.checkpoint.output_dir)
@@ -130,7 +133,9 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
     store = Store(output_dir)
     checkpoint = agree_on_first(lambda: _checkpoint_to_resume(store, run, meta))
     sets = load_sets(run, meta, layout, output_dir=output_dir, group=patient)
-
+    layout = agree_on_first(
+        lambda: place_context(run, meta, layout, platform, lengths=sets.lengths, rows=sets.train.num_items)
+    )
     chunks = _model(run, meta, layout, platform, adapter=adapter, checkpoint=checkpoint, group=patient)
     wrapped = wrap_chunks(chunks, run)
     optimizer = build_optimizer(wrapped, run)
@@ -145,7 +150,14 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
         patience_s=run.launch.hang_timeout_seconds or 0.0,
     )
     forward_step = heartbeat.during("a forward pass", TASKS[run.task])
-    engine = Engine(wrapped, optimizer, schedule, forward_step, measure=measurer(run, meta, sets.lengths))
+    engine = Engine(
+        wrapped,
+        optimizer,
+        schedule,
+        forward_step,
+        measure=measurer(run, meta, sets.lengths),
+        share=context_share(layout),
+    )
     if checkpoint is not None:
         load_checkpoint(checkpoint, chunks=chunks, optimizer=optimizer, layout=layout)
         schedule.step(start.updates)
@@ -227,7 +239,16 @@ def _resolve(run: RunConfig, platform: Platform) -> tuple[ModelMeta, ResolvedRun
         use_hf=run.model.use_hf,
         trust_remote_code=run.model.trust_remote_code,
     )
-    return meta, resolve(run, meta, dist.get_world_size(), platform.name)
+    software = software_here(platform.device.index or 0) if platform.name == "cuda" else None
+    precision = run.precision
+    fp8, note = format_for(
+        precision.fp8_format, precision.fp8_recipe, hidden_size=meta.hidden_size, software=software
+    )
+    if software is not None and fp8 != "none":
+        check_fp8(precision.fp8_recipe, software)
+    run = replace(run, precision=replace(precision, fp8_format=fp8))
+    resolved = resolve(run, meta, dist.get_world_size(), platform.name)
+    return meta, replace(resolved, notes=(*resolved.notes, note)) if note else resolved
 
 
 def _checkpoint_to_resume(store: Store, run: RunConfig, meta: ModelMeta) -> Checkpoint | None:
@@ -308,6 +329,7 @@ def _announce(meta: ModelMeta, layout: Layout, run: RunConfig, *, start: Progres
         "tp": layout.tp,
         "pp": layout.pp,
         "vpp": layout.vpp,
+        "cp": layout.cp,
         "ep": layout.ep,
         "etp": layout.etp,
     }

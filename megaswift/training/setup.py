@@ -18,6 +18,7 @@ from megaswift.checkpoint.save import Writer, save_checkpoint
 from megaswift.checkpoint.state import loss_scale, model_tensors, optimizer_tensors, random_states
 from megaswift.checkpoint.store import Checkpoint, Manifest, Store
 from megaswift.config.dump import dump_run
+from megaswift.config.precision import token_multiple
 from megaswift.config.run import RunConfig
 from megaswift.converters.adapters import save_peft
 from megaswift.converters.export import export_hf
@@ -30,6 +31,7 @@ from megaswift.logs import get_logger
 from megaswift.metadata.meta import ModelMeta
 from megaswift.models.lora import resolve_targets
 from megaswift.parallel.agreement import agree, agree_on_first
+from megaswift.parallel.context import pad_multiple
 from megaswift.parallel.layout import Layout
 from megaswift.training.engine import Engine
 from megaswift.training.flops import step_cost
@@ -105,7 +107,8 @@ def load_sets(run: RunConfig, meta: ModelMeta, layout: Layout, *, output_dir: Pa
         padding_free=run.data.padding_free,
         shuffle=run.data.dataset_shuffle,
         seed=run.training.seed if run.data.data_seed is None else run.data.data_seed,
-        pad_to_multiple=layout.tp if layout.sequence_parallel else 1,
+        pad_to_multiple=token_multiple(run.precision)
+        * pad_multiple(cp=layout.cp, tp=layout.tp, sequence_parallel=layout.sequence_parallel),
     )
     pad_id = next(
         (token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0

@@ -77,7 +77,7 @@ def main() -> None:
     options = parser.parse_args()
     BENCH.mkdir(exist_ok=True)
     model = fetch_smollm2(ROOT / ".demo" / "SmolLM2-135M-Instruct")
-    data = _prepare(options.data)
+    data = prepare_rows(options.data)
     results = {}
     for case in CASES:
         if not options.only or any(word in case.name for word in options.only):
@@ -86,7 +86,7 @@ def main() -> None:
     _print(results)
 
 
-def _prepare(given: Path | None) -> Path:
+def prepare_rows(given: Path | None) -> Path:
     """Write the rows once in each peer's layout and return the alpaca file."""
     rows = json.loads(given.read_text()) if given else _rows()
     alpaca = BENCH / "alpaca.json"
@@ -179,12 +179,12 @@ def _ms_swift(case: Case, model: Path, data: Path, output: Path, steps: int) -> 
 def _probe(case: Case, target: str, arguments: list[object], output: Path) -> dict[str, Any]:
     result = output / "result.json"
     result.unlink(missing_ok=True)
-    _call([_peer_python(case.system), PEERS / "probe.py", result, target, *arguments], output)
+    _call([peer_python(case.system), PEERS / "probe.py", result, target, *arguments], output)
     found: dict[str, Any] = json.loads(result.read_text())
     return found
 
 
-def _peer_python(peer: str) -> Path:
+def peer_python(peer: str) -> Path:
     """Return the interpreter of the peer's venv, made at first use; torch first, so that nothing pulls another build."""
     venv = BENCH / peer
     if not (venv / "ready").exists():

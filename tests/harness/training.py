@@ -14,8 +14,10 @@ from megatron.core import parallel_state
 
 from megaswift.checkpoint.resume import load_checkpoint
 from megaswift.checkpoint.store import Store
+from megaswift.config.precision import token_multiple
 from megaswift.config.rules import resolve
 from megaswift.config.run import RunConfig
+from megaswift.converters.export import export_hf
 from megaswift.converters.load import load_weights
 from megaswift.data.batches import BatchSettings, MicroBatch, TrainData
 from megaswift.data.encode import EncodedSet
@@ -24,9 +26,11 @@ from megaswift.metadata.meta import ModelMeta
 from megaswift.metadata.read import get_model_meta
 from megaswift.models.build import build_model
 from megaswift.models.lora import apply_lora
+from megaswift.parallel.context import pad_multiple
 from megaswift.parallel.layout import Layout
 from megaswift.platforms.platform import select_platform
 from megaswift.tasks.sft import forward_step
+from megaswift.training.context import context_share, nest_context, place_context
 from megaswift.training.engine import Engine
 from megaswift.training.feed import TrainFeed
 from megaswift.training.loop import Progress
@@ -99,11 +103,14 @@ def prepared(folder: Path, case: Case) -> Iterator[Trained]:
     process_groups.destroy()
 
 
-def _prepare(folder: Path, case: Case) -> Trained:
+def _prepare(folder: Path, case: Case, *, encoded: EncodedSet | None = None) -> Trained:
     platform = select_platform("cpu")
     meta = get_model_meta(folder)
     resolved = resolve(case.run_config(folder), meta, dist.get_world_size(), platform.name)
-    run, layout = resolved.config, resolved.layout
+    run = resolved.config
+    encoded = synthetic_set() if encoded is None else encoded
+    layout = nest_context(run, meta, resolved.layout, ranks_per_node=dist.get_world_size())
+    layout = place_context(run, meta, layout, platform, lengths=encoded.lengths, rows=len(encoded))
     process_groups.initialise(layout, seed=run.training.seed, timeout_min=3)
     chunks = build_model(meta, run, layout, platform)
     if run.tuner.tuner_type == "lora":
@@ -112,17 +119,18 @@ def _prepare(folder: Path, case: Case) -> Trained:
     wrapped = wrap_chunks(chunks, run)
     optimizer = build_optimizer(wrapped, run)
     schedule = build_schedule(optimizer, run.optimizer, total_steps=run.training.train_iters or 1)
-    engine = Engine(wrapped, optimizer, schedule, forward_step, measure=count)
+    engine = Engine(wrapped, optimizer, schedule, forward_step, measure=count, share=context_share(layout))
     settings = BatchSettings(
         global_batch_size=run.training.global_batch_size or 1,
         micro_batch_size=run.training.micro_batch_size,
         packing=run.data.packing,
         packing_length=run.data.packing_length,
         padding_free=run.data.padding_free,
-        pad_to_multiple=layout.tp if layout.sequence_parallel else 1,
+        pad_to_multiple=token_multiple(run.precision)
+        * pad_multiple(cp=layout.cp, tp=layout.tp, sequence_parallel=layout.sequence_parallel),
     )
     feed = TrainFeed(
-        TrainData(synthetic_set(), settings), dp_rank=parallel_state.get_data_parallel_rank(), dp=layout.dp
+        TrainData(encoded, settings), dp_rank=parallel_state.get_data_parallel_rank(), dp=layout.dp
     )
     return Trained(run=run, meta=meta, layout=layout, engine=engine, feed=feed)
 
@@ -150,6 +158,28 @@ def curves(rank: int, world_size: int, folder: Path, cases: Sequence[Case]) -> d
         with prepared(folder, case) as trained:
             found[case.name] = steps(trained, 0, trained.run.training.train_iters or 1)
     return found
+
+
+def export_gradients(rank: int, world_size: int, folder: Path, cases: Sequence[Case], output: Path) -> None:
+    """Write every case's gradients of the first step as a Hugging Face model, `output`/<its name>: whole tensors, whatever the layout.
+
+    Names and cuts of weights are those of their gradients. The learning rate is 0 and nothing is clipped, so that the
+    gradients stay as the optimizer reads them.
+    """
+    for case in cases:
+        torch.manual_seed(1)
+        still = {**case.settings.get("optimizer", {}), "lr": 0.0, "clip_grad": 0.0}
+        settings = {**case.settings.get("parallel", {}), "use_distributed_optimizer": False}
+        trained = prepare(
+            folder, replace(case, settings={**case.settings, "optimizer": still, "parallel": settings})
+        )
+        steps(trained, 0, 1)
+        chunks = [chunk.module for chunk in trained.engine.chunks]
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                parameter.data.copy_(parameter.main_grad)
+        export_hf(chunks, trained.meta, trained.layout, rank, output / case.name, dtype="float32")
+        process_groups.destroy()
 
 
 def saver_of(trained: Trained, output_dir: Path) -> Saver:

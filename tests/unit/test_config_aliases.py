@@ -87,7 +87,7 @@ def test_a_flag_that_asks_for_nothing_is_accepted(words: str) -> None:
         "--streaming",
         "--template qwen2_5",
         "--use_dora true",
-        "--fp8_format hybrid",
+        "--fp4_format e2m1",
         "--deepspeed zero3",
         "--mcore_model d",
         "--finetune maybe",

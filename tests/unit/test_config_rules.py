@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from megaswift.config import layout_rules, training_rules
+from megaswift.config import context_rules, layout_rules, precision_rules, training_rules
 from megaswift.config.dump import dump_run
 from megaswift.config.parse import parse_run
 from megaswift.config.rules import REQUEST_RULES, RULES, ResolvedRun, minimal_world, resolve
@@ -32,6 +32,16 @@ def dense(**changes: Any) -> ModelMeta:
         "max_length": 4096,
     }
     return ModelMeta(**{**facts, **changes})
+
+
+LINEAR = LinearAttentionMeta(
+    layers=(True, False) * 4,
+    conv_kernel=4,
+    num_key_heads=4,
+    num_value_heads=8,
+    key_head_dim=16,
+    value_head_dim=16,
+)
 
 
 def moe(**changes: Any) -> ModelMeta:
@@ -69,7 +79,15 @@ def resolved(
         ("--tp 4", hybrid(), 4, "tp=4 is above num_kv_heads=2 (llama), whose attention is gated. Choose tp from 1, 2."),
         ("--tp 2", hybrid(num_key_heads=5), 2, "tp=2 does not divide linear_num_key_heads=5 (llama). Choose tp from 1, 5."),
         ("--tp 2", dense(), 3, "world_size=3 is not a multiple of tp=2 x pp=1 x cp=1 = 2"),
-        ("--cp 2", dense(), 2, "context_parallel_size=2 is not built"),
+        ("--cp 2", dense(attention=AttentionMeta(chunk=(64,) * 8)), 2, "context_parallel_size=2 but llama has chunked attention"),
+        ("--cp 2", dense(attention=AttentionMeta(softcap=50.0)), 2, "soft-capped scores, which needs whole sequences"),
+        ("--cp 2", dense(linear_attention=LINEAR), 2, "context_parallel_size=2 but llama has linear attention"),
+        ("--cp 2 --attention_dropout 0.1", dense(), 2, "attention_dropout=0.1 does not go with context_parallel_size=2"),
+        ("--cp 5 --cp_comm_type a2a", dense(), 5, "cp_comm_type=a2a cannot exchange 32 query and 8 key/value heads"),
+        ("--cp 3 --cp_comm_type a2a+p2p", dense(), 3, "There is none. Choose p2p, all_gather or auto."),
+        ("--fp8_recipe blockwise --fp8_param_gather", dense(), 1, "fp8_param_gather needs --fp8_format hybrid or e4m3"),
+        ("--fp8_format hybrid --first_last_layers_bf16", dense(), 1, "does not go with fp8_recipe=delayed"),
+        ("--fp8_format hybrid --fp8_amax_history_len 0", dense(), 1, "fp8_amax_history_len=0 is too small"),
         ("--ep 2", dense(), 2, "expert_model_parallel_size=2 but llama has no experts"),
         ("--etp 2", dense(), 2, "expert_tensor_parallel_size=2 but llama has no experts"),
         ("--moe_aux_loss_coeff 0.1", dense(), 1, "moe_aux_loss_coeff is set but llama has no experts"),
@@ -118,6 +136,39 @@ def test_a_broken_rule_says_what_to_do(words: str, meta: ModelMeta, world: int, 
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("words", "meta", "message"),
+    [
+        ("--cp 2 --cp_comm_type p2p", dense(sliding_window=(None, 64) * 4), "cannot carry the sliding window of 64"),
+        ("--fp16 --fp8_format e4m3", dense(), "fp8_format=e4m3 does not go with torch_dtype=float16"),
+        ("--fp8_format e4m3 --fp8_recipe mxfp8", dense(hidden_size=528), "takes sizes in multiples of 32, and llama has hidden_size=528"),
+        ("--fp8_format hybrid --fp8_param_gather --tuner_type lora", dense(), "fp8_param_gather=true needs"),
+    ],
+)  # fmt: skip
+def test_a_rule_of_gpus_says_what_to_do(words: str, meta: ModelMeta, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolved(words, meta, world=2, platform="cuda")
+    assert message in str(caught.value)
+
+
+def test_a_cpu_rehearses_fp8_and_says_what_a_gpu_would_refuse() -> None:
+    words = "--fp8_format hybrid --fp8_recipe mxfp8 --fp8_param_gather"
+    run = resolved(words, dense(hidden_size=528))
+    assert run.config.precision.fp8_format == "hybrid" and not run.config.precision.fp8_param_gather
+    assert any("no GPU would run it" in note for note in run.notes)
+    assert not any("GPU" in note for note in resolved("--fp8_format hybrid", dense()).notes)
+
+
+def test_a_window_may_circulate_on_a_cpu_and_heads_may_be_exchanged() -> None:
+    assert (
+        resolved(
+            "--sequence_parallel_size 2 --cp_comm_type p2p", dense(sliding_window=(64,) * 8), world=2
+        ).layout.cp
+        == 2
+    )
+    assert resolved("--cp 2 --cp_comm_type a2a", dense(), world=2, platform="cuda").layout.cp == 2
+
+
 def test_a_model_and_rows_must_be_named() -> None:
     with pytest.raises(ConfigError, match="model is not set"):
         resolve(parse_run("sft", ["--dataset", "a"]), dense(), 1, "cpu")
@@ -132,7 +183,7 @@ def test_adapters_do_not_start_from_random_weights() -> None:
 
 def test_every_rule_is_applied() -> None:
     applied = {*RULES, *REQUEST_RULES}
-    for module in (layout_rules, training_rules):
+    for module in (context_rules, layout_rules, precision_rules, training_rules):
         for name, rule in vars(module).items():
             if callable(rule) and rule.__module__ == module.__name__ and not name.startswith("_"):
                 assert rule in applied, name

@@ -1,4 +1,4 @@
-"""FP8 with one scale a block: 128 x 128 for weights, 1 x 128 for activations.
+"""FP8 with one scale a block: 128 x 128 for weights, 1 x 128 for activations, 1 x 32 for both in MXFP8.
 
 Letters: M rows, N columns, P and Q blocks along them.
 """
@@ -19,6 +19,10 @@ class Block(enum.Enum):
 
     SQUARE = (128, 128)
     ROW = (1, 128)
+    MX = (
+        1,
+        32,
+    )  # OCP Microscaling formats, 1.0; the reference alone has it: on GPUs Transformer Engine quantises
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +47,7 @@ def quantise(
     `power_of_two` rounds scales up to powers of two, which Blackwell's blocks want. A block of zeros has
     scale 1.
     """
-    chosen = choose("block_fp8", x_MN.device, implementation)
+    chosen = _choose(x_MN.device, block, implementation)
     rows, columns = block.value
     values_MN, scales_PQ = _module(chosen).quantise(
         x_MN, block_rows=rows, block_columns=columns, dtype=dtype, power_of_two=power_of_two
@@ -55,7 +59,7 @@ def dequantise(
     quantised: BlockFp8, dtype: torch.dtype, *, implementation: Implementation | None = None
 ) -> torch.Tensor:
     """Return the matrix [M, N] in `dtype`, multiplied in float32."""
-    chosen = choose("block_fp8", quantised.values_MN.device, implementation)
+    chosen = _choose(quantised.values_MN.device, quantised.block, implementation)
     rows, columns = quantised.block.value
     return _module(chosen).dequantise(
         quantised.values_MN, quantised.scales_PQ, block_rows=rows, block_columns=columns, dtype=dtype
@@ -92,6 +96,10 @@ class _RoundTrip(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return grads[0], None, None, None, None
+
+
+def _choose(device: torch.device, block: Block, asked: Implementation | None) -> Implementation:
+    return Implementation.REFERENCE if block is Block.MX else choose("block_fp8", device, asked)
 
 
 def _module(chosen: Implementation) -> ModuleType:
