@@ -170,16 +170,14 @@ def export_gradients(rank: int, world_size: int, folder: Path, cases: Sequence[C
         torch.manual_seed(1)
         still = {**case.settings.get("optimizer", {}), "lr": 0.0, "clip_grad": 0.0}
         settings = {**case.settings.get("parallel", {}), "use_distributed_optimizer": False}
-        trained = prepare(
-            folder, replace(case, settings={**case.settings, "optimizer": still, "parallel": settings})
-        )
-        steps(trained, 0, 1)
-        chunks = [chunk.module for chunk in trained.engine.chunks]
-        for chunk in chunks:
-            for parameter in chunk.parameters():
-                parameter.data.copy_(parameter.main_grad)
-        export_hf(chunks, trained.meta, trained.layout, rank, output / case.name, dtype="float32")
-        process_groups.destroy()
+        first = replace(case, settings={**case.settings, "optimizer": still, "parallel": settings})
+        with prepared(folder, first) as trained:
+            steps(trained, 0, 1)
+            chunks = [chunk.module for chunk in trained.engine.chunks]
+            for chunk in chunks:
+                for parameter in chunk.parameters():
+                    parameter.data.copy_(parameter.main_grad)
+            export_hf(chunks, trained.meta, trained.layout, rank, output / case.name, dtype="float32")
 
 
 def saver_of(trained: Trained, output_dir: Path) -> Saver:
