@@ -49,6 +49,8 @@ def small_config(config: Mapping[str, Any], meta: ModelMeta) -> dict[str, Any]:
         value = small.get(key, family.defaults.get(key))
         if value is not None and (key in small or key in family.defaults):
             small[key] = shrink(value, sizes, meta)
+    if meta.mla is not None:
+        small["num_key_value_heads"] = sizes.heads  # the module does not look at it, the class's default does not fit
     for key in ("rope_parameters", "rope_scaling"):
         if isinstance(small.get(key), dict):
             small[key] = _small_rope(small[key], sizes, meta)

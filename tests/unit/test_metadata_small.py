@@ -82,3 +82,9 @@ def test_a_key_in_another_spelling_is_cut_too() -> None:
     config = config_of("gpt-oss-120b")
     small = small_config(config, meta_from_config(config))
     assert "experts_per_token" not in small and small["num_experts_per_tok"] == 3
+
+
+def test_latent_attention_has_as_many_key_heads_as_query_heads_for_transformers() -> None:
+    config = {"model_type": "deepseek_v3"}  # whose class would take 128 by default
+    small = small_config(config, meta_from_config(config))
+    assert small["num_key_value_heads"] == small["num_attention_heads"]
