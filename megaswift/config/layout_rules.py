@@ -107,7 +107,7 @@ def tp_shares_out_the_heads(case: Case) -> Case | None:
 
 
 def linear_attention_is_cut_by_heads(case: Case) -> None:
-    """Gated DeltaNet is cut over tp by key heads, not along the sequence; the gates of attention go with key/value heads.
+    """Gated DeltaNet is cut over tp by key heads; the gates of attention go with key/value heads.
 
     With more ranks than key/value heads Megatron-Core 0.16.1 cuts the queries and forgets the gates (attention.py).
     """
@@ -122,11 +122,6 @@ def linear_attention_is_cut_by_heads(case: Case) -> None:
         raise ConfigError(
             f"tp={parallel.tp} is above num_kv_heads={meta.num_kv_heads} ({case.model_name}), whose attention is gated. "
             f"Choose tp from {_listed(_divisors(meta.num_kv_heads))}."
-        )
-    if linear is not None and parallel.cp > 1:
-        raise ConfigError(
-            f"context_parallel_size={parallel.cp} is not built for Gated DeltaNet ({case.model_name}). Use "
-            "--tensor_model_parallel_size with --sequence_parallel."
         )
 
 
