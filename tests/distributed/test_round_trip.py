@@ -152,7 +152,8 @@ def test_round_trip_of_every_family_is_bit_identical(
     for name in names:
         (tmp_path / name).mkdir()
         (tmp_path / name / "in").symlink_to(saved(name), target_is_directory=True)
-    run_distributed(all_there_and_back, LAYOUTS[layout].world, tmp_path, names, LAYOUTS[layout])
+    ranks, limit_s = LAYOUTS[layout].world, 10.0 * len(names) + 60
+    run_distributed(all_there_and_back, ranks, tmp_path, names, LAYOUTS[layout], timeout_s=limit_s)
     assert all_changed(tmp_path, names) == {}
 
 
