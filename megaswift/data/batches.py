@@ -33,6 +33,9 @@ class BatchSettings:
     shuffle: bool = True
     seed: int = 42
     pad_to_multiple: int = 1  # S is a multiple of this (tp for sequence parallel)
+    token_cost: float = (
+        0.0  # of a token outside attention, in keys: what so many more keys to attend to would cost
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +91,12 @@ class TrainData:
     def micro_batches(self, consumed: int, *, dp_rank: int, dp: int) -> Iterator[MicroBatch]:
         """Yield what one data-parallel rank takes of the global batch after `consumed` items.
 
-        Micro batch j of the global batch holds items j * m to (j + 1) * m and goes to rank j % dp.
+        Micro batch j of the global batch holds items j * m to (j + 1) * m; ranks get micro batches of like work.
         """
-        for items in rank_share(self.items(consumed), self.settings.micro_batch_size, dp_rank=dp_rank, dp=dp):
-            yield self._rows.build(items)
+        self.num_micro_batches(dp)  # raises where the ranks do not divide
+        micro_batches = self.items(consumed).reshape(-1, self.settings.micro_batch_size)
+        for number in even_share(self._rows.work[micro_batches].sum(1), dp_rank=dp_rank, dp=dp):
+            yield self._rows.build(micro_batches[number])
 
     def num_micro_batches(self, dp: int) -> int:
         """Return the micro batches of one rank in one global batch."""
@@ -137,6 +142,21 @@ def rank_share(items: np.ndarray, micro_batch_size: int, *, dp_rank: int, dp: in
         yield items[start : start + micro_batch_size]
 
 
+def even_share(work: np.ndarray, *, dp_rank: int, dp: int) -> list[int]:
+    """Return which of the micro batches with these amounts of work one rank takes, in their order; as many on every rank.
+
+    From heavy to light, each next `dp` of them go to one rank each, the heaviest to the rank with the least so far: the
+    sums are even, and so are the works of ranks that meet in every micro batch (experts).
+    """
+    order = np.argsort(-work, kind="stable").reshape(-1, dp)
+    sums, taken = np.zeros(dp), []
+    for heavy_first in order:
+        lightest_first = np.argsort(sums, kind="stable")
+        sums[lightest_first] += work[heavy_first]
+        taken.append(int(heavy_first[np.flatnonzero(lightest_first == dp_rank)[0]]))
+    return sorted(taken)
+
+
 def _micro_batches_per_rank(global_batch_size: int, micro_batch_size: int, dp: int) -> int:
     if global_batch_size % (micro_batch_size * dp):
         raise ConfigError(
@@ -159,6 +179,10 @@ class _RowBuilder:
                 raise ConfigError("packing=true needs packing_length. Give --packing_length or --max_length.")
             self.packs = pack(encoded.lengths, settings.packing_length)
         self.num_items = len(self.packs) if self.packs is not None else len(encoded)
+        lengths = encoded.lengths.astype(np.float64)
+        self.work = lengths * (lengths / 2 + settings.token_cost)  # of every item, in pairs of query and key
+        if self.packs is not None:
+            self.work = np.add.reduceat(self.work[self.packs.items], self.packs.starts[:-1])
 
     def build(self, items: Sequence[int] | np.ndarray) -> MicroBatch:
         """Return the micro batch of some items; none gives a row of padding."""

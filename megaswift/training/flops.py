@@ -43,6 +43,12 @@ class StepCost:
     per_loss_token: int
     per_pair: dict[Reach, int]  # summed over the layers with this reach
 
+    @property
+    def token_in_pairs(self) -> float:
+        """What a token costs outside attention, in query-key pairs."""
+        pair = sum(self.per_pair.values())
+        return self.per_token / pair if pair else 0.0
+
     def of(self, *, lengths: list[int], loss_tokens: int) -> float:
         """Return the FLOPs of a batch with documents of `lengths` tokens."""
         attention = sum(

@@ -106,6 +106,7 @@ def load_sets(run: RunConfig, meta: ModelMeta, layout: Layout, *, output_dir: Pa
         packing_length=run.data.packing_length,
         padding_free=run.data.padding_free,
         shuffle=run.data.dataset_shuffle,
+        token_cost=step_cost(meta, run.tuner).token_in_pairs,
         seed=run.training.seed if run.data.data_seed is None else run.data.data_seed,
         pad_to_multiple=token_multiple(run.precision)
         * pad_multiple(cp=layout.cp, tp=layout.tp, sequence_parallel=layout.sequence_parallel),

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megaswift.data.batches import BatchSettings, TrainData, ValidationData
+from megaswift.data.batches import BatchSettings, TrainData, ValidationData, even_share
 from megaswift.data.encode import EncodedSet
 from megaswift.data.order import shuffled
 from megaswift.errors import ConfigError
@@ -81,6 +81,37 @@ def test_a_resumed_stream_goes_on_where_it_stopped_with_another_micro_batch_and_
         for consumed in range(20, 48, 4)
     ]  # fmt: skip
     assert rest == [sorted(whole[start : start + 4]) for start in range(20, 48, 4)]
+
+
+def test_ranks_of_a_global_batch_get_like_work():
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(5.5, 1.0, 4000), 8, 4096).astype(int).tolist()
+    settings = BatchSettings(global_batch_size=32, packing=True, packing_length=4096)
+    data = TrainData(encoded_set(lengths), settings)
+
+    def work(batches):
+        return sum(lengths[entry] ** 2 for batch in batches for entry in batch.sample_ids)
+
+    plain, ours = [], []
+    for consumed in range(0, 32 * 10, 32):
+        works = [work(data.micro_batches(consumed, dp_rank=rank, dp=4)) for rank in range(4)]
+        ours.append(max(works) / np.mean(works))
+        one_by_one = [work([batch]) for batch in data.micro_batches(consumed, dp_rank=0, dp=1)]
+        in_turn = [sum(one_by_one[rank::4]) for rank in range(4)]
+        plain.append(max(in_turn) / np.mean(in_turn))
+    assert np.mean(ours) < 1.05 < 1.1 < np.mean(plain)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.integers(0, 50), min_size=4, max_size=4 * 6).map(lambda drawn: drawn[: len(drawn) // 4 * 4])
+)
+def test_every_micro_batch_goes_to_one_rank_and_all_ranks_get_as_many(drawn):
+    shares = [even_share(np.array(drawn, float), dp_rank=rank, dp=4) for rank in range(4)]
+    assert sorted(number for share in shares for number in share) == list(range(len(drawn)))
+    assert {len(share) for share in shares} == {len(drawn) // 4}
+    sums = [sum(drawn[number] for number in share) for share in shares]
+    assert max(sums) - min(sums) <= max(drawn)  # no rank is ahead by more than one micro batch
 
 
 def test_the_last_batch_of_an_epoch_runs_on_into_the_next():
