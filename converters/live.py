@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 
 from megaswift.converters.check import listing
 from megaswift.converters.plan import Parameter, plan_chunk
@@ -25,9 +26,17 @@ class LiveParameter:
     """A parameter of the model, its place in the plan, and the module that owns it."""
 
     planned: Parameter
-    weight: torch.Tensor
+    weight: torch.Tensor  # a view of the parameter's memory, or its values where the model keeps it in FP8
     chunk: torch.nn.Module
     name: str  # in the chunk, as its own layer spec spells it
+    in_fp8: torch.Tensor | None = (
+        None  # Transformer Engine's tensor, whose codes and scales have no rows of numbers
+    )
+
+    def settle(self) -> None:
+        """Quantise what was written to `weight` where the model keeps the parameter in FP8."""
+        if self.in_fp8 is not None:
+            self.in_fp8.copy_(self.weight.view(self.in_fp8.shape))
 
     @property
     def adapted_module(self) -> Any | None:
@@ -57,8 +66,12 @@ def live_parameters(
                     f"{planned.name} is {list(weight.shape)} in the model, {list(planned.shape)} by its table"
                 )
                 continue
+            in_fp8 = weight.data if is_float8tensor(weight.data) else None
+            numbers = weight.data if in_fp8 is None else dequantize_fp8_tensor(in_fp8).contiguous()
             found.append(
-                LiveParameter(planned=planned, weight=weight.data.view(planned.shape), chunk=chunk, name=name)
+                LiveParameter(
+                    planned=planned, weight=numbers.view(planned.shape), chunk=chunk, name=name, in_fp8=in_fp8
+                )
             )
         faults += [f"{name} has no row in the table, it would stay unfilled" for name in weights]
     if faults:

@@ -53,6 +53,7 @@ def load_weights(
                 _fill(matrix_NC, piece, reader)
                 bytes_read += piece.size * tensors[piece.tensor].item_bytes
                 names.add(piece.tensor)
+            parameter.settle()
     return LoadReport(bytes_read=bytes_read, tensors=len(names), seconds=time.monotonic() - started)
 
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from megaswift.converters import folders
+from megaswift.converters import folders, live
 from megaswift.converters.export import export_hf
 from megaswift.converters.load import load_weights
 from megaswift.converters.plan import plan_chunk
@@ -282,3 +282,23 @@ def test_export_does_not_touch_the_source_or_a_stranger(saved: Callable[[str], P
     with pytest.raises(WeightsError, match="not an earlier output"):
         export_hf([chunk], meta, Layout(), 0, tmp_path, dtype="bfloat16")
     assert (tmp_path / "thesis.txt").exists() and (saved("llama-tied") / "model.safetensors").exists()
+
+
+def test_a_parameter_kept_in_fp8_is_read_into_and_written_from_its_values(
+    saved: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformer Engine's tensors have no rows; torch's own type with a scale of one stands for them here."""
+    monkeypatch.setattr(live, "is_float8tensor", lambda x: x.dtype is torch.float8_e4m3fn)
+    monkeypatch.setattr(live, "dequantize_fp8_tensor", lambda x: x.to(torch.bfloat16))
+    folder = saved("llama-tied")
+    meta = get_model_meta(folder)
+    chunk = fake_chunk(meta)
+    linear = chunk.get_submodule("decoder.layers.0.self_attention.linear_proj")
+    linear.weight = torch.nn.Parameter(linear.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    load_weights([chunk], meta, Layout(), 0, folder)
+    wanted = load_file(folder / "model.safetensors")["model.layers.0.self_attn.o_proj.weight"]
+    assert linear.weight.dtype is torch.float8_e4m3fn
+    assert torch.equal(linear.weight.float(), wanted.to(torch.float8_e4m3fn).float())
+    export_hf([chunk], meta, Layout(), 0, tmp_path / "out", dtype="bfloat16")
+    written = load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.self_attn.o_proj.weight"]
+    assert written.dtype is torch.bfloat16 and torch.equal(written.float(), linear.weight.float())
