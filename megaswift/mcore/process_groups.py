@@ -1,6 +1,7 @@
 """Megatron-Core's process groups for one layout."""
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -17,7 +18,6 @@ def initialise(layout: Layout, *, seed: int, timeout_min: float) -> None:
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         context_parallel_size=layout.cp,
-        hierarchical_context_parallel_sizes=context_levels(layout),
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
         distributed_timeout_minutes=max(1, round(timeout_min)),
@@ -28,6 +28,30 @@ def initialise(layout: Layout, *, seed: int, timeout_min: float) -> None:
 def context_levels(layout: Layout) -> list[int] | None:
     """Return the sizes of Megatron's nested context groups, the inner one first; None where one group does all."""
     return [layout.cp_inner, layout.cp_ring] if min(layout.cp_inner, layout.cp_ring) > 1 else None
+
+
+def nest_context(layout: Layout, *, timeout_min: float) -> None:
+    """Create the nested groups of the cp ranks where a layout has both levels; every rank of the world calls it.
+
+    Megatron (0.16.1) makes them with all others, when the documents that decide are not known yet, and needs einops for it;
+    they are kept where it keeps its own.
+    """
+    levels = context_levels(layout)
+    if levels is None:
+        return
+    rank, inner = dist.get_rank(), layout.cp_inner
+    timeout = timedelta(minutes=timeout_min)
+    mine: dict[str, Any] = {}
+    for first in range(0, layout.world, layout.tp * layout.cp):
+        for tp_rank in range(layout.tp):
+            members = [first + tp_rank + layout.tp * cp_rank for cp_rank in range(layout.cp)]
+            nested = [("inner", members[start : start + inner]) for start in range(0, layout.cp, inner)]
+            nested += [("ring", members[place::inner]) for place in range(inner)]
+            for level, ranks in nested:
+                group = parallel_state.create_group(ranks, timeout=timeout, group_desc=f"CONTEXT_{level}")
+                if rank in ranks:
+                    mine[level] = group
+    parallel_state._HIERARCHICAL_CONTEXT_PARALLEL_GROUPS = [mine["inner"], mine["ring"]]
 
 
 @dataclass(frozen=True, kw_only=True)

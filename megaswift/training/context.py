@@ -12,7 +12,6 @@ from megatron.core import parallel_state
 from megaswift.config.run import RunConfig
 from megaswift.data.batches import MicroBatch
 from megaswift.data.context import spread
-from megaswift.errors import ConfigError
 from megaswift.launch.environment import rank_env
 from megaswift.launch.profile import profile_here
 from megaswift.logs import get_logger
@@ -27,32 +26,15 @@ logger = get_logger(__name__)
 ATTENTION_EFFICIENCY = 0.4
 
 
-def nest_context(run: RunConfig, meta: ModelMeta, layout: Layout, *, ranks_per_node: int) -> Layout:
-    """Return `layout` with cp ranks that can exchange heads within a node, where a ring across nodes may be chosen.
-
-    Megatron makes the groups of both levels together with all others, before the documents are known. Raises ConfigError
-    where the heads or the nodes do not allow what the run asks for.
-    """
-    kind = run.parallel.cp_comm_type
-    if layout.cp == 1 or kind in ("p2p", "all_gather", "a2a"):
-        return layout
-    try:
-        _, inner = context_shape(
-            "a2a+p2p",
-            cp=layout.cp,
-            tp=layout.tp,
-            heads=heads_of(meta, tp=layout.tp),
-            ranks_per_node=ranks_per_node,
-        )
-    except ConfigError:
-        if kind == "auto":
-            return layout
-        raise
-    return replace(layout, cp_inner=inner)
-
-
 def place_context(
-    run: RunConfig, meta: ModelMeta, layout: Layout, platform: Platform, *, lengths: np.ndarray, rows: int
+    run: RunConfig,
+    meta: ModelMeta,
+    layout: Layout,
+    platform: Platform,
+    *,
+    lengths: np.ndarray,
+    rows: int,
+    ranks_per_node: int,
 ) -> Layout:
     """Return `layout` with the way in which attention crosses its cp ranks, and say which and why.
 
@@ -61,7 +43,7 @@ def place_context(
     """
     if layout.cp == 1:
         return layout
-    kind, heads, per_node = run.parallel.cp_comm_type, heads_of(meta, tp=layout.tp), ranks_per_node()
+    kind, heads, per_node = run.parallel.cp_comm_type, heads_of(meta, tp=layout.tp), ranks_per_node
     if kind != "auto":
         _, inner = context_shape(kind, cp=layout.cp, tp=layout.tp, heads=heads, ranks_per_node=per_node)
         return replace(layout, cp_inner=inner, cp_comm_type=kind)
@@ -80,8 +62,8 @@ def place_context(
     return replace(layout, cp_inner=mode.inner, cp_comm_type=mode.kind)
 
 
-def ranks_per_node() -> int:
-    """Return the ranks of this node."""
+def ranks_of_this_node() -> int:
+    """Return how many ranks run beside this one, itself included."""
     here = rank_env(os.environ)
     return dist.get_world_size() if here is None else here.local_world_size
 

@@ -40,7 +40,7 @@ from megaswift.platforms.platform import Platform, init_distributed, select_plat
 from megaswift.tasks.catalogue import TASKS
 from megaswift.training.account import Account
 from megaswift.training.callbacks import Evaluate, Log, Save
-from megaswift.training.context import context_share, nest_context, place_context, ranks_per_node
+from megaswift.training.context import context_share, place_context, ranks_of_this_node
 from megaswift.training.engine import Engine
 from megaswift.training.feed import TrainFeed, ValidationFeed
 from megaswift.training.loop import Callback, Progress, train_loop
@@ -125,7 +125,6 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
         run = replace(run, tuner=adapter.adopt(run.tuner, meta))
     for note in resolved.notes:
         logger.info("%s", note)
-    layout = alike(lambda: nest_context(run, meta, layout, ranks_per_node=ranks_per_node()))
     process_groups.initialise(layout, seed=run.training.seed, timeout_min=run.parallel.ddp_timeout_min)
 
     output_dir = Path(run.checkpoint.output_dir)
@@ -134,8 +133,18 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
     checkpoint = agree_on_first(lambda: _checkpoint_to_resume(store, run, meta))
     sets = load_sets(run, meta, layout, output_dir=output_dir, group=patient)
     layout = agree_on_first(
-        lambda: place_context(run, meta, layout, platform, lengths=sets.lengths, rows=sets.train.num_items)
+        lambda: place_context(
+            run,
+            meta,
+            layout,
+            platform,
+            lengths=sets.lengths,
+            rows=sets.train.num_items,
+            ranks_per_node=ranks_of_this_node(),
+        )
     )
+    process_groups.nest_context(layout, timeout_min=run.parallel.ddp_timeout_min)
+
     chunks = _model(run, meta, layout, platform, adapter=adapter, checkpoint=checkpoint, group=patient)
     wrapped = wrap_chunks(chunks, run)
     optimizer = build_optimizer(wrapped, run)

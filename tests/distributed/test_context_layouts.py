@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from tests.distributed.test_layouts import LOSS_TOLERANCE, NORM_TOLERANCE, ROWS, Curve
 from tests.harness.distributed import run_distributed
 from tests.harness.tiny import save_tiny
-from tests.harness.training import Case, curves, export_gradients, temporary_folder
+from tests.harness.training import Case, curves, export_gradients, prepared, temporary_folder
 
+PATIENCE_S = 900.0  # many runs in one set of processes, on a machine that may be busy
 MODES = ("p2p", "a2a", "all_gather", "auto")
 SP = {"tp": 2, "sequence_parallel": True}
 
@@ -74,14 +75,18 @@ def cases_of(training: str, ranks: int, **training_settings: Any) -> list[Case]:
 @cache
 def all_curves(training: str, ranks: int) -> list[dict[str, Curve]]:
     """Run every layout of so many ranks in one set of processes; return what each rank saw."""
-    return run_distributed(curves, ranks, folder_of(TRAININGS[training][0]), cases_of(training, ranks))
+    return run_distributed(
+        curves, ranks, folder_of(TRAININGS[training][0]), cases_of(training, ranks), timeout_s=PATIENCE_S
+    )
 
 
 @cache
 def all_gradients(training: str, ranks: int) -> dict[str, dict[str, torch.Tensor]]:
     """Return the gradients of the first step under every layout of so many ranks, by their weights' names in the file."""
     output, cases = temporary_folder(), cases_of(training, ranks)
-    run_distributed(export_gradients, ranks, folder_of(TRAININGS[training][0]), cases, output)
+    run_distributed(
+        export_gradients, ranks, folder_of(TRAININGS[training][0]), cases, output, timeout_s=PATIENCE_S
+    )
     found = {case.name: load_file(output / case.name / "model.safetensors") for case in cases}
     shutil.rmtree(output)
     return found
@@ -126,3 +131,23 @@ def test_every_gradient_is_that_of_one_rank(training: str, layout: str) -> None:
             # float32 sums in another order, relative to the largest of the tensor, or to a hundredth of the largest of all
             scale = max(float(gradient.abs().max()), largest / 100)
             assert float((found[name] - gradient).abs().max()) <= 1e-5 * scale, (rows, name)
+
+
+def validate(rank: int, world_size: int, folder: Path, cases: list[Case]) -> dict[str, float]:
+    """Return the validation loss of every case before its first step."""
+    found = {}
+    for case in cases:
+        with prepared(folder, case) as trained:
+            items = trained.feed.items_per_step
+            found[case.name] = trained.engine.evaluate([trained.feed.batch(0), trained.feed.batch(items)])
+    return found
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("training", ["qwen3", "mean of micro batches"])
+def test_validation_sees_every_token_once(training: str) -> None:
+    folder = folder_of(TRAININGS[training][0])
+    (expected,) = run_distributed(validate, 1, folder, cases_of(training, 1), timeout_s=PATIENCE_S)
+    for seen in run_distributed(validate, 2, folder, cases_of(training, 2)[:4], timeout_s=PATIENCE_S):
+        for name, loss in seen.items():
+            assert loss == pytest.approx(expected[f"one {name.split()[-1]}"], rel=1e-6), name

@@ -30,6 +30,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "ep2": (2, {"ep": 2}),
     "tp2 etp2": (2, {"tp": 2, "etp": 2}),
     "dp2 tp2 distopt": (4, {"tp": 2}),
+    "cp2": (2, {"cp": 2, "cp_comm_type": "a2a"}),
 }
 # run -> layouts that a checkpoint of each layout is read under
 CHANGES: dict[str, dict[str, list[str]]] = {
@@ -38,6 +39,7 @@ CHANGES: dict[str, dict[str, list[str]]] = {
         "dp2 distopt": ["dp2 distopt", "dp2", "pp2 vpp2", "dp2 tp2 distopt"],
         "pp2 vpp2": ["pp2 vpp2", "tp2 sp"],
         "dp2 tp2 distopt": ["dp2 tp2 distopt", "one"],
+        "cp2": ["cp2", "one", "dp2"],
     },
     "bfloat16": {"dp2 distopt": ["dp2 distopt", "dp2", "one"], "dp2": ["dp2", "dp2 distopt"]},
     "sgd": {"dp2": ["dp2", "tp2 sp"]},

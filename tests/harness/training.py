@@ -30,7 +30,7 @@ from megaswift.parallel.context import pad_multiple
 from megaswift.parallel.layout import Layout
 from megaswift.platforms.platform import select_platform
 from megaswift.tasks.sft import forward_step
-from megaswift.training.context import context_share, nest_context, place_context
+from megaswift.training.context import context_share, place_context
 from megaswift.training.engine import Engine
 from megaswift.training.feed import TrainFeed
 from megaswift.training.loop import Progress
@@ -89,29 +89,38 @@ def synthetic_set(*, entries: int = 23, vocab: int = 131, longest: int = 40) -> 
 
 
 @contextmanager
-def prepared(folder: Path, case: Case) -> Iterator[Trained]:
+def prepared(folder: Path, case: Case, *, encoded: EncodedSet | None = None) -> Iterator[Trained]:
     """Yield model, optimizer and data of a case on this rank, with weights from `folder`; free them and the groups after.
+
+    Documents are synthetic unless given.
 
     Megatron's DDP keeps the model, parts of which keep the graph of the last step, whose accumulators have hooks that keep
     the DDP: a cycle through C++ that no collector sees. It would also keep gloo's groups, which poll in threads of their own
     and slow every later test down.
     """
-    trained = _prepare(folder, case)
+    trained = _prepare(folder, case, synthetic_set() if encoded is None else encoded)
     yield trained
     for chunk in trained.engine.chunks:
         vars(chunk).clear()
     process_groups.destroy()
 
 
-def _prepare(folder: Path, case: Case, *, encoded: EncodedSet | None = None) -> Trained:
+def _prepare(folder: Path, case: Case, encoded: EncodedSet) -> Trained:
     platform = select_platform("cpu")
     meta = get_model_meta(folder)
     resolved = resolve(case.run_config(folder), meta, dist.get_world_size(), platform.name)
     run = resolved.config
-    encoded = synthetic_set() if encoded is None else encoded
-    layout = nest_context(run, meta, resolved.layout, ranks_per_node=dist.get_world_size())
-    layout = place_context(run, meta, layout, platform, lengths=encoded.lengths, rows=len(encoded))
+    layout = place_context(
+        run,
+        meta,
+        resolved.layout,
+        platform,
+        lengths=encoded.lengths,
+        rows=len(encoded),
+        ranks_per_node=dist.get_world_size(),
+    )
     process_groups.initialise(layout, seed=run.training.seed, timeout_min=3)
+    process_groups.nest_context(layout, timeout_min=3)
     chunks = build_model(meta, run, layout, platform)
     if run.tuner.tuner_type == "lora":
         apply_lora(chunks, run.tuner, meta, seed=run.training.seed)

@@ -34,16 +34,6 @@ def dense(**changes: Any) -> ModelMeta:
     return ModelMeta(**{**facts, **changes})
 
 
-LINEAR = LinearAttentionMeta(
-    layers=(True, False) * 4,
-    conv_kernel=4,
-    num_key_heads=4,
-    num_value_heads=8,
-    key_head_dim=16,
-    value_head_dim=16,
-)
-
-
 def moe(**changes: Any) -> ModelMeta:
     """The same with 8 experts in every layer."""
     experts = MoEMeta(num_experts=8, topk=2, ffn_hidden_size=96, layer_is_moe=(True,) * 8)
@@ -81,7 +71,7 @@ def resolved(
         ("--tp 2", dense(), 3, "world_size=3 is not a multiple of tp=2 x pp=1 x cp=1 = 2"),
         ("--cp 2", dense(attention=AttentionMeta(chunk=(64,) * 8)), 2, "context_parallel_size=2 but llama has chunked attention"),
         ("--cp 2", dense(attention=AttentionMeta(softcap=50.0)), 2, "soft-capped scores, which needs whole sequences"),
-        ("--cp 2", dense(linear_attention=LINEAR), 2, "context_parallel_size=2 but llama has linear attention"),
+        ("--cp 2", hybrid(), 2, "context_parallel_size=2 but llama has linear attention"),
         ("--cp 2 --attention_dropout 0.1", dense(), 2, "attention_dropout=0.1 does not go with context_parallel_size=2"),
         ("--cp 5 --cp_comm_type a2a", dense(), 5, "cp_comm_type=a2a cannot exchange 32 query and 8 key/value heads"),
         ("--cp 3 --cp_comm_type a2a+p2p", dense(), 3, "There is none. Choose p2p, all_gather or auto."),
