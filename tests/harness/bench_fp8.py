@@ -43,7 +43,9 @@ def losses(model: Path, data: Path, recipe: str | None, *, steps: int, max_lengt
     ]  # fmt: skip
     if recipe is not None:
         command += ["--fp8_format", "hybrid", "--fp8_recipe", recipe]
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, cwd=ROOT, check=False)
+    done = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, cwd=ROOT, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in (output / "logging.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line]
