@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "move weights between Hugging Face and Megatron checkpoints, and prove it",
     ),
     "submit": ("megaswift.cli.submit", "check a run, write its batch script and hand it to Slurm"),
+    "rehearse": ("megaswift.cli.rehearse", "run the exact layout on processors with a shrunken model"),
     "ledger": ("megaswift.cli.ledger", "sum up what a run has cost over all its slices, and what for"),
     "data": ("megaswift.cli.data", "show data sets as they will be trained on, and every bad row"),
     "models": ("megaswift.cli.models", "list the model families, or the facts about one model"),
