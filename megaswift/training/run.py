@@ -39,6 +39,7 @@ from megaswift.platforms.fp8 import check_fp8, format_for, software_here
 from megaswift.platforms.platform import Platform, init_distributed, select_platform
 from megaswift.tasks.catalogue import TASKS
 from megaswift.training.account import Account
+from megaswift.training.allocation import check_allocation
 from megaswift.training.callbacks import Evaluate, Log, Save
 from megaswift.training.context import context_share, place_context, ranks_of_this_node
 from megaswift.training.engine import Engine
@@ -93,6 +94,7 @@ def train(run: RunConfig) -> RunSummary:
         master=here.master,
         timeout_min=run.parallel.ddp_timeout_min,
     )
+    check_allocation(platform, local_rank=here.local_rank)
     summary = train_in_world(agree_on_first(lambda: _with_layout(run, platform, here)), platform)
     # Not after a failure: leaving a group is a collective for some back ends, and a failed rank enters none.
     process_groups.destroy()

@@ -106,10 +106,6 @@ class SlurmCluster:
         wait_for(reached, timeout, f"job {job_id} to be {' or '.join(states)}", poll_s=0.5)
         return self.job(job_id)["JobState"]
 
-    def state_of_node(self, number: int) -> str:
-        """Return what sinfo calls a node's state: "idle", "down" ..."""
-        return self.call("sinfo", "-h", "-N", "-n", f"node{number}", "-o", "%T").strip()
-
     def start_node(self, number: int) -> None:
         """Start a node's slurmd in the node's namespaces."""
         slurmd = f"slurmd -D -N node{number} -f {self.environ['SLURM_CONF']}"
