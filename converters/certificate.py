@@ -104,13 +104,20 @@ def _all_parameters(meta: ModelMeta, layout: Layout) -> Iterator[tuple[str, Para
 
 def _misfilled(parameter: Parameter) -> str:
     """Return what is wrong with a shard whose pieces overlap, or leave free what is not padding; '' if nothing is."""
-    rows = sorted(interval for piece in parameter.pieces for interval in piece.into.intervals())
-    if any(begin < end for (_, end), (begin, _) in pairwise(rows)):
-        return "two tensors share rows"
-    if rows and rows[-1][1] > parameter.shape[0]:
-        return f"rows up to {rows[-1][1]} of {parameter.shape[0]} are filled"
+    if fault := _misplaced(tuple(piece.into for piece in parameter.pieces), parameter.shape[0]):
+        return fault
     if parameter.free and not parameter.allows_padding:
         return f"{parameter.free} elements stay unfilled"
+    return ""
+
+
+@lru_cache(maxsize=1024)  # layers and experts are cut alike
+def _misplaced(stripes: tuple[Stripe, ...], num_rows: int) -> str:
+    rows = sorted(interval for stripe in stripes for interval in stripe.intervals())
+    if any(begin < end for (_, end), (begin, _) in pairwise(rows)):
+        return "two tensors share rows"
+    if rows and rows[-1][1] > num_rows:
+        return f"rows up to {rows[-1][1]} of {num_rows} are filled"
     return ""
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megaswift.converters.copying import BUFFER_BYTES, Copy, Literal, write_file
+from megaswift.converters.copying import BUFFER_BYTES, Literal, Span, write_file
 from megaswift.converters.folders import check_output, check_space, growing_name, publish
 from megaswift.converters.tensor_files import TensorInfo
 from megaswift.errors import CheckpointError
@@ -36,7 +36,7 @@ class Part:
 
     name: str  # below the output folder
     num_bytes: int
-    spans: tuple[Literal | Copy, ...]
+    spans: tuple[Span, ...]
     summed: tuple[
         TensorInfo, ...
     ]  # tensors of the Hugging Face side whose checksums this part's writer takes
@@ -53,7 +53,13 @@ class Conversion:
     def fingerprint(self) -> int:
         """Return a number that changes with the plan and with every source file."""
         sources = sorted(
-            {span.source for part in self.parts for span in part.spans if isinstance(span, Copy)}
+            {
+                source
+                for part in self.parts
+                for span in part.spans
+                if not isinstance(span, Literal)
+                for source in span.sources
+            }
         )
         stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sources]
         text = repr(

@@ -5,13 +5,15 @@ Memory stays at BUFFER_BYTES whatever the size of a tensor.
 
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from megaswift.converters.dtypes import cast
 from megaswift.converters.shards import write_at
 from megaswift.converters.tensor_files import DTYPE_BYTES
 from megaswift.errors import CheckpointError
@@ -47,8 +49,27 @@ class Copy:
     runs: int
     cast: tuple[str, str] | None = None
 
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        """The file that is read."""
+        return (self.source,)
 
-def write_file(path: Path, *, num_bytes: int, spans: Iterable[Literal | Copy]) -> None:
+
+class Computed(Protocol):
+    """Bytes that are computed when it is their turn; its repr says all that they follow from, beside the sources."""
+
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        """The files that are read."""
+
+    def chunks(self) -> Iterator[tuple[int, memoryview]]:
+        """Yield (place in the file, bytes)."""
+
+
+Span = Literal | Copy | Computed
+
+
+def write_file(path: Path, *, num_bytes: int, spans: Iterable[Span]) -> None:
     """Write a file of `num_bytes` and wait until it is on the disk; what no span covers is zero. Raises OSError."""
     sources: dict[Path, int] = {}
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
@@ -58,6 +79,10 @@ def write_file(path: Path, *, num_bytes: int, spans: Iterable[Literal | Copy]) -
             if isinstance(span, Literal):
                 write_at(descriptor, memoryview(span.data), span.at)
                 continue
+            if not isinstance(span, Copy):
+                for at, data in span.chunks():
+                    write_at(descriptor, data, at)
+                continue
             if span.source not in sources:
                 sources[span.source] = os.open(span.source, os.O_RDONLY)
             _copy(span, sources[span.source], descriptor)
@@ -65,6 +90,22 @@ def write_file(path: Path, *, num_bytes: int, spans: Iterable[Literal | Copy]) -
     finally:
         for opened in (descriptor, *sources.values()):
             os.close(opened)
+
+
+def gather(copies: Sequence[Copy], *, num_bytes: int) -> npt.NDArray[np.uint8]:
+    """Return in memory what the copies would write into a file of `num_bytes`; they must not cast."""
+    out = np.zeros(num_bytes, np.uint8)
+    for span in copies:
+        assert span.cast is None, f"{span} casts"
+        source = np.memmap(span.source, np.uint8, "r")
+        end = span.source_at + (span.runs - 1) * span.source_pitch + span.run_bytes
+        if end > len(source):
+            raise _ended(span, len(source))
+        rows = np.lib.stride_tricks.as_strided(
+            source[span.source_at :], (span.runs, span.run_bytes), (span.source_pitch, 1)
+        )
+        np.lib.stride_tricks.as_strided(out[span.at :], rows.shape, (span.pitch, 1))[...] = rows
+    return out
 
 
 def _copy(span: Copy, source: int, target: int) -> None:
@@ -145,21 +186,3 @@ def _ended(span: Copy, at: int) -> CheckpointError:
     return CheckpointError(
         f"{span.source} ends at byte {at}, earlier than its header says. Copy the file again."
     )
-
-
-def cast(bits: npt.NDArray[np.unsignedinteger], source: str, target: str) -> npt.NDArray[np.unsignedinteger]:
-    """Return raw elements of one dtype as those of another, rounded to the nearest, ties to even, as torch does."""
-    if source == target:
-        return bits
-    if source == "BF16":
-        wide = bits.astype(np.uint32) << np.uint32(16)
-    else:
-        wide = bits.view({"F16": np.float16, "F32": np.float32}[source]).astype(np.float32).view(np.uint32)
-    if target == "F32":
-        return wide
-    if target == "F16":
-        with np.errstate(over="ignore"):  # too large becomes infinite, as in torch
-            return wide.view(np.float32).astype(np.float16).view(np.uint16)
-    half = np.uint32(0x7FFF) + ((wide >> np.uint32(16)) & np.uint32(1))
-    is_nan = (wide & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-    return np.where(is_nan, np.uint32(0x7FC0), (wide + half) >> np.uint32(16)).astype(np.uint16)

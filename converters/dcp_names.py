@@ -2,8 +2,9 @@
 
 Layers are numbered over the whole model. Models whose layers are all alike stack them: one tensor [L, ...] a parameter
 (transformer_block.py, sharded_state_dict, 0.16.1); others have a key for each layer. Experts are always stacked,
-[E, ...] (experts.py). Keys are those of Transformer Engine's spec; Megatron's local spec uses the same ones, except that
-it calls the norm before the experts mlp.linear_fc1.layer_norm_weight.
+[E, ...] (experts.py). Keys are those of Transformer Engine's spec, which fuses norms into the linears after them. Megatron's
+local spec imitates them (gpt_layer_specs.py, sharded_state_dict_keys_map), but also before experts, and not around latent
+attention; where the two differ a parameter has both names.
 """
 
 import re
@@ -28,20 +29,25 @@ class Address:
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
 _EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(.*)")
 
-_FUSED_NORM = "mlp.linear_fc1.layer_norm_weight"
-_RENAMED = {"input_layernorm.weight": ("self_attention.linear_qkv.layer_norm_weight",)}
+_FUSED_NORMS = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+_FUSED_LATENT_NORMS = {
+    "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
+    "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
 
 
 def addresses(parameter: Parameter, meta: ModelMeta, *, stacked: bool) -> list[Address]:
-    """Return where a parameter of the whole model lies; the norm before experts has two names, one for each layer spec."""
+    """Return where a parameter of the whole model lies; some norms have two names, one for each layer spec."""
     match = _LAYER.fullmatch(parameter.name)
     if not match:
         return [Address(key=parameter.name)]
     layer, rest = int(match[1]), match[2]
     is_moe = meta.moe is not None and meta.moe.layer_is_moe[layer]
-    names: tuple[str, ...] = _RENAMED.get(rest, (rest,))
-    if rest == "pre_mlp_layernorm.weight":
-        names = (rest, _FUSED_NORM) if is_moe else (_FUSED_NORM,)
+    names = _norm_names(rest, is_moe=is_moe, is_latent=meta.mla is not None)
     offsets: tuple[int, ...] = (layer,) if stacked else ()
     counts: tuple[int, ...] = (meta.num_layers,) if stacked else ()
     if expert := _EXPERT.fullmatch(rest):
@@ -53,6 +59,18 @@ def addresses(parameter: Parameter, meta: ModelMeta, *, stacked: bool) -> list[A
         )
     prefix = "decoder.layers." if stacked else f"decoder.layers.{layer}."
     return [Address(key=prefix + name, offsets=offsets, counts=counts) for name in names]
+
+
+def _norm_names(name: str, *, is_moe: bool, is_latent: bool) -> tuple[str, ...]:
+    """Return the names of a parameter of a layer: one but for norms that one of the layer specs fuses."""
+    for own, fused in (_FUSED_LATENT_NORMS if is_latent else _FUSED_NORMS).items():
+        if name.startswith(own):
+            both = fused + name.removeprefix(own)
+            if is_latent:
+                # Transformer Engine does not fuse the norm before experts, nor the local spec any.
+                return (name,) if is_moe and own == "pre_mlp_layernorm." else (name, both)
+            return (name, both) if is_moe and own == "pre_mlp_layernorm." else (both,)
+    return (name,)
 
 
 def stacks_layers(meta: ModelMeta) -> bool:

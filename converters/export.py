@@ -10,24 +10,23 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megaswift.converters.block_floats import encode_fp8
+from megaswift.converters.carried import carried_tensors
+from megaswift.converters.fp8_output import fp8_tensors, quantisation_config, scale_name, with_scales
 from megaswift.converters.live import TORCH_DTYPES, LiveParameter, as_matrix, live_parameters, rows_of
 from megaswift.converters.model_files import config_json, copy_model_files
 from megaswift.converters.output_folder import OutputFolder
-from megaswift.converters.plan import Parameter, Piece, file_tensors, float32_tensors, is_carried
+from megaswift.converters.plan import Parameter, Piece, file_tensors, float32_tensors
+from megaswift.converters.reading import read_whole
 from megaswift.converters.shards import OutputFile, RowWriter, index_json, parse_size, plan_files
 from megaswift.converters.table import Shard
-from megaswift.converters.tensor_files import (
-    DTYPE_NAMES,
-    INDEX_FILE,
-    SINGLE_FILE,
-    TensorInfo,
-    TensorReader,
-    read_folder,
-)
+from megaswift.converters.tensor_files import DTYPE_NAMES, INDEX_FILE, TensorInfo, TensorReader
+from megaswift.errors import ConfigError
 from megaswift.metadata.meta import ModelMeta
 from megaswift.parallel.layout import Coordinates, Layout, coordinates
 
@@ -51,13 +50,20 @@ def export_hf(
     dtype: str,
     max_shard_size: str = "5GB",
     merge_lora: bool = False,
+    quant_method: str | None = None,
 ) -> ExportReport:
     """Write the model as a Hugging Face folder that appears complete or not at all; every rank of the world calls it.
 
     `dtype` is config.json's name of the weights' dtype in the files. `merge_lora` adds scale * B @ A to the weights that
-    have adapters, in float32; without it adapters are left out. An earlier export at `output` is replaced. Raises
-    WeightsError on every rank when any rank cannot write.
+    have adapters, in float32; without it adapters are left out. `quant_method` "fp8" writes the layers' linears in block
+    FP8. An earlier export at `output` is replaced. Raises WeightsError on every rank when any rank cannot write,
+    ConfigError where there is nothing to quantise or tensor-parallel ranks would cut its blocks.
     """
+    fp8 = fp8_tensors(meta) if quant_method else frozenset()
+    if fp8 and (layout.tp > 1 or layout.etp > 1):
+        raise ConfigError(
+            f"quant_method=fp8 needs whole matrices, and tp={layout.tp} etp={layout.etp} cut them. Export from a checkpoint."
+        )
     started = time.monotonic()
     folder = OutputFolder(Path(output), rank=rank, world=layout.world)
     live = live_parameters(chunks, meta, layout, rank=rank)
@@ -72,8 +78,8 @@ def export_hf(
         )
         for name, shape in file_tensors(meta).items()
     ]
-    carried = _carried_tensors(meta)
-    tensors += carried.values()
+    carried = carried_tensors(meta)
+    tensors = [*with_scales(tensors, fp8), *carried.values()]
     files = plan_files(tensors, folder.growing, max_bytes=parse_size(max_shard_size))
     folder.prepare(files, replaces="config.json", source=meta.folder)
 
@@ -83,34 +89,42 @@ def export_hf(
         if is_writer(parameter.planned, ordinal, layout, at):
             weight = merged_weight(parameter) if merge_lora else parameter.weight
             for name, rows, first_row in _file_rows(weight, parameter.planned, layout, at):
+                if name in fp8:
+                    folder.attempt(partial(_write_fp8, writer, name, rows))
+                    continue
                 slot = writer.slot(name)
                 rows = rows[..., : slot.cols]  # columns beyond the file's are padded heads
                 folder.attempt(partial(writer.write, name, raw_bytes(rows, slot.dtype), first_row=first_row))
     with TensorReader(carried) as reader:
         for name in list(carried)[rank :: layout.world]:
-            data = reader.matrix(name).data.cast("B")
+            data = np.ascontiguousarray(read_whole(reader, carried[name])).data.cast("B")
             folder.attempt(partial(writer.write, name, data, first_row=0))
     folder.attempt(writer.close)
-    folder.publish(partial(_add_small_files, meta, files, dtype))
+    folder.publish(partial(_add_small_files, meta, files, dtype, fp8))
     return ExportReport(
         folder=folder.output, bytes_written=writer.bytes_written, seconds=time.monotonic() - started
     )
 
 
-def _carried_tensors(meta: ModelMeta) -> dict[str, TensorInfo]:
-    """Return the tensors of the source that the model does not hold and that its export keeps."""
-    sources = (meta.folder / name for name in (SINGLE_FILE, INDEX_FILE)) if meta.folder else ()
-    if meta.folder is None or not meta.num_mtp_layers or not any(path.is_file() for path in sources):
-        return {}
-    return {name: info for name, info in read_folder(meta.folder).items() if is_carried(meta, name)}
+def _write_fp8(writer: RowWriter, name: str, rows: torch.Tensor) -> None:
+    """Write the whole of a matrix, [1, N, C] or in runs of rows, as FP8 values and scales."""
+    matrix_NC = rows.detach().float().cpu().reshape(-1, writer.slot(name).cols).numpy()
+    values_NC, scales_PQ = encode_fp8(matrix_NC)
+    writer.write(name, values_NC.data.cast("B"), first_row=0)
+    writer.write(scale_name(name), scales_PQ.data.cast("B"), first_row=0)
 
 
-def _add_small_files(meta: ModelMeta, files: Sequence[OutputFile], dtype: str, folder: Path) -> None:
+def _add_small_files(
+    meta: ModelMeta, files: Sequence[OutputFile], dtype: str, fp8: frozenset[str], folder: Path
+) -> None:
     if len(files) > 1:
         (folder / INDEX_FILE).write_text(index_json(files))
     if meta.folder is not None:
         copy_model_files(meta.folder, folder)
-    (folder / "config.json").write_text(config_json(meta, dtype=dtype), encoding="utf-8")
+    shapes = {info.name: info.shape for file in files for info in file.tensors}
+    config = quantisation_config(shapes, fp8) if fp8 else None
+    text = config_json(meta, dtype=dtype, quantization=config)
+    (folder / "config.json").write_text(text, encoding="utf-8")
 
 
 def is_writer(planned: Parameter, ordinal: int, layout: Layout, at: Coordinates) -> bool:

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 
@@ -12,7 +11,6 @@ from megaswift.converters.check import listing
 from megaswift.converters.plan import Parameter, plan_chunk
 from megaswift.converters.spelling import is_adapter, local_spelling
 from megaswift.converters.stripes import Stripe
-from megaswift.converters.tensor_files import Bits
 from megaswift.errors import WeightsError
 from megaswift.metadata.meta import ModelMeta
 from megaswift.parallel.layout import Layout, coordinates
@@ -99,17 +97,6 @@ def rows_of(matrix_NC: torch.Tensor, stripe: Stripe) -> torch.Tensor:
     size = (stripe.runs, stripe.width, matrix_NC.shape[1])
     return matrix_NC.as_strided(
         size, (stripe.pitch * row, row, 1), matrix_NC.storage_offset() + stripe.start * row
-    )
-
-
-def bits_of(matrix_NC: Bits, stripe: Stripe, cols: tuple[int, int]) -> Bits:
-    """Return the stripe's columns of a matrix of raw elements as a view [runs, width, cols]."""
-    chosen = matrix_NC[stripe.start :, cols[0] : cols[1]]
-    row_bytes, item_bytes = chosen.strides
-    return np.lib.stride_tricks.as_strided(
-        chosen,
-        (stripe.runs, stripe.width, cols[1] - cols[0]),
-        (stripe.pitch * row_bytes, row_bytes, item_bytes),
     )
 
 

@@ -9,9 +9,11 @@ import numpy as np
 import torch
 
 from megaswift.converters.check import check_files, tied_twin
-from megaswift.converters.live import TORCH_DTYPES, as_matrix, bits_of, live_parameters, rows_of
+from megaswift.converters.live import TORCH_DTYPES, as_matrix, live_parameters, rows_of
 from megaswift.converters.plan import EMBEDDING, Piece
-from megaswift.converters.tensor_files import TensorReader, read_folder
+from megaswift.converters.quantised import files_of, read_model
+from megaswift.converters.reading import read_piece
+from megaswift.converters.tensor_files import TensorInfo, TensorReader
 from megaswift.errors import WeightsError
 from megaswift.metadata.meta import ModelMeta
 from megaswift.parallel.layout import Layout
@@ -37,7 +39,7 @@ def load_weights(
     is filled, where files, config.json and model do not fit together exactly.
     """
     started = time.monotonic()
-    tensors = read_folder(Path(folder))
+    tensors = read_model(meta, Path(folder))
     check_files(meta, tensors)
     live = live_parameters(chunks, meta, layout, rank=rank)
     bytes_read, names = 0, set()
@@ -51,15 +53,19 @@ def load_weights(
                 matrix_NC.zero_()
             for piece in planned.pieces:
                 _fill(matrix_NC, piece, reader)
-                bytes_read += piece.size * tensors[piece.tensor].item_bytes
+                bytes_read += _bytes_in_file(tensors[piece.tensor], piece)
                 names.add(piece.tensor)
             parameter.settle()
     return LoadReport(bytes_read=bytes_read, tensors=len(names), seconds=time.monotonic() - started)
 
 
+def _bytes_in_file(info: TensorInfo, piece: Piece) -> int:
+    """Return what a piece takes of the file; a packed tensor's scales are shared, and counted by its share of the elements."""
+    return sum(part.num_bytes for part in files_of(info)) * piece.size // (info.rows * info.cols)
+
+
 def _fill(matrix_NC: torch.Tensor, piece: Piece, reader: TensorReader) -> None:
-    matrix = reader.matrix(piece.tensor) if piece.slab is None else reader.slab(piece.tensor, piece.slab)
-    source = torch.from_numpy(bits_of(matrix, piece.rows, piece.cols))
+    source = torch.from_numpy(read_piece(reader, piece))
     target = rows_of(matrix_NC[:, : piece.cols[1] - piece.cols[0]], piece.into)
     target.copy_(source.view(TORCH_DTYPES[reader.tensors[piece.tensor].dtype]).reshape(target.shape))
 

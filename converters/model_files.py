@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from megaswift.metadata.meta import ModelMeta
 
@@ -25,9 +27,11 @@ def copy_model_files(source: Path, target: Path) -> list[str]:
     return copied
 
 
-def config_json(meta: ModelMeta, *, dtype: str) -> str:
-    """Return the text of config.json for weights of `dtype`, without a quantization that no longer holds."""
+def config_json(meta: ModelMeta, *, dtype: str, quantization: Mapping[str, Any] | None = None) -> str:
+    """Return the text of config.json for weights of `dtype`, with the quantization that holds now, or without one."""
     config = dict(meta.raw)
     config.pop("quantization_config", None)
+    if quantization is not None:
+        config["quantization_config"] = dict(quantization)
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
     return json.dumps(config | dict.fromkeys(keys, dtype), indent=2, ensure_ascii=False) + "\n"

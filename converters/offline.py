@@ -1,30 +1,29 @@
 """Plan a conversion between a Hugging Face folder and a torch_dist checkpoint: which bytes go where, no model, no GPU.
 
 Both directions walk the plan of one rank that holds the whole model: its parameters are the tensors of a torch_dist
-checkpoint, however many ranks wrote it. So a conversion is a list of byte ranges to be copied.
+checkpoint, however many ranks wrote it. So a conversion is a list of byte ranges to be copied, and of matrices to be
+computed where the file packs them.
 """
 
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megaswift.converters.carried import CARRIED_FILE, carried_tensors
 from megaswift.converters.certificate import certify
 from megaswift.converters.check import check_files
+from megaswift.converters.computed import Fp8, Transposed
 from megaswift.converters.conversion import Conversion, Part
-from megaswift.converters.copying import Copy, Literal
-from megaswift.converters.dcp_items import STORAGES, empty_object, find_data, wrap
+from megaswift.converters.copying import Literal, Span
 from megaswift.converters.dcp_metadata import FILE as METADATA
-from megaswift.converters.dcp_metadata import (
-    StoredChunk,
-    StoredItem,
-    StoredTensor,
-    read_metadata,
-    write_metadata,
-)
-from megaswift.converters.dcp_names import Address, addresses, extra_states, find, stacks_layers
+from megaswift.converters.dcp_metadata import StoredTensor, read_metadata, write_metadata
+from megaswift.converters.dcp_names import Address, addresses, find, stacks_layers
+from megaswift.converters.dcp_reader import DataFinder, check_shape, copies_from
+from megaswift.converters.dcp_writer import DcpWriter, into_parameter
+from megaswift.converters.fp8_output import fp8_tensors, quantisation_config, scale_name, with_scales
 from megaswift.converters.model_files import config_json, copy_model_files
 from megaswift.converters.plan import (
     EMBEDDING,
@@ -35,9 +34,11 @@ from megaswift.converters.plan import (
     float32_tensors,
     plan_chunk,
 )
+from megaswift.converters.quantised import files_of, read_model
 from megaswift.converters.shards import index_json, plan_files
-from megaswift.converters.tensor_files import DTYPE_BYTES, DTYPE_NAMES, INDEX_FILE, TensorInfo, read_folder
-from megaswift.errors import CheckpointError, ModelError, WeightsError
+from megaswift.converters.stripes import block
+from megaswift.converters.tensor_files import DTYPE_NAMES, INDEX_FILE, TensorInfo
+from megaswift.errors import CheckpointError, ModelError
 from megaswift.metadata.meta import ModelMeta
 from megaswift.parallel.layout import Layout, coordinates, padded_vocab_size
 
@@ -51,23 +52,26 @@ def to_mcore(
 ) -> Conversion:
     """Plan the way from a Hugging Face folder to a torch_dist checkpoint.
 
-    `dtype` is config.json's name of the new dtype, None to keep the files'. Embedding and output layer get zero rows up to a
-    multiple of `vocab_multiple`. Raises WeightsError where the files do not fit config.json.
+    `dtype` is config.json's name of the new dtype, None to keep the files'; what is quantised becomes bfloat16 first.
+    Embedding and output layer get zero rows up to a multiple of `vocab_multiple`. Raises WeightsError where the files do
+    not fit config.json.
     """
     folder = folder.absolute()
-    tensors = read_folder(folder)
+    tensors = read_model(meta, folder)
     check_files(meta, tensors)
-    writer = _DcpWriter(max_bytes)
+    writer = DcpWriter(max_bytes, folder=RELEASE)
     stacked = stacks_layers(meta)
+    in_float32 = float32_tensors(meta)
     for parameter in _whole_model(meta):
         if parameter.name in (EMBEDDING, TIED_OUTPUT):
             rows = padded_vocab_size(parameter.shape[0], tp=vocab_multiple)
             parameter = replace(parameter, shape=(rows, *parameter.shape[1:]))
+        chosen = DTYPE_NAMES[dtype] if dtype else None
         writer.add(
             parameter,
             addresses(parameter, meta, stacked=stacked),
             tensors,
-            dtype=DTYPE_NAMES[dtype] if dtype else None,
+            dtype="F32" if parameter.tensors[0] in in_float32 else chosen,
         )
 
     def finish(growing: Path) -> None:
@@ -84,41 +88,66 @@ def to_mcore(
             config_json(meta, dtype=dtype or meta.dtype), encoding="utf-8"
         )
 
-    return Conversion(parts=writer.parts(), facts=_facts(meta, "hf to mcore"), finish=finish)
+    parts = (*writer.parts(), *_carried_part(carried_tensors(meta, tensors)))
+    return Conversion(parts=parts, facts=_facts(meta, "hf to mcore"), finish=finish)
 
 
-def to_hf(meta: ModelMeta, checkpoint: Path, *, dtype: str | None, max_bytes: int) -> Conversion:
+def _carried_part(carried: Mapping[str, TensorInfo]) -> Iterator[Part]:
+    """Yield the file that keeps the tensors which the model does not hold, for the way back, if there are any."""
+    if carried:
+        (file,) = plan_files(carried.values(), Path(MODEL_FILES), max_bytes=2**63, single=CARRIED_FILE)
+        spans = [
+            Literal(at=0, data=file.header),
+            *(_carry(carried[info.name], info) for info in file.tensors),
+        ]
+        summed = tuple(part for info in carried.values() for part in files_of(info))
+        yield Part(name=str(file.path), num_bytes=file.num_bytes, spans=tuple(spans), summed=summed)
+
+
+def _carry(source: TensorInfo, target: TensorInfo) -> Span:
+    """Return what fills a tensor with one of the same shape."""
+    whole = block(0, source.rows)
+    piece = Piece(tensor=source.name, rows=whole, cols=(0, source.cols), into=whole)
+    return into_parameter(piece, source, target.begin, target.dtype)
+
+
+def to_hf(
+    meta: ModelMeta, checkpoint: Path, *, dtype: str | None, max_bytes: int, quant_method: str | None = None
+) -> Conversion:
     """Plan the way from a torch_dist checkpoint, written under any layout, to a Hugging Face folder.
 
     `checkpoint` is the folder with .metadata; what it holds beside the model (optimizer, random states) is left out.
-    Raises CheckpointError where a parameter is missing or has another shape.
+    `quant_method` "fp8" writes the layers' linears in block FP8. Raises CheckpointError where a parameter is missing or
+    has another shape, ConfigError where there is nothing to quantise.
     """
-    checkpoint = checkpoint.absolute()
-    stored = read_metadata(checkpoint)
-    sources: dict[str, list[tuple[Parameter, Piece, Address, StoredTensor]]] = defaultdict(list)
-    for parameter in _whole_model(meta):
-        address, tensor = find(parameter, meta, stored)
-        _check_shape(parameter, address, tensor)
-        for piece in parameter.pieces:
-            sources[piece.tensor].append((parameter, piece, address, tensor))
-    wanted = [
-        TensorInfo(
-            name=name,
-            dtype=DTYPE_NAMES[dtype] if dtype else sources[name][0][3].dtype,
-            shape=shape,
-            file=Path(),
-            begin=0,
-        )
-        for name, shape in file_tensors(meta).items()
+    fp8 = fp8_tensors(meta) if quant_method else frozenset()
+    sources = _Sources.read(meta, checkpoint.absolute())
+    carried = carried_tensors(meta)
+    in_float32 = float32_tensors(meta)
+    shapes = file_tensors(meta)
+    plain = [
+        TensorInfo(name=name, dtype=sources.dtype(name), shape=shape, file=Path(), begin=0)
+        for name, shape in shapes.items()
     ]
+    plain = [
+        replace(info, dtype="F32" if info.name in in_float32 else DTYPE_NAMES[dtype] if dtype else info.dtype)
+        for info in plain
+    ]
+    wanted = [*with_scales(plain, fp8), *carried.values()]
     files = plan_files(wanted, Path(), max_bytes=max_bytes)  # below the output, wherever that grows
-    finder = _DataFinder(checkpoint)
+    weights = {scale_name(name): name for name in fp8}
     parts = []
     for file in files:
-        spans: list[Literal | Copy] = [Literal(at=0, data=file.header)]
+        spans: list[Span] = [Literal(at=0, data=file.header)]
         for info in file.tensors:
-            for _, piece, address, tensor in sources[info.name]:
-                spans += _from_chunks(info, piece, address, tensor, finder)
+            if info.name in carried:
+                spans.append(_carry(carried[info.name], info))
+            elif info.name in weights:
+                spans.append(sources.fp8(weights[info.name], shapes, scales_at=info.begin))
+            elif info.name in fp8:
+                spans.append(sources.fp8(info.name, shapes, values_at=info.begin))
+            else:
+                spans += sources.spans(info)
         parts.append(
             Part(name=file.path.name, num_bytes=file.num_bytes, spans=tuple(spans), summed=file.tensors)
         )
@@ -128,9 +157,88 @@ def to_hf(meta: ModelMeta, checkpoint: Path, *, dtype: str | None, max_bytes: in
             (growing / INDEX_FILE).write_text(index_json(files))
         if meta.folder is not None:
             copy_model_files(meta.folder, growing)
-        (growing / "config.json").write_text(config_json(meta, dtype=dtype or meta.dtype), encoding="utf-8")
+        every = shapes | {name: info.shape for name, info in carried.items()}
+        config = quantisation_config(every, fp8) if fp8 else None
+        text = config_json(meta, dtype=dtype or meta.dtype, quantization=config)
+        (growing / "config.json").write_text(text, encoding="utf-8")
 
     return Conversion(parts=tuple(parts), facts=_facts(meta, "mcore to hf"), finish=finish)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sources:
+    """Where a checkpoint keeps what each tensor of the file is made of."""
+
+    parameters: Mapping[str, list[tuple[Parameter, Address, StoredTensor]]]  # by tensor
+    finder: DataFinder
+
+    @classmethod
+    def read(cls, meta: ModelMeta, checkpoint: Path) -> "_Sources":
+        """Return those of the whole model; raises CheckpointError."""
+        stored = read_metadata(checkpoint)
+        parameters: dict[str, list[tuple[Parameter, Address, StoredTensor]]] = defaultdict(list)
+        for parameter in _whole_model(meta):
+            address, tensor = find(parameter, meta, stored)
+            check_shape(parameter, address, tensor)
+            for name in dict.fromkeys(piece.tensor for piece in parameter.pieces):
+                parameters[name].append((parameter, address, tensor))
+        return cls(parameters=parameters, finder=DataFinder(checkpoint))
+
+    def dtype(self, name: str) -> str:
+        """Return the dtype that the checkpoint holds a tensor in."""
+        return self.parameters[name][0][2].dtype
+
+    def spans(self, info: TensorInfo) -> Iterator[Span]:
+        """Yield what fills a tensor of the file."""
+        for parameter, address, tensor in self.parameters[info.name]:
+            if parameter.pieces[0].slab is not None:
+                yield self._transposed(info, parameter, address, tensor)
+                continue
+            for piece in parameter.pieces:
+                if piece.tensor == info.name:
+                    yield from copies_from(info, piece, address, tensor, self.finder)
+
+    def _transposed(
+        self, info: TensorInfo, parameter: Parameter, address: Address, tensor: StoredTensor
+    ) -> Transposed:
+        own = TensorInfo(name=info.name, dtype=tensor.dtype, shape=parameter.shape, file=Path(), begin=0)
+        rows = block(0, parameter.shape[0])
+        whole = Piece(tensor=info.name, rows=rows, cols=(0, own.cols), into=rows)
+        slab = parameter.pieces[0].slab
+        assert slab is not None, f"{info.name} is not packed"
+        return Transposed(
+            at=info.begin + slab * own.rows * own.cols * info.item_bytes,
+            copies=tuple(copies_from(own, whole, address, tensor, self.finder)),
+            shape=parameter.shape,
+            pieces=parameter.pieces,
+            cast=(tensor.dtype, info.dtype),
+        )
+
+    def fp8(
+        self,
+        name: str,
+        shapes: Mapping[str, tuple[int, ...]],
+        *,
+        values_at: int | None = None,
+        scales_at: int | None = None,
+    ) -> Fp8:
+        """Return what fills the values or the scales of a weight in FP8."""
+        rows, cols = shapes[name]
+        own = TensorInfo(name=name, dtype=self.dtype(name), shape=(rows, cols), file=Path(), begin=0)
+        copies = [
+            copy
+            for parameter, address, tensor in self.parameters[name]
+            for piece in parameter.pieces
+            if piece.tensor == name
+            for copy in copies_from(own, piece, address, tensor, self.finder)
+        ]
+        return Fp8(
+            copies=tuple(copies),
+            shape=(rows, cols),
+            dtype=own.dtype,
+            values_at=values_at,
+            scales_at=scales_at,
+        )
 
 
 def find_checkpoint(folder: Path) -> Path:
@@ -147,22 +255,12 @@ def find_checkpoint(folder: Path) -> Path:
 
 
 def _whole_model(meta: ModelMeta) -> list[Parameter]:
-    """Return every parameter; raises ModelError for a model whose tensors are more than byte ranges of its file."""
-    parameters = plan_chunk(meta, Layout(), coordinates(Layout(), 0))
-    obstacles = {
-        "experts packed transposed": any(
-            piece.slab is not None for one in parameters for piece in one.pieces
-        ),
-        "tensors of another dtype": bool(float32_tensors(meta)),
-        "latent attention": meta.mla is not None,
-        "Gated DeltaNet": meta.linear_attention is not None,
-        "multi-token-prediction layers": meta.num_mtp_layers > 0,
-    }
-    if found := [name for name, is_there in obstacles.items() if is_there]:
+    """Return every parameter; raises ModelError for a model whose tensors Megatron's checkpoints name in ways not known here."""
+    if meta.linear_attention is not None:
         raise ModelError(
-            f"{meta.model_type} has {' and '.join(found)}, which convert does not copy. Training reads its folder directly."
+            f"{meta.model_type} has Gated DeltaNet, which convert does not copy. Training reads its folder directly."
         )
-    return parameters
+    return plan_chunk(meta, Layout(), coordinates(Layout(), 0))
 
 
 def _facts(meta: ModelMeta, direction: str) -> dict[str, Any]:
@@ -172,187 +270,6 @@ def _facts(meta: ModelMeta, direction: str) -> dict[str, Any]:
         "model_type": meta.model_type,
         "certificate": asdict(certify(meta, Layout())),
     }
-
-
-class _DcpWriter:
-    """Lays parameters end to end into .distcp files."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._files: list[list[Literal | Copy]] = []
-        self._ends: list[int] = []
-        self._summed: list[list[TensorInfo]] = []
-        self._chunks: dict[str, list[StoredChunk]] = defaultdict(list)
-        self._kinds: dict[str, tuple[str, tuple[int, ...]]] = {}
-        self._found: list[Address] = []
-        self._object = empty_object()
-
-    def add(
-        self,
-        parameter: Parameter,
-        where: list[Address],
-        tensors: Mapping[str, TensorInfo],
-        *,
-        dtype: str | None,
-    ) -> None:
-        """Append one parameter; further places name the same bytes."""
-        infos = [tensors[tensor] for tensor in parameter.tensors]
-        kept = {info.dtype for info in infos}
-        if dtype is None and len(kept) > 1:
-            raise WeightsError(
-                f"{', '.join(parameter.tensors)} have the dtypes {sorted(kept)} and are one tensor in Megatron. Give --torch_dtype."
-            )
-        dtype = dtype or kept.pop()
-        ones = tuple(1 for _ in where[0].offsets)
-        sizes = (*ones, *parameter.shape)
-        wrapping = wrap(dtype, sizes)
-        data_bytes = parameter.elements * DTYPE_BYTES[dtype]
-        begin = self._room(len(wrapping.before) + data_bytes + len(wrapping.after))
-        at = begin + len(wrapping.before)
-        spans = self._files[-1]
-        spans.append(Literal(at=begin, data=wrapping.before))
-        for piece in parameter.pieces:
-            spans.append(_into_parameter(piece, tensors[piece.tensor], at, dtype))
-        spans.append(Literal(at=at + data_bytes, data=wrapping.after))
-        end = at + data_bytes + len(wrapping.after)
-        self._ends[-1] = end
-        self._summed[-1] += infos
-        item = StoredItem(file=self._name(len(self._files) - 1), begin=begin, length=end - begin)
-        for address in where:
-            zeros = tuple(0 for _ in parameter.shape)
-            self._chunks[address.key].append(
-                StoredChunk(offsets=(*address.offsets, *zeros), sizes=sizes, item=item)
-            )
-            self._kinds[address.key] = (dtype, (*address.counts, *parameter.shape))
-        self._found += where
-
-    def _room(self, num_bytes: int) -> int:
-        """Return where in the last file the next `num_bytes` go, beginning a new file where the last one is full."""
-        if not self._files or self._ends[-1] + num_bytes > self._max_bytes:
-            self._files.append([])
-            self._ends.append(0)
-            self._summed.append([])
-            if len(self._files) == 1:  # the one object that all extra states are
-                self._files[0].append(Literal(at=0, data=self._object))
-                self._ends[0] = len(self._object)
-        return self._ends[-1]
-
-    @staticmethod
-    def _name(number: int) -> str:
-        return f"__{number}_0.distcp"
-
-    def parts(self) -> tuple[Part, ...]:
-        """Return the files."""
-        return tuple(
-            Part(
-                name=f"{RELEASE}/{self._name(number)}",
-                num_bytes=end,
-                spans=tuple(spans),
-                summed=tuple(summed),
-            )
-            for number, (spans, end, summed) in enumerate(
-                zip(self._files, self._ends, self._summed, strict=True)
-            )
-        )
-
-    @property
-    def tensors(self) -> dict[str, StoredTensor]:
-        """Return what .metadata says about the tensors."""
-        return {
-            key: StoredTensor(dtype=dtype, shape=shape, chunks=tuple(self._chunks[key]))
-            for key, (dtype, shape) in self._kinds.items()
-        }
-
-    @property
-    def objects(self) -> dict[str, StoredItem]:
-        """Return what .metadata says about the extra states, which are all the same."""
-        item = StoredItem(file=self._name(0), begin=0, length=len(self._object))
-        return dict.fromkeys(extra_states(self._found), item)
-
-
-def _into_parameter(piece: Piece, info: TensorInfo, at: int, dtype: str) -> Copy:
-    """Return the copy of one tensor's rows into a whole parameter whose bytes begin at `at`."""
-    assert piece.rows.is_contiguous and piece.cols == (0, info.cols), (
-        f"{piece.tensor}: one rank holds whole rows"
-    )
-    row, new_row = info.cols * info.item_bytes, info.cols * DTYPE_BYTES[dtype]
-    return Copy(
-        at=at + piece.into.start * new_row,
-        pitch=piece.into.pitch * new_row,
-        source=info.file,
-        source_at=info.begin + piece.rows.start * row,
-        source_pitch=piece.into.width * row,
-        run_bytes=piece.into.width * row,
-        runs=piece.into.runs,
-        cast=None if dtype == info.dtype else (info.dtype, dtype),
-    )
-
-
-class _DataFinder:
-    """Finds where the raw bytes of stored chunks begin, once each."""
-
-    def __init__(self, checkpoint: Path) -> None:
-        self.checkpoint = checkpoint
-        self._begins: dict[StoredItem, int] = {}
-
-    def begin(self, item: StoredItem, *, num_bytes: int) -> int:
-        """Return the first byte of the chunk's elements in its file."""
-        if item not in self._begins:
-            path = self.checkpoint / item.file
-            self._begins[item] = find_data(path, offset=item.begin, length=item.length, num_bytes=num_bytes)
-        return self._begins[item]
-
-
-def _check_shape(parameter: Parameter, address: Address, tensor: StoredTensor) -> None:
-    expected = (*address.counts, *parameter.shape)
-    fits = tensor.shape == expected
-    if parameter.is_paddable and len(tensor.shape) == len(expected):
-        fits = all(found >= size for found, size in zip(tensor.shape, expected, strict=True))
-    if not fits or tensor.dtype not in STORAGES:
-        raise CheckpointError(
-            f"{address.key} is {list(tensor.shape)} of {tensor.dtype} in the checkpoint, and {list(expected)} by config.json. "
-            "They do not belong together."
-        )
-
-
-def _from_chunks(
-    info: TensorInfo, piece: Piece, address: Address, tensor: StoredTensor, finder: _DataFinder
-) -> Iterator[Copy]:
-    """Yield the copies that fill one tensor of the file from the boxes of a stored parameter."""
-    itemsize, new_itemsize = DTYPE_BYTES[tensor.dtype], info.item_bytes
-    lead = len(address.offsets)
-    copied = 0
-    for chunk in tensor.chunks:
-        if chunk.offsets[:lead] != address.offsets:
-            continue
-        first_row, rows = chunk.offsets[lead], chunk.sizes[lead]
-        first_col, cols = (
-            (chunk.offsets[lead + 1], chunk.sizes[lead + 1]) if len(chunk.sizes) > lead + 1 else (0, 1)
-        )
-        wanted_cols = min(first_col + cols, info.cols) - first_col
-        if wanted_cols <= 0:
-            continue  # padded heads
-        data = finder.begin(chunk.item, num_bytes=rows * cols * itemsize)
-        file_row = piece.rows.start
-        for begin, end in piece.into.intervals():
-            low, high = max(begin, first_row), min(end, first_row + rows)
-            if low < high:
-                copied += (high - low) * wanted_cols
-                yield Copy(
-                    at=info.begin + ((file_row + low - begin) * info.cols + first_col) * new_itemsize,
-                    pitch=info.cols * new_itemsize,
-                    source=finder.checkpoint / chunk.item.file,
-                    source_at=data + (low - first_row) * cols * itemsize,
-                    source_pitch=cols * itemsize,
-                    run_bytes=wanted_cols * itemsize,
-                    runs=high - low,
-                    cast=None if tensor.dtype == info.dtype else (tensor.dtype, info.dtype),
-                )
-            file_row += end - begin
-    if copied != piece.size:
-        raise CheckpointError(
-            f"{address.key} lacks {piece.size - copied} of the {piece.size} elements of {info.name}. The checkpoint is incomplete."
-        )
 
 
 def _write_common(path: Path, *, stacked: bool) -> None:

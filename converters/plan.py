@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megaswift.converters.stripes import Stripe, block
-from megaswift.converters.table import FACTS, PADDED_LETTERS, Place, Row, Shard, Sizes, Table
+from megaswift.converters.table import FACTS, Place, Row, Shard, Sizes, Table
 from megaswift.converters.tables.catalogue import TABLES
 from megaswift.errors import ConfigError, ModelError, nearest
 from megaswift.metadata.meta import ModelMeta
@@ -70,9 +70,10 @@ def table_for(meta: ModelMeta) -> Table:
 def file_tensors(meta: ModelMeta) -> dict[str, tuple[int, ...]]:
     """Return every tensor that a checkpoint of this model holds, with its shape, in the order of the model."""
     table, letters = table_for(meta), Sizes.of(meta, tp=1).real
+    shapes = {row: row.tensor_shapes(letters) for row in table.rows if FACTS[row.when](meta)}
     tensors: dict[str, tuple[int, ...]] = {}
     for row, layer, expert in _whole_model(meta):
-        tensors |= zip(_tensor_names(table, row, layer, expert), row.tensor_shapes(letters), strict=True)
+        tensors |= zip(_tensor_names(table, row, layer, expert), shapes[row], strict=True)
     return tensors
 
 
@@ -85,6 +86,21 @@ def float32_tensors(meta: ModelMeta) -> frozenset[str]:
         if row.float32
         for name in _tensor_names(table, row, layer, expert)
     )
+
+
+def linear_tensors(meta: ModelMeta) -> dict[str, tuple[str, ...]]:
+    """Return the weights of the layers' linears by the Megatron parameter that holds them, with the layer's and expert's number.
+
+    They are what tensor-parallel ranks cut: neither norms nor routers, embedding or output layer.
+    """
+    table = table_for(meta)
+    return {
+        f"{row.megatron} {layer} {expert}": _tensor_names(table, row, layer, expert)
+        for row, layer, expert in _whole_model(meta)
+        if row.place not in (Place.FIRST, Place.LAST)
+        and row.shard is not Shard.NONE
+        and len(row.shapes.split(",")[0].split()) == 2
+    }
 
 
 def is_carried(meta: ModelMeta, name: str) -> bool:
@@ -126,19 +142,18 @@ def plan_chunk(meta: ModelMeta, layout: Layout, at: Coordinates, *, vp_rank: int
     last = at.pp == layout.pp - 1 and vp_rank == layout.vpp - 1
 
     parameters = []
+    cuts: dict[tuple[Row, int], _Cut] = {}  # the same in every layer and expert
     for row, layer, expert, name in _walk(table, meta, layers, experts, first=first, last=last):
-        tensors = _tensor_names(table, row, layer, expert)
-        is_expert = row.place is Place.EXPERT
-        index, parts = (at.etp, layout.etp) if is_expert else (at.tp, layout.tp)
+        index, parts = (at.etp, layout.etp) if row.place is Place.EXPERT else (at.tp, layout.tp)
         packed_at = expert if row.is_packed else 0
-        parameters.append(
-            _parameter(row, name, tensors, sizes, index=index, parts=parts, packed_at=packed_at)
-        )
+        if (row, packed_at) not in cuts:
+            cuts[row, packed_at] = _cut(row, sizes, index=index, parts=parts, packed_at=packed_at)
+        tensors = _tensor_names(table, row, layer, expert)
+        parameters.append(_parameter(row, cuts[row, packed_at], name, tensors))
     if meta.tied_embeddings and last and not first:
         row = next(row for row in table.rows if row.megatron == EMBEDDING)
-        parameters.append(
-            _parameter(row, TIED_OUTPUT, row.tensors, sizes, index=at.tp, parts=layout.tp, is_copy=True)
-        )
+        cut = _cut(row, sizes, index=at.tp, parts=layout.tp)
+        parameters.append(_parameter(row, cut, TIED_OUTPUT, row.tensors, is_copy=True))
     return parameters
 
 
@@ -181,24 +196,25 @@ def _tensor_names(table: Table, row: Row, layer: int, expert: int) -> tuple[str,
     return tuple(prefix + pattern.replace("#", str(expert)) for pattern in row.tensors)
 
 
-def _parameter(
-    row: Row,
-    name: str,
-    tensors: tuple[str, ...],
-    sizes: Sizes,
-    *,
-    index: int,
-    parts: int,
-    packed_at: int = 0,
-    is_copy: bool = False,
-) -> Parameter:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Cut:
+    """What one shard of a row is in every layer and expert."""
+
+    shape: tuple[int, ...]
+    cols: tuple[int, int]
+    parts: tuple[tuple[int, Stripe, Stripe], ...]  # which of the row's tensors, its rows, the shard's rows
+    slab: int | None
+    allows_padding: bool
+
+
+def _cut(row: Row, sizes: Sizes, *, index: int, parts: int, packed_at: int = 0) -> _Cut:
     """Return the index-th of `parts` shards of one row; `packed_at` is its place where the file packs those of all experts."""
     real, padded = (
         [shape or (1,) for shape in row.part_shapes(some)] for some in (sizes.real, sizes.padded)
     )  # a number without dimensions is a parameter of one row
     if row.transposed and parts > 1:
         raise ConfigError(
-            f"etp={parts} cuts {row.megatron}, which the file holds transposed ({tensors[0]}). Choose etp=1."
+            f"etp={parts} cuts {row.megatron}, which the file holds transposed ({row.file}). Choose etp=1."
         )
     cut_rows, cut_cols = row.shard is Shard.DIM0, row.shard is Shard.DIM1
     units = sizes.padded[row.per] if row.per else parts if cut_rows else 1
@@ -216,28 +232,42 @@ def _parameter(
             f"{axis}={parts} does not cut {row.megatron} evenly: {error}. Choose another size."
         ) from None
     holders, heights = row.holders(len(real)), [shape[0] for shape in real]
-    pieces = tuple(
-        Piece(
-            tensor=tensors[holders[part]],
-            rows=_in_file(row, part, start, run.rows, heights, packed_at=packed_at, head=sizes.real["K"]),
-            cols=cols,
-            into=run,
-            slab=packed_at if row.transposed else None,
-        )
-        for part, (first, into) in enumerate(rows)
-        if into.rows and cols[1] > cols[0]  # a rank may hold nothing but padding
-        for start, run in _runs(row, first, into, head=sizes.real["K"])
+    head = sizes.real["K"]
+    return _Cut(
+        shape=(num_rows, num_cols) if len(real[0]) == 2 else (num_rows, *real[0][1:]),
+        cols=cols,
+        parts=tuple(
+            (
+                holders[part],
+                _in_file(row, part, start, run.rows, heights, packed_at=packed_at, head=head),
+                run,
+            )
+            for part, (first, into) in enumerate(rows)
+            if into.rows and cols[1] > cols[0]  # a rank may hold nothing but padding
+            for start, run in _runs(row, first, into, head=head)
+        ),
+        slab=packed_at if row.transposed else None,
+        allows_padding=real != padded,
     )
+
+
+def _parameter(
+    row: Row, cut: _Cut, name: str, tensors: tuple[str, ...], *, is_copy: bool = False
+) -> Parameter:
+    """Return one layer's, or one expert's, shard of a row."""
     return Parameter(
         name=name,
-        shape=(num_rows, num_cols) if len(real[0]) == 2 else (num_rows, *real[0][1:]),
+        shape=cut.shape,
         tensors=tensors,
-        pieces=pieces,
+        pieces=tuple(
+            Piece(tensor=tensors[number], rows=rows, cols=cut.cols, into=into, slab=cut.slab)
+            for number, rows, into in cut.parts
+        ),
         shard=row.shard,
         is_expert=row.place is Place.EXPERT,
         is_copy=is_copy,
-        allows_padding=real != padded,
-        is_paddable=bool(set(row.shapes) & PADDED_LETTERS),
+        allows_padding=cut.allows_padding,
+        is_paddable=row.is_paddable,
     )
 
 

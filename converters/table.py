@@ -20,6 +20,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 
 from megaswift.metadata.meta import ModelMeta
 from megaswift.parallel.layout import padded_kv_heads, padded_vocab_size
@@ -46,7 +47,9 @@ class Shard(Enum):
     DIM1 = "columns, as a row-parallel linear"
 
 
-@dataclass(frozen=True)  # positional: a table is read by its columns
+@dataclass(
+    frozen=True, eq=False
+)  # positional: a table is read by its columns; a row is itself, not its values
 class Row:
     """One Megatron parameter and the tensors of the file that it holds."""
 
@@ -64,7 +67,7 @@ class Row:
     )
     by_head: bool = False  # or head by head
 
-    @property
+    @cached_property
     def tensors(self) -> tuple[str, ...]:
         """The patterns of the file's tensors, in the order of stacking."""
         return tuple(dict.fromkeys(self._names))
@@ -82,10 +85,15 @@ class Row:
         names = self._names * parts if len(self._names) == 1 else self._names
         return tuple(self.tensors.index(name) for name in names)
 
-    @property
+    @cached_property
     def is_packed(self) -> bool:
         """Whether one tensor of the file holds this parameter of all experts, along a dim 0 of its own."""
         return self.place is Place.EXPERT and "#" not in self.file
+
+    @cached_property
+    def is_paddable(self) -> bool:
+        """Whether some tp pads a size of it."""
+        return bool(set(self.shapes) & PADDED_LETTERS)
 
     def part_shapes(self, sizes: Mapping[str, int]) -> tuple[tuple[int, ...], ...]:
         """Return the shape of each part of the stack."""

@@ -42,6 +42,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     file: Path
     begin: int
+    packed: "Packed | None" = None  # its elements have to be computed; file and begin are those of the values
 
     @property
     def item_bytes(self) -> int:
@@ -62,6 +63,14 @@ class TensorInfo:
     def num_bytes(self) -> int:
         """Bytes of the whole tensor."""
         return self.rows * self.cols * self.item_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packed:
+    """The tensors of a file that a quantised tensor is made of."""
+
+    values: TensorInfo  # F8_E4M3 [N, C], or U8 [E, N, C/32, 16] in MXFP4
+    scales: TensorInfo  # [P, Q] or one for all; [E, N, C/32]
 
 
 def matrix_size(shape: Sequence[int]) -> tuple[int, int]:
@@ -213,7 +222,11 @@ class TensorReader:
 
         The view is writable and private (copy on write), since torch refuses read-only memory; nothing reaches the file.
         """
-        info = self.tensors[name]
+        return self.stored(self.tensors[name])
+
+    def stored(self, info: TensorInfo) -> Bits:
+        """Return any tensor of a file as matrix() does."""
+        assert info.packed is None, f"{info.name} has to be unpacked"
         if info.file not in self._maps:
             with info.file.open("rb") as file:
                 self._maps[info.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)

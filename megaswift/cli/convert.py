@@ -15,8 +15,9 @@ from megaswift.converters.certificate import Certificate, certify
 from megaswift.converters.check import check_files
 from megaswift.converters.conversion import Conversion, carry_out
 from megaswift.converters.offline import MODEL_FILES, find_checkpoint, to_hf, to_mcore
+from megaswift.converters.quantised import read_model
 from megaswift.converters.shards import parse_size
-from megaswift.converters.tensor_files import INDEX_FILE, SINGLE_FILE, read_folder
+from megaswift.converters.tensor_files import INDEX_FILE, SINGLE_FILE
 from megaswift.errors import ConfigError
 from megaswift.launch.environment import own_error_file
 from megaswift.launch.local import die_with_parent, start_ranks
@@ -109,6 +110,10 @@ def _check(config: ConvertConfig) -> None:
     """Prove what can be proven before anything is written; raises UserError."""
     if config.target.to is None or config.target.output_dir is None:
         raise ConfigError("to and output_dir are needed: --to mcore or --to hf, and --output_dir FOLDER.")
+    if config.target.quant_method is not None and config.target.to != "hf":
+        raise ConfigError(
+            "quant_method is for --to hf: a torch_dist checkpoint holds weights as they are trained. Leave it out."
+        )
     meta, _ = _read(config)
     log.info(certificate_text(meta, certify(meta, layout_of(config.check))).rstrip().replace("\n", "; "))
 
@@ -180,7 +185,13 @@ def _plan(config: ConvertConfig, meta: ModelMeta, source: Path) -> Conversion:
     if target.to == "mcore":
         multiple = target.make_vocab_size_divisible_by
         return to_mcore(meta, source, dtype=target.torch_dtype, vocab_multiple=multiple, max_bytes=max_bytes)
-    return to_hf(meta, find_checkpoint(source), dtype=target.torch_dtype, max_bytes=max_bytes)
+    return to_hf(
+        meta,
+        find_checkpoint(source),
+        dtype=target.torch_dtype,
+        max_bytes=max_bytes,
+        quant_method=target.quant_method,
+    )
 
 
 def _read(config: ConvertConfig) -> tuple[ModelMeta, Path]:
@@ -205,7 +216,7 @@ def _read(config: ConvertConfig) -> tuple[ModelMeta, Path]:
     )
     meta = get_model_meta(folder, trust_remote_code=source.trust_remote_code)
     if not facts_only or any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
-        check_files(meta, read_folder(folder))
+        check_files(meta, read_model(meta, folder))
     return meta, folder
 
 

@@ -41,6 +41,11 @@ class IntoConfig:
         None, "dtype of the weights; default: as they are", choices=DTYPES, aliases=("dtype",)
     )
     max_shard_size: str = setting("5GB", "largest file")
+    quant_method: str | None = setting(
+        None,
+        "fp8: the layers' linears in blocks of 128 x 128 with a scale each, as DeepSeek's files; default: none",
+        choices=("fp8",),
+    )
     make_vocab_size_divisible_by: int = setting(
         1, "pad embedding and output layer of --to mcore with zero rows (Megatron-LM asks for 128 x tp)"
     )

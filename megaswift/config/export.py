@@ -29,6 +29,11 @@ class TargetConfig:
         None, "dtype of the weights in the files; default: as in the model's files", choices=DTYPES
     )
     max_shard_size: str = setting("5GB", "largest safetensors file")
+    quant_method: str | None = setting(
+        None,
+        "fp8: the layers' linears in blocks of 128 x 128 with a scale each, as DeepSeek's files; default: none",
+        choices=("fp8",),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

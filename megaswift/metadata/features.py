@@ -75,7 +75,9 @@ FEATURES: dict[str, Callable[[ModelMeta], bool]] = {
     "experts with biases": lambda m: m.moe is not None and m.moe.expert_bias,
     "experts scaled at their input": lambda m: m.moe is not None and m.moe.scale_input,
     "experts beside a dense part": lambda m: m.moe is not None and m.moe.beside_dense,
-    "quantised weights": lambda m: m.quantization is not None,
+    "weights quantised otherwise than in block FP8 or MXFP4": lambda m: (
+        m.quantization is not None and m.quantization.get("quant_method") not in ("fp8", "mxfp4")
+    ),
 }
 
 BUILT = frozenset(

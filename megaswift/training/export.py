@@ -64,9 +64,16 @@ def export(config: ExportConfig) -> ExportReport:
             chunks, meta, layout, 0, output, tuner=run.tuner, dtype=dtype, base_model=run.model.model
         )
     else:
-        merged, size = run.tuner.tuner_type == "lora", config.target.max_shard_size
         report = export_hf(
-            chunks, meta, layout, 0, output, dtype=dtype, max_shard_size=size, merge_lora=merged
+            chunks,
+            meta,
+            layout,
+            0,
+            output,
+            dtype=dtype,
+            max_shard_size=config.target.max_shard_size,
+            merge_lora=run.tuner.tuner_type == "lora",
+            quant_method=config.target.quant_method,
         )
     process_groups.destroy()
     dist.destroy_process_group()

@@ -26,9 +26,10 @@ from megaswift.cli.main import main
 from megaswift.converters import conversion as conversion_module
 from megaswift.converters import copying
 from megaswift.converters.conversion import Conversion, Part, carry_out
-from megaswift.converters.copying import Copy, Literal, cast, write_file
+from megaswift.converters.copying import Copy, Literal, write_file
 from megaswift.converters.dcp_items import empty_object, find_data, wrap
 from megaswift.converters.dcp_metadata import read_metadata
+from megaswift.converters.dtypes import cast
 from megaswift.converters.offline import find_checkpoint, to_hf, to_mcore
 from megaswift.errors import CheckpointError
 from megaswift.metadata.read import get_model_meta
