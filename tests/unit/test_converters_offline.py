@@ -8,9 +8,6 @@ import pickle
 import random
 import shutil
 import signal
-import subprocess
-import sys
-import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -229,7 +226,7 @@ def one_of_several(folder: Path, output: Path, rank: int, world: int) -> None:
 
 def test_several_processes_write_the_bytes_of_one(saved: Callable[[str], Path], tmp_path: Path) -> None:
     there(saved("mixtral"), tmp_path / "one", max_bytes=30_000)
-    context = mp.get_context("spawn")
+    context = mp.get_context("fork")  # nothing here needs torch's threads
     workers = [
         context.Process(target=one_of_several, args=(saved("mixtral"), tmp_path / "many", rank, 3))
         for rank in range(3)
@@ -243,42 +240,56 @@ def test_several_processes_write_the_bytes_of_one(saved: Callable[[str], Path], 
     assert files_of(tmp_path / "one") == files_of(tmp_path / "many")
 
 
-SLOWLY = """
-import sys, time
-from pathlib import Path
-from megaswift.converters import conversion
-from tests.unit.test_converters_offline import one_of_several
-write = conversion.write_file
-def slow(path, **rest):
-    time.sleep(0.02)
-    write(path, **rest)
-conversion.write_file = slow
-print("begin", flush=True)
-one_of_several(Path(sys.argv[1]), Path(sys.argv[2]), 0, 1)
-"""
+EVENTS = ("pwrite", "copy_file_range", "ftruncate", "fsync", "rename", "mkdir", "unlink")  # of os
 
 
-@pytest.mark.slow
-def test_killed_conversion_is_never_taken_for_complete_and_goes_on(
+def convert_and_die(folder: Path, output: Path, events: int) -> None:
+    """Convert in this process, which kills itself in the middle of its n-th call that changes the disk."""
+    left = events
+
+    def counted(call: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def dying(*args: Any, **rest: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                if name == "pwrite":
+                    call(args[0], args[1][: len(args[1]) // 2], args[2])  # half of what was to be written
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **rest)
+
+        return dying
+
+    for name in EVENTS:
+        setattr(os, name, counted(getattr(os, name), name))
+    one_of_several(folder, output, 0, 1)
+
+
+def killed_after(folder: Path, output: Path, events: int) -> bool:
+    """Whether a conversion in a process of its own was killed after so many calls, rather than ready before."""
+    process = mp.get_context("fork").Process(target=convert_and_die, args=(folder, output, events))
+    process.start()
+    process.join(120)
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode != 0
+
+
+def test_conversion_killed_at_twenty_moments_is_never_taken_for_complete_and_ends_with_the_same_bytes(
     saved: Callable[[str], Path], tmp_path: Path
 ) -> None:
     there(saved("mixtral"), tmp_path / "whole", max_bytes=30_000)
-    output, draw, kills = tmp_path / "out", random.Random(0), 0
-    command = [sys.executable, "-c", SLOWLY, str(saved("mixtral")), str(output)]
-    parts_seen = set()
-    while not output.exists():
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None and process.stdout.readline() == "begin\n"
-            time.sleep(draw.uniform(0, 0.25) if kills < 20 else 60)
-            process.send_signal(signal.SIGKILL)
-        kills += 1
-        parts_seen.add(len(list(tmp_path.glob("out.incomplete/release/*.distcp"))))
+    whole, output, draw = files_of(tmp_path / "whole"), tmp_path / "out", random.Random(0)
+    kills, partly = 0, 0
+    while kills < 20:
+        if killed_after(saved("mixtral"), output, draw.randint(1, 120)):
+            kills += 1
+            partly += 0 < len(list(tmp_path.glob("out.incomplete/release/*.distcp"))) < len(whole)
+            assert not output.exists() or files_of(output) == whole  # a kill after the last rename
         if output.exists():
-            break
-        if kills == 21:
-            break
-    assert output.exists() and kills > 3 and len(parts_seen) > 2
-    assert files_of(output) == files_of(tmp_path / "whole")
+            assert files_of(output) == whole
+            shutil.rmtree(output)
+    assert partly > 5
+    assert not killed_after(saved("mixtral"), output, 10**9)
+    assert files_of(output) == whole
 
 
 def test_another_plan_does_not_go_on_from_these_parts(
