@@ -6,6 +6,7 @@ set_crc32_options(False); torch.load does not check it. So the bytes around the 
 """
 
 import math
+import pickle
 import struct
 import zipfile
 import zlib
@@ -43,10 +44,15 @@ def wrap(dtype: str, shape: Sequence[int]) -> Wrapping:
     )
 
 
-def empty_object() -> bytes:
-    """Return what torch.save writes for [None]: Megatron's extra state of a module that has none."""
-    records, directory = _small_records(b"\x80\x02]Na.")
+def saved_object(value: object) -> bytes:
+    """Return what torch.save writes for plain Python data."""
+    records, directory = _small_records(pickle.dumps(value, protocol=2))
     return records + directory + _end_of_directory(3, directory, offset=len(records))
+
+
+def empty_object() -> bytes:
+    """Return what Megatron saves as the extra state of a module that has none."""
+    return saved_object([None])
 
 
 def _small_records(pickled: bytes) -> tuple[bytes, bytes]:

@@ -1,6 +1,6 @@
 """The .metadata file of torch.distributed.checkpoint: which file holds which part of which tensor.
 
-It is a pickle. Reading it here runs no code from it: every class that it names becomes an inert record. The classes are
+It is a pickle. Writing it needs no torch. Reading it here runs no code from it: every class that it names becomes an inert record. The classes are
 those of torch/distributed/checkpoint/metadata.py and filesystem.py (2.6 to 2.13).
 """
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megaswift.converters.dcp_pickle import Call, Entries, Global, Instance, dumps
 from megaswift.errors import CheckpointError
 
 FILE = ".metadata"
@@ -127,41 +128,53 @@ def _inert_name(dtype: Any) -> str:
     return dtype.__name__ if isinstance(dtype, type) else str(dtype)
 
 
+_METADATA = "torch.distributed.checkpoint.metadata"
+_STRIDED = Call(Global("torch.serialization", "_get_layout"), ("torch.strided",))
+_CONTIGUOUS = Call(Global(_METADATA, "_MEM_FORMAT_ENCODING"), (0,))
+
+
 def write_metadata(
     path: Path, tensors: Mapping[str, StoredTensor], objects: Mapping[str, StoredItem]
 ) -> None:
     """Write a .metadata file; equal arguments give equal bytes."""
-    # The pickle names torch's own classes; only writing it costs their import.
-    import torch
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
-    from torch.distributed.checkpoint.metadata import (
-        BytesStorageMetadata,
-        ChunkStorageMetadata,
-        Metadata,
-        MetadataIndex,
-        TensorProperties,
-        TensorStorageMetadata,
-    )
-
-    def place(item: StoredItem) -> Any:
-        return _StorageInfo(item.file, item.begin, item.length)
-
     names = {name: torch_name for torch_name, name in DTYPES.items()}
-    state: dict[str, Any] = {}
-    storage: dict[Any, Any] = {}
+    state, storage = Entries(), Entries()
     for key, tensor in tensors.items():
+        # dtype, layout, requires_grad, memory format, pin_memory (TensorProperties.__getstate__)
+        properties = (Global("torch", names[tensor.dtype]), _STRIDED, False, _CONTIGUOUS, False)
         chunks = [
-            ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes))
+            _instance("ChunkStorageMetadata", {"offsets": _size(chunk.offsets), "sizes": _size(chunk.sizes)})
             for chunk in tensor.chunks
         ]
-        properties = TensorProperties(dtype=getattr(torch, names[tensor.dtype]))
-        state[key] = TensorStorageMetadata(properties, torch.Size(tensor.shape), chunks)
+        described = {
+            "properties": _instance("TensorProperties", properties),
+            "size": _size(tensor.shape),
+            "chunks": chunks,
+        }
+        state.append((key, _instance("TensorStorageMetadata", described)))
         for number, chunk in enumerate(tensor.chunks):
-            storage[MetadataIndex(key, torch.Size(chunk.offsets), number)] = place(chunk.item)
+            index = {"fqn": key, "index": number, "offset": _size(chunk.offsets)}
+            storage.append((_instance("MetadataIndex", index), _place(chunk.item)))
     for key, item in objects.items():
-        state[key] = BytesStorageMetadata()
-        storage[MetadataIndex(key)] = place(item)
-    with path.open("wb") as file:
-        pickle.dump(
-            Metadata(state_dict_metadata=state, planner_data=None, storage_data=storage), file, protocol=4
-        )
+        state.append((key, _instance("BytesStorageMetadata", None)))
+        storage.append((_instance("MetadataIndex", {"fqn": key, "index": None}), _place(item)))
+    content = {
+        "state_dict_metadata": state,
+        "planner_data": None,
+        "storage_data": storage,
+        "storage_meta": None,
+    }
+    path.write_bytes(dumps(_instance("Metadata", content)))
+
+
+def _instance(name: str, state: Any) -> Instance:
+    return Instance(Global(_METADATA, name), state)
+
+
+def _size(numbers: tuple[int, ...]) -> Call:
+    return Call(Global("torch", "Size"), (numbers,))
+
+
+def _place(item: StoredItem) -> Instance:
+    state = {"relative_path": item.file, "offset": item.begin, "length": item.length}
+    return Instance(Global("torch.distributed.checkpoint.filesystem", "_StorageInfo"), state)

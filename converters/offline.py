@@ -18,6 +18,7 @@ from megaswift.converters.check import check_files
 from megaswift.converters.computed import Fp8, Transposed
 from megaswift.converters.conversion import Conversion, Part
 from megaswift.converters.copying import Literal, Span
+from megaswift.converters.dcp_items import saved_object
 from megaswift.converters.dcp_metadata import FILE as METADATA
 from megaswift.converters.dcp_metadata import StoredTensor, read_metadata, write_metadata
 from megaswift.converters.dcp_names import Address, addresses, find, stacks_layers
@@ -274,7 +275,5 @@ def _facts(meta: ModelMeta, direction: str) -> dict[str, Any]:
 
 def _write_common(path: Path, *, stacked: bool) -> None:
     """Write what Megatron keeps beside the tensors; version 3.0 is its order of rows in linear_qkv (checkpointing.py)."""
-    import torch  # only this small file is written by torch itself
-
     content = {"non_homogeneous_layers": not stacked, "singleton_local_shards": False}
-    torch.save({"checkpoint_version": 3.0, "iteration": 0, "content_metadata": content}, path)
+    path.write_bytes(saved_object({"checkpoint_version": 3.0, "iteration": 0, "content_metadata": content}))

@@ -8,6 +8,8 @@ import pickle
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from megaswift.cli.main import main
 from megaswift.converters import conversion as conversion_module
@@ -111,6 +121,32 @@ def test_metadata_is_what_torch_reads(saved: Callable[[str], Path], tmp_path: Pa
         "decoder.layers.3.self_attention.core_attention._extra_state/shard_0_1"
         in metadata.state_dict_metadata
     )
+
+
+def test_metadata_is_what_torch_would_write(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    there(saved("qwen3_moe"), tmp_path / "mcore")
+    read = FileSystemReader(tmp_path / "mcore" / "release").read_metadata()
+    (tmp_path / "theirs").write_bytes(pickle.dumps(read))
+    assert pickle.loads((tmp_path / "theirs").read_bytes()) == read
+    chunk = ChunkStorageMetadata(torch.Size([0, 0]), torch.Size([131, 64]))
+    assert read.state_dict_metadata["output_layer.weight"] == TensorStorageMetadata(
+        TensorProperties(dtype=torch.bfloat16), torch.Size([131, 64]), [chunk]
+    )
+    assert (
+        read.state_dict_metadata["decoder.layers.0.mlp.router._extra_state/shard_0_1"]
+        == BytesStorageMetadata()
+    )
+    place = read.storage_data[MetadataIndex("output_layer.weight", torch.Size([0, 0]))]
+    assert isinstance(place, _StorageInfo) and place.relative_path.endswith(".distcp")
+    common = torch.load(tmp_path / "mcore" / "release" / "common.pt", weights_only=True)
+    assert common["checkpoint_version"] == 3.0 and common["content_metadata"]["non_homogeneous_layers"]
+
+
+def test_conversion_loads_no_torch(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    code = "import sys; from megaswift.cli.main import main; assert main(sys.argv[1:]) == 0; assert 'torch' not in sys.modules"
+    for source, to in ((saved("mixtral"), "mcore"), (tmp_path / "mcore", "hf")):
+        argv = ["convert", "--model", str(source), "--to", to, "--output_dir", str(tmp_path / to)]
+        subprocess.run([sys.executable, "-c", code, *argv], check=True)
 
 
 def test_metadata_that_would_run_code_is_refused_and_runs_nothing(tmp_path: Path) -> None:
