@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test lint bench bench-plan bench-pack bench-fp8 bench-long clean gpu-check kernel-table bench-loss bench-context
+.PHONY: demo test lint bench bench-plan bench-pack bench-fp8 bench-long clean gpu-check kernel-table bench-loss bench-context bench-convert
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -49,6 +49,9 @@ bench-fp8: $(VENV)/ready
 
 bench-long: $(VENV)/ready
 	$(BIN)/python -m tests.harness.bench_long
+
+bench-convert: $(VENV)/ready
+	$(BIN)/python -m tests.harness.bench_convert
 
 clean:
 	rm -rf $(VENV) .demo .bench
