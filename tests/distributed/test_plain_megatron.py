@@ -43,7 +43,7 @@ COMMON: dict[str, Any] = {
 }  # fmt: skip
 EXPERTS: dict[str, Any] = {
     "num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 48, "moe_token_dispatcher_type": "alltoall",
-    "moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.0, "moe_router_dtype": "fp32",
+    "moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.0,
 }  # fmt: skip
 # name -> (what differs in Megatron's config, its axes). Latent attention cannot be built from Megatron's local modules
 # alone (0.16.1: DotProductAttention takes no k_channels), gpt-oss's experts neither; this project's own modules stand in below.
