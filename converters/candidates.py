@@ -10,6 +10,7 @@ from typing import Any
 
 from megaswift.converters.check import check_files
 from megaswift.converters.plan import file_tensors
+from megaswift.converters.quantised import plain_tensors
 from megaswift.converters.tensor_files import TensorInfo
 from megaswift.errors import ModelError, WeightsError
 from megaswift.metadata.catalogue import FAMILIES
@@ -59,7 +60,7 @@ def _candidate(
         return Candidate(family=name, meta=None, fault=fault, strangers=1000 * max(1, len(keys)))
     try:
         if tensors is not None:
-            check_files(meta, tensors)
+            check_files(meta, plain_tensors(meta, tensors))
     except WeightsError as error:
         strangers = len(file_tensors(meta).keys() ^ (tensors or {}).keys())
         return Candidate(family=name, meta=meta, fault=str(error), strangers=strangers)

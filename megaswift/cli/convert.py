@@ -17,7 +17,7 @@ from megaswift.converters.conversion import Conversion, carry_out
 from megaswift.converters.offline import MODEL_FILES, find_checkpoint, to_hf, to_mcore
 from megaswift.converters.quantised import read_model
 from megaswift.converters.shards import parse_size
-from megaswift.converters.tensor_files import INDEX_FILE, SINGLE_FILE
+from megaswift.converters.tensor_files import INDEX_FILE, SINGLE_FILE, read_folder
 from megaswift.errors import ConfigError
 from megaswift.launch.environment import own_error_file
 from megaswift.launch.local import die_with_parent, start_ranks
