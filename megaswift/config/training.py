@@ -36,6 +36,10 @@ class TrainingConfig:
     calculate_per_token_loss: bool = setting(
         True, "divide the loss by the tokens of the global batch; false: mean of micro batches"
     )
+    spike_factor: float | None = setting(
+        None,
+        "stop when ten steps in a row have a loss above this many times the median of the last hundred; default: never",
+    )
     attention_dropout: float = setting(0.0, "dropout on attention weights")
     hidden_dropout: float = setting(0.0, "dropout on residual branches")
     gradient_accumulation_fusion: bool | None = setting(

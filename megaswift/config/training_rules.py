@@ -57,6 +57,8 @@ def sizes_are_positive(run: RunConfig) -> None:
             raise ConfigError(f"{name}={size} is too small. Give 1 or more.")
     if training.num_train_epochs is not None and training.num_train_epochs <= 0:
         raise ConfigError(f"num_train_epochs={training.num_train_epochs} is too small. Give more than 0.")
+    if training.spike_factor is not None and training.spike_factor <= 1:
+        raise ConfigError(f"spike_factor={training.spike_factor} is too small. Give more than 1, such as 2.")
     for name, share in (
         ("split_dataset_ratio", data.split_dataset_ratio),
         ("lora_dropout", run.tuner.lora_dropout),

@@ -59,6 +59,7 @@ from megaswift.training.setup import (
     share_folder,
 )
 from megaswift.training.signals import Interrupt
+from megaswift.training.spikes import SpikeGuard
 from megaswift.training.wall_time import WallTime
 
 logger = get_logger(__name__)
@@ -195,6 +196,8 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
             with_samples=run.logging.verbose,
         )
     ]
+    if run.training.spike_factor is not None:
+        callbacks.append(SpikeGuard(run.training.spike_factor))
     if sets.val is not None:
         validation = ValidationFeed(sets.val, dp_rank=dp_rank, dp=layout.dp, limit=run.logging.eval_iters)
         every = run.logging.eval_steps or run.checkpoint.save_steps
