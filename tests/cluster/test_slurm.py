@@ -23,7 +23,7 @@ from tests.harness.tiny_run import make_tiny_run
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(why_not() is not None, reason=f"no Slurm: {why_not()}")]
 
 MEGASWIFT = (sys.executable, "-m", "megaswift.cli.main")
-STARTING_S = 300.0  # ranks import torch and Megatron-Core: seconds, but minutes on a busy machine
+STARTING_S = 600.0  # ranks import torch and Megatron-Core: seconds, but minutes on a busy machine
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 SCRIPTS = Path(__file__).parents[2] / "slurm"
 
