@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megaswift.converters.check import check_files, tied_twin
+from megaswift.converters.check import SCORE, check_files, tied_twin
 from megaswift.converters.live import TORCH_DTYPES, as_matrix, live_parameters, rows_of
 from megaswift.converters.plan import EMBEDDING, Piece
 from megaswift.converters.quantised import files_of, read_model
@@ -35,8 +35,9 @@ def load_weights(
 ) -> LoadReport:
     """Fill the parameters of this rank's chunks from the safetensors of `folder`, cast to the parameters' own dtype.
 
-    Adapter parameters (lora_a, lora_b) are left alone. No rank talks to another. Raises WeightsError, before anything
-    is filled, where files, config.json and model do not fit together exactly.
+    Adapter parameters (lora_a, lora_b) are left alone, and so is the head of a reward model that the files lack. No rank
+    talks to another. Raises WeightsError, before anything is filled, where files, config.json and model do not fit together
+    exactly.
     """
     started = time.monotonic()
     tensors = read_model(meta, Path(folder))
@@ -46,6 +47,8 @@ def load_weights(
     with TensorReader(tensors) as reader, torch.no_grad():
         for parameter in live:
             planned = parameter.planned
+            if meta.scores and planned.tensors == (SCORE,) and SCORE not in tensors:
+                continue  # a new head: it stays as it was built
             if planned.name == EMBEDDING:
                 _check_twin(reader, meta, planned.pieces)
             matrix_NC = as_matrix(parameter.weight)

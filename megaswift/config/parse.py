@@ -22,6 +22,7 @@ Sections = TypeVar("Sections")  # a dataclass whose fields are dataclasses of se
 TASK_DEFAULTS: dict[str, dict[str, Any]] = {
     "sft": {},
     "pt": {"loss_scale": "all", "use_chat_template": False},
+    "rlhf": {"loss_scale": "last_round"},
 }
 
 # Two ways to say one thing: what the command line says in one way replaces what the file says in the other.
@@ -87,6 +88,12 @@ def parse(task: str, argv: list[str]) -> Parsed:
             from_file = {flag: given for flag, given in from_file.items() if flag not in pair}
     given = {**from_file, **from_flags}
     return Parsed(config=_build(task, given), notes=tuple(notes), given=frozenset(given))
+
+
+def parse_saved(path: Path) -> RunConfig:
+    """Return the run whose settings dump_run (config/dump.py) wrote to `path`."""
+    task = yaml.safe_load(path.read_text(encoding="utf-8"))["task"]
+    return parse(task, ["--config", str(path)]).config
 
 
 def make_run(task: str, /, **settings: Any) -> RunConfig:

@@ -27,10 +27,9 @@ def _refuse(what: str, instead: str = "", **flags: str) -> dict[str, Refused]:
     }
 
 
-# Flags of `megaswift rlhf`; the values are ms-swift's defaults, none of which asks `sft` or `pt` for anything.
+# Flags of reinforcement learning and distillation.
 _RLHF = """
-    rlhf_type ref_model ref_adapters ref_load ref_adapter_load mcore_ref_model mcore_ref_adapter beta rpo_alpha reference_free label_smoothing f_divergence_type
-    desirable_weight undesirable_weight calculate_KL center_rewards_coefficient teacher_model teacher_model_server teacher_tag_key
+    teacher_model teacher_model_server teacher_tag_key
     gkd_logits_topk lmbda sft_alpha offload_teacher_model teacher_kl_coef num_generations generation_batch_size steps_per_generation
     max_completion_length temperature top_k top_p repetition_penalty epsilon epsilon_high delta importance_sampling_level scale_rewards
     advantage_estimator kl_in_reward dynamic_sample max_resample_times overlong_filter reward_funcs reward_weights
@@ -40,7 +39,7 @@ _RLHF = """
     off_policy_sequence_mask_delta multi_turn_scheduler max_turns use_gym_env use_vllm vllm_mode vllm_gpu_memory_utilization
     vllm_tensor_parallel_size vllm_max_model_len vllm_enable_prefix_caching vllm_enforce_eager vllm_max_num_seqs vllm_enable_lora
     vllm_engine_kwargs vllm_server_host vllm_server_port vllm_server_timeout vllm_server_base_url vllm_server_group_port sleep_level offload_model
-    offload_optimizer offload_bridge use_ray cpo_alpha simpo_gamma ld_alpha discopop_tau loss_weights reward_model reward_adapters
+    offload_optimizer offload_bridge use_ray ld_alpha discopop_tau loss_weights reward_model reward_adapters
     num_ppo_epochs kl_coef cliprange vf_coef cliprange_value gamma lam num_mini_batches response_length async_generate
     sync_ref_model num_iterations seq_kd whiten_rewards missing_eos_penalty
 """.split()
@@ -123,7 +122,6 @@ REFUSED: dict[str, Refused] = {
         enable_dft_loss="false",
         enable_channel_loss="false",
         mrl_dims="none",
-        loss_type="none",
         neftune_noise_alpha="none 0",
     ),
     **_refuse("metrics of generated text", eval_metric="none", predict_with_generate="false"),
@@ -340,7 +338,17 @@ REFUSED: dict[str, Refused] = {
         quant_batch_size="1",
         group_size="128",
     ),
-    **{flag: Refused(what="preference and reinforcement learning (`megaswift rlhf`)") for flag in _RLHF},
+    **_refuse(
+        "a reference with an adapter, or from a Megatron-Core checkpoint",
+        "Give a Hugging Face folder as --ref_model; `megaswift export --merge_lora true` merges an adapter.",
+        ref_adapters="",
+        ref_load="none",
+        ref_adapter_load="none",
+        mcore_ref_model="none",
+        mcore_ref_adapter="none",
+    ),
+    **_refuse("another divergence from the reference", f_divergence_type="reverse_kl"),
+    **{flag: Refused(what="reinforcement learning and distillation") for flag in _RLHF},
 }
 
 

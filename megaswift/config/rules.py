@@ -6,6 +6,7 @@ from math import lcm
 from megaswift.config import context_rules as context
 from megaswift.config import layout_rules as layout
 from megaswift.config import precision_rules as precision
+from megaswift.config import preference_rules as preference
 from megaswift.config import training_rules as training
 from megaswift.config.case import Case, Rule
 from megaswift.config.run import RunConfig
@@ -18,6 +19,12 @@ REQUEST_RULES = (
     training.rows_are_named,
     training.sizes_are_positive,
     training.random_weights_are_for_pre_training,
+    preference.preferences_are_for_rlhf,
+    preference.preference_settings_belong_to_the_loss,
+    preference.the_loss_type_is_known,
+    preference.preference_numbers_are_in_range,
+    preference.reward_models_train_in_full,
+    preference.answers_may_be_spread_over_ranks,
 )
 
 RULES: tuple[Rule, ...] = (
@@ -56,6 +63,9 @@ RULES: tuple[Rule, ...] = (
     training.reports_have_a_place_and_a_time,
     training.a_run_without_optimizer_state_does_not_resume,
     training.router_losses_have_a_kind,
+    preference.preference_settings_have_defaults,
+    preference.the_reference_is_not_the_adapted_model,
+    preference.pairs_are_whole_documents,
 )
 
 

@@ -11,6 +11,7 @@ from megaswift.config.moe import MoEConfig
 from megaswift.config.optimizer import OptimizerConfig
 from megaswift.config.parallel import ParallelConfig
 from megaswift.config.precision import PrecisionConfig
+from megaswift.config.preference import PreferenceConfig
 from megaswift.config.training import TrainingConfig
 from megaswift.config.tuner import TunerConfig
 
@@ -27,6 +28,7 @@ class RunConfig:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     tuner: TunerConfig = field(default_factory=TunerConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)

@@ -3,6 +3,7 @@
 from math import ceil
 
 from megaswift.config.case import Case
+from megaswift.config.preference import PAIRED
 from megaswift.config.run import RunConfig
 from megaswift.errors import ConfigError, nearest
 
@@ -223,10 +224,13 @@ def lengths_fit_the_model(case: Case) -> Case:
             f"{context}; a longer context must be declared in config.json (max_position_embeddings, rope_scaling)."
         )
     max_length = data.max_length or context
-    pack = data.packing_length or max_length
-    if pack < max_length:
+    documents = 2 if case.run.task == "rlhf" and case.run.preference.rlhf_type in PAIRED else 1
+    pack = data.packing_length or documents * max_length
+    if pack < documents * max_length:
+        whole = "a sample" if documents == 1 else "both answers of a pair"
         raise ConfigError(
-            f"packing_length={pack} is below max_length={max_length}: a sample must fit a pack. Lower max_length."
+            f"packing_length={pack} is below {'2 x ' * (documents - 1)}max_length={max_length}: {whole} must fit a pack. Lower "
+            "max_length."
         )
     return case.change(
         "data",

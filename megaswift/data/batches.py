@@ -1,15 +1,16 @@
 """Global batches, the same for every layout, and the micro batches that one rank takes from them.
 
-An item is what one slot of a batch holds: a tokenised sample, or with packing a pack of samples. The stream of items
-is epoch after epoch, each in its own order; global batch i is the next `global_batch_size` items of the stream, so a
-batch at the end of an epoch runs on into the next and no item is dropped. The only state of the stream is how many
-items were consumed: a run may go on from there with another number of ranks or another micro batch size.
+An item is what one slot of a batch holds: a row (a tokenised sample, or the documents of a preference pair), or with
+packing a pack of rows. The stream of items is epoch after epoch, each in its own order; global batch i is the next
+`global_batch_size` items of the stream, so a batch at the end of an epoch runs on into the next and no item is dropped.
+The only state of the stream is how many items were consumed: a run may go on from there with another number of ranks or
+another micro batch size.
 
 Letters: B rows of a micro batch, S tokens of a row.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -56,6 +57,9 @@ class MicroBatch:
     plan: ContextPlan | None = (
         None  # of one rank's part: where the tokens of all documents are (data/context.py)
     )
+    targets: torch.Tensor | None = None  # float32 [rows]: what the rows say beside their text; nan: nothing
+    references: torch.Tensor | None = None  # float64 [documents]: log-probability under the reference model
+    mismatched: "MicroBatch | None" = None  # the same rows, with each prompt answered for another row
 
 
 class TrainData:
@@ -173,26 +177,41 @@ class _RowBuilder:
         self._encoded = encoded
         self._settings = settings
         self._pad_id = pad_id
+        self._mismatched: _RowBuilder | None = None
+        if encoded.mismatched is not None:
+            unpacked = replace(settings, packing=False)
+            self._mismatched = _RowBuilder(encoded.mismatched, unpacked, pad_id)
         self.packs: Packs | None = None
         if settings.packing:
             if settings.packing_length is None:
                 raise ConfigError("packing=true needs packing_length. Give --packing_length or --max_length.")
-            self.packs = pack(encoded.lengths, settings.packing_length)
-        self.num_items = len(self.packs) if self.packs is not None else len(encoded)
+            self.packs = pack(encoded.row_lengths, settings.packing_length)
+        self.num_items = len(self.packs) if self.packs is not None else encoded.num_rows
         lengths = encoded.lengths.astype(np.float64)
-        self.work = lengths * (lengths / 2 + settings.token_cost)  # of every item, in pairs of query and key
+        work = lengths * (lengths / 2 + settings.token_cost)
+        self.work = work.reshape(-1, encoded.per_row).sum(1)  # of every item, in pairs of query and key
         if self.packs is not None:
             self.work = np.add.reduceat(self.work[self.packs.items], self.packs.starts[:-1])
 
     def build(self, items: Sequence[int] | np.ndarray) -> MicroBatch:
         """Return the micro batch of some items; none gives a row of padding."""
-        entries = (
-            np.concatenate([self.packs[i] for i in items]) if self.packs is not None and len(items) else items
-        )
-        ids = tuple(int(entry) for entry in entries)
+        rows = np.asarray(items, np.int64)
+        if self.packs is not None and len(rows):
+            rows = np.concatenate([self.packs[i] for i in rows])
+        encoded, per_row = self._encoded, self._encoded.per_row
+        ids = tuple((rows[:, None] * per_row + np.arange(per_row)).ravel().tolist())
         if self.packs is not None or self._settings.padding_free or not ids:
-            return self._one_row(ids)
-        return self._padded_rows(ids)
+            batch = self._one_row(ids)
+        else:
+            batch = self._padded_rows(ids)
+        if encoded.targets is None and encoded.references is None and self._mismatched is None:
+            return batch
+        targets, references = (
+            None if values is None else torch.from_numpy(np.array(values[chosen]))
+            for values, chosen in ((encoded.targets, rows), (encoded.references, list(ids)))
+        )
+        mismatched = self._mismatched.build(rows) if self._mismatched is not None else None
+        return replace(batch, targets=targets, references=references, mismatched=mismatched)
 
     def _one_row(self, entries: tuple[int, ...]) -> MicroBatch:
         """Concatenate documents into one row [1, S]."""

@@ -30,4 +30,7 @@ def spread(batch: MicroBatch, *, rank: int, ring: int, inner: int) -> MicroBatch
         },
         cu_seqlens=torch.tensor([0, *plan.lengths]).cumsum(0).to(torch.int32),
         plan=plan,
+        mismatched=None
+        if batch.mismatched is None
+        else spread(batch.mismatched, rank=rank, ring=ring, inner=inner),
     )

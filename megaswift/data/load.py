@@ -6,6 +6,7 @@ from typing import Any
 
 from megaswift.config.data import DataConfig
 from megaswift.data.encode import EncodedSet, encode_samples
+from megaswift.data.forms import CONVERSATIONS, Form
 from megaswift.data.read import ReadData, read_datasets
 from megaswift.data.report import Report, merge
 from megaswift.data.template import Template
@@ -32,18 +33,22 @@ def load_data(
     seed: int = 42,
     use_hf: bool = True,
     stop_ids: Iterable[int] = (),
+    form: Form = CONVERSATIONS,
 ) -> LoadedData:
-    """Read, render and tokenise the sets of a run; `stop_ids` are the model's eos_token_ids. Raises DataError."""
+    """Read, render and tokenise the sets of a run; `stop_ids` are the model's eos_token_ids. Raises DataError.
+
+    `form` says what the rows must hold.
+    """
     read = read_datasets(config, seed=seed, use_hf=use_hf)
     template = Template.from_config(config, tokenizer, max_length=max_length, stop_ids=stop_ids)
     processes, strict = config.dataset_num_proc, config.strict
     train, encoding = encode_samples(
-        read.train, template, processes=processes, strict=strict, what="training rows"
+        read.train, template, form=form, processes=processes, strict=strict, what="training rows"
     )
     val = None
     if read.val:
         val, more = encode_samples(
-            read.val, template, processes=processes, strict=strict, what="validation rows"
+            read.val, template, form=form, processes=processes, strict=strict, what="validation rows"
         )
         encoding = merge([encoding, more])
     lengths = train.lengths

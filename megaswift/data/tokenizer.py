@@ -22,6 +22,12 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> An
         ) from error
 
 
+def pad_id_of(tokenizer: Any) -> int:
+    """Return the id that fills rows: the tokenizer's pad token, or its eos where it has none."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((int(token) for token in ids if token is not None), 0)
+
+
 class TextEncoder:
     """Text to token ids through the tokenizer's Rust backend, many texts at once.
 

@@ -222,6 +222,7 @@ class ModelMeta:
     )
     qk_norm_after_rope: bool = False
     tied_embeddings: bool = False
+    scores: bool = False  # a reward model: one number a token in place of logits
     sliding_window: tuple[int | None, ...] = ()  # tokens, the query's included, per layer; (): nowhere
     attention: AttentionMeta = AttentionMeta()
     mla: MLAMeta | None = None

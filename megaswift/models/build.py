@@ -11,6 +11,7 @@ from megaswift.models.activations import XIELU
 from megaswift.models.causal_lm import CausalLM
 from megaswift.models.fp8 import emulate_fp8
 from megaswift.models.rope import RotaryPositions
+from megaswift.models.score import ScoreHead
 from megaswift.models.specs import decoder_spec
 from megaswift.parallel.layout import Layout, chunk_layers, padded_vocab_size
 from megaswift.platforms.platform import Platform
@@ -41,6 +42,9 @@ def build_model(meta: ModelMeta, run: RunConfig, layout: Layout, platform: Platf
             position_embedding_type="rope",
             vp_stage=vp_stage,
         )
+        if meta.scores and model.post_process:
+            model.output_layer = ScoreHead(config, seed=run.training.seed)
+        model.scores = meta.scores
         model.logical_vocab_size = meta.vocab_size
         model.set_multipliers(meta.multipliers)
         if hasattr(model, "rotary_pos_emb"):  # latent attention has its own

@@ -21,6 +21,9 @@ class CausalLM(GPTModel):
 
     logical_vocab_size: int  # rows of the file's embedding; the rest of the sharded rows is padding
     multipliers = Multipliers()
+    scores = (
+        False  # the output layer is a ScoreHead (models/score.py): every token's score [B, S, 1] is returned
+    )
 
     def set_multipliers(self, multipliers: Multipliers) -> None:
         """Multiply the embeddings, and the logits, by the model's constants."""
@@ -42,7 +45,7 @@ class CausalLM(GPTModel):
             return super()._postprocess(hidden_states, *args, labels=labels, loss_mask=loss_mask, **kwargs)
         if self.multipliers.logits != 1.0:
             hidden_states = hidden_states * self.multipliers.logits
-        if labels is None:
+        if labels is None or self.scores:
             logits = super()._postprocess(hidden_states, *args, labels=None, loss_mask=loss_mask, **kwargs)
             cap = self.multipliers.logits_softcap
             return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -8,7 +8,8 @@ Letters: D input size, F output size, R adapter rank.
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -117,6 +118,17 @@ def apply_lora(
             chunk.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
 
 
+@contextmanager
+def adapters_off(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Let the model compute what it did before it was adapted; without adapters nothing changes."""
+    adapted = [module for chunk in chunks for module in chunk.modules() if isinstance(module, AdaptedLinear)]
+    for module in adapted:
+        module.lora_off = True
+    yield
+    for module in adapted:
+        module.lora_off = False
+
+
 def _check_adaptable(meta: ModelMeta) -> None:
     """Raise ConfigError for a model whose files know linears that no adapter can be written for."""
     written = {name for groups in FUSED.values() for group in groups for name in group}
@@ -202,10 +214,13 @@ class AdaptedLinear:
     lora_dropout: float
     lora_a: _Matrix
     lora_b: _Matrix
+    lora_off = False  # the linear is then what it was without its adapter
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Return (output, bias) as the base linear does, with the adapter's part added to the output."""
         output, bias = super().forward(x, *args, **kwargs)  # type: ignore[misc]  # of the linear behind this mixin
+        if self.lora_off:
+            return output, bias
         delta = self._row_delta(x) if self.lora_is_row else self._column_delta(x)
         return torch.add(output, delta, alpha=self.lora_scale), bias
 

@@ -69,16 +69,17 @@ class Evaluate:
 
     def report(self, progress: Progress) -> float:
         """Validate now and return the loss."""
-        loss = self._engine.evaluate(self._validation.batches())
+        found = self._engine.evaluate(self._validation.batches())
         line = {
             "step": progress.step,
             "epoch": self._feed.epoch(progress.consumed_samples),
             "consumed_samples": progress.consumed_samples,
-            "eval_loss": loss,
+            "eval_loss": found.loss,
+            **{f"eval_{name}": value for name, value in found.metrics.items()},
         }
         for reporter in self._reporters:
             reporter.report(line)
-        return loss
+        return found.loss
 
 
 class Save:

@@ -11,10 +11,10 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.moe_utils import track_moe_metrics
 
 from megaswift.data.batches import MicroBatch
+from megaswift.tasks.task import Task, run_schedule
 
 ROUTER_LOSSES = {
     "aux_loss": "load_balancing_loss",
@@ -27,7 +27,7 @@ ROUTER_LOSSES = {
 class StepResult:
     """What one optimizer step was; the same on every rank."""
 
-    loss: float  # mean over the loss tokens of the global batch
+    loss: float  # mean over the loss tokens of the global batch, or over its rows for a loss of whole answers
     grad_norm: float | None  # before clipping; None where float16 overflowed
     lr: float  # that the step used
     updated: bool  # False where float16 overflowed and the optimizer skipped the step
@@ -36,6 +36,15 @@ class StepResult:
     flop: float  # model FLOPs of the global batch (training/flops.py)
     interrupted: bool  # some rank was told to stop
     router: dict[str, float] = field(default_factory=dict)  # auxiliary losses of a mixture of experts
+    metrics: dict[str, float] = field(default_factory=dict)  # what the task logs beside its loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What a validation found; the same on every rank."""
+
+    loss: float
+    metrics: dict[str, float]  # what the task logs beside its loss
 
 
 class Engine:
@@ -46,7 +55,7 @@ class Engine:
         chunks: list[DistributedDataParallel],
         optimizer: MegatronOptimizer,
         schedule: OptimizerParamScheduler,
-        forward_step: Callable[..., Any],
+        task: Task,
         *,
         measure: Callable[[MicroBatch], tuple[int, float]],
         share: Callable[[MicroBatch], MicroBatch] | None = None,
@@ -56,7 +65,7 @@ class Engine:
         self.optimizer: Any = optimizer
         self.schedule = schedule
         self.config: Any = chunks[0].module.config
-        self._forward_step = forward_step
+        self._task = task
         self._measure, self._share = measure, share
         self._per_token = bool(self.config.calculate_per_token_loss)
         self._device = next(chunks[0].parameters()).device
@@ -71,7 +80,7 @@ class Engine:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        outputs = self._run(batches, forward_only=False)
+        outputs = self._run(self._task.prepare(self._shared(batches), self.chunks), forward_only=False)
         totals = self._totals(outputs, batches, interrupted=interrupted)
         updated, grad_norm, _ = self.optimizer.step()
         if updated:
@@ -86,22 +95,25 @@ class Engine:
             flop=totals.flop,
             interrupted=totals.interrupted,
             router=self._router_losses(len(batches)),
+            metrics=totals.metrics,
         )
 
     @torch.no_grad()
-    def evaluate(self, global_batches: Iterable[list[MicroBatch]]) -> float:
-        """Return the loss over all batches, weighted by tokens; every rank of the world calls it."""
+    def evaluate(self, global_batches: Iterable[list[MicroBatch]]) -> Evaluation:
+        """Return the loss over all batches, weighted by tokens or rows; every rank of the world calls it."""
         outputs, seen = [], 0
         with self.settled_parameters():
             for chunk in self.chunks:
                 chunk.eval()
             for batches in global_batches:
-                outputs += self._run(batches, forward_only=True)
+                prepared = self._task.prepare(self._shared(batches), self.chunks)
+                outputs += self._run(prepared, forward_only=True)
                 seen += 1
             for chunk in self.chunks:
                 chunk.train()
         assert seen, "a validation needs at least one global batch"
-        return self._totals(outputs, [], interrupted=False).loss
+        totals = self._totals(outputs, [], interrupted=False)
+        return Evaluation(loss=totals.loss, metrics=totals.metrics)
 
     @contextmanager
     def settled_parameters(self) -> Iterator[None]:
@@ -113,29 +125,24 @@ class Engine:
         for chunk in hooked:
             chunk.enable_forward_pre_hook()
 
+    def _shared(self, batches: list[MicroBatch]) -> list[MicroBatch]:
+        """Return this cp rank's part of every micro batch."""
+        return batches if self._share is None else [self._share(batch) for batch in batches]
+
     def _run(self, batches: list[MicroBatch], *, forward_only: bool) -> list[dict[str, torch.Tensor]]:
-        if self._share is not None:
-            batches = [self._share(batch) for batch in batches]
-        # Every chunk of an interleaved schedule reads the same micro batches through an iterator of its own.
-        iterators = [iter(batches) for _ in self.chunks]
-        batch_size, seq_len = batches[0].input_ids.shape
-        results: list[dict[str, torch.Tensor]] = get_forward_backward_func()(
-            forward_step_func=self._forward_step if self._per_token else self._forward_with_mean,
-            data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=self.chunks,
-            num_microbatches=len(batches),
-            seq_length=seq_len,
-            micro_batch_size=batch_size,
+        return run_schedule(
+            self.chunks,
+            batches,
+            self._task.forward_step if self._per_token else self._forward_with_mean,
             forward_only=forward_only,
         )
-        return results
 
     def _forward_with_mean(self, data_iterator: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Any]:
         """Run a micro batch whose loss is a mean over its own tokens: those of all cp ranks, each of which has a part.
 
         Megatron divides by what this rank counted, and averages gradients over the cp ranks (schedules.py, 0.16.1).
         """
-        output, loss_function = self._forward_step(data_iterator, model)
+        output, loss_function = self._task.forward_step(data_iterator, model)
         group = parallel_state.get_context_parallel_group()
 
         def loss_over_ranks(
@@ -150,31 +157,42 @@ class Engine:
     def _totals(
         self, outputs: list[dict[str, torch.Tensor]], batches: list[MicroBatch], *, interrupted: bool
     ) -> "_Totals":
-        """Sum over the world what the last pipeline stage knows; one all-reduce of six float64."""
-        values = torch.zeros(6, dtype=torch.float64, device=self._device)
+        """Sum over the world what the last pipeline stage knows; one all-reduce of a few float64."""
+        names = self._task.metrics
+        values = torch.zeros(6 + 2 * len(names), dtype=torch.float64, device=self._device)
         values[5] = float(interrupted)
         if parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0:
-            sums = torch.stack([output["loss"] for output in outputs])  # [micro batches, (loss sum, tokens)]
-            values[2] = sums[:, 1].sum()
+            sums = torch.stack([output["loss"] for output in outputs])  # [micro batches, (loss sum, number)]
+            values[2] = sum(output.get("loss_tokens", output["loss"])[1] for output in outputs)
             if self._per_token:
                 values[:2] = sums.sum(0)
             else:
                 tokens_of_means = torch.stack([output["mean_of"] for output in outputs])
                 values[0] = (sums[:, 0] / tokens_of_means.clamp(min=1)).sum()
                 values[1] = len(outputs) / parallel_state.get_context_parallel_world_size()
+            for number, name in enumerate(names):
+                found = [output[name] for output in outputs if name in output]
+                if found:
+                    values[6 + 2 * number : 8 + 2 * number] = torch.stack(found).sum(0)
             if parallel_state.get_context_parallel_rank() == 0:
                 for batch in batches:
                     values[3:5] += torch.tensor(
                         self._measure(batch), dtype=torch.float64, device=self._device
                     )
         dist.all_reduce(values)
-        loss_sum, weight, loss_tokens, tokens, flop, interrupts = values.tolist()
+        loss_sum, weight, loss_tokens, tokens, flop, interrupts, *rest = values.tolist()
+        means = {
+            name: total / number
+            for name, total, number in zip(names, rest[0::2], rest[1::2], strict=True)
+            if number
+        }
         return _Totals(
             loss=loss_sum / max(weight, 1.0),
             loss_tokens=int(loss_tokens),
             tokens=int(tokens),
             flop=flop,
             interrupted=interrupts > 0,
+            metrics=self._task.summary(means),
         )
 
     def _router_losses(self, num_micro_batches: int) -> dict[str, float]:
@@ -205,3 +223,4 @@ class _Totals:
     tokens: int
     flop: float
     interrupted: bool
+    metrics: dict[str, float]

@@ -14,7 +14,7 @@ from megaswift.checkpoint.torch_dist import load_tensors
 from megaswift.config.export import ExportConfig
 from megaswift.config.model import ModelConfig
 from megaswift.config.parallel import ParallelConfig
-from megaswift.config.parse import parse
+from megaswift.config.parse import parse_saved
 from megaswift.config.run import RunConfig
 from megaswift.config.tuner import TunerConfig
 from megaswift.converters.adapters import load_peft, save_peft
@@ -32,6 +32,7 @@ from megaswift.models.build import build_model
 from megaswift.models.lora import apply_lora
 from megaswift.parallel.layout import Layout
 from megaswift.platforms.platform import init_distributed, select_platform
+from megaswift.tasks.catalogue import model_of
 
 logger = get_logger(__name__)
 
@@ -46,6 +47,7 @@ def export(config: ExportConfig) -> ExportReport:
     meta = get_model_meta(
         locate(str(run.model.model), files=Files.ALL), trust_remote_code=run.model.trust_remote_code
     )
+    meta = model_of(run, meta)
     dtype = config.target.torch_dtype or run.model.torch_dtype or meta.dtype
     adapter = read_adapter(run.tuner.adapters[0], meta) if run.tuner.adapters else None
     if adapter is not None:
@@ -122,8 +124,7 @@ def _run_of(config: ExportConfig, checkpoint: Checkpoint | None) -> RunConfig:
         tuner = TunerConfig(tuner_type="lora" if source.adapters else "full", adapters=source.adapters)
         model = ModelConfig(model=source.model, trust_remote_code=source.trust_remote_code)
         return RunConfig(model=model, tuner=tuner)
-    task = "sft" if "task: sft" in (checkpoint.folder / RUN_FILE).read_text() else "pt"
-    trained = parse(task, ["--config", str(checkpoint.folder / RUN_FILE)]).config
+    trained = parse_saved(checkpoint.folder / RUN_FILE)
     if config.target.merge_lora and trained.tuner.tuner_type != "lora":
         raise ConfigError(f"merge_lora=true but {checkpoint.folder} has no adapter. Leave the flag out.")
     return replace(trained, parallel=ParallelConfig())

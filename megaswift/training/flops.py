@@ -86,9 +86,8 @@ def step_cost(meta: ModelMeta, tuner: TunerConfig) -> StepCost:
             reach = _reach(meta, layer)
             # Attention has no weights: its backward pass is the same with adapters.
             per_pair[reach] = per_pair.get(reach, 0) + 6 * _multiplications_of_a_pair(meta, layer)
-    return StepCost(
-        per_token=per_token, per_loss_token=matrix * meta.hidden_size * meta.vocab_size, per_pair=per_pair
-    )
+    per_loss_token = 0 if meta.scores else matrix * meta.hidden_size * meta.vocab_size
+    return StepCost(per_token=per_token, per_loss_token=per_loss_token, per_pair=per_pair)
 
 
 def _triangle(length: int) -> int:

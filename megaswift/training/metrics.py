@@ -47,6 +47,7 @@ def step_line(step: Step, window: Window, *, epoch: float, memory_gib: float) ->
         "grad_norm": result.grad_norm,
         "lr": result.lr,
         **result.router,
+        **result.metrics,
         "tokens": result.tokens,
         "loss_tokens": result.loss_tokens,
         "step_time_s": window.time_s / window.steps,

@@ -37,7 +37,8 @@ from megaswift.parallel.agreement import agree, agree_on_first, alike
 from megaswift.parallel.layout import Layout
 from megaswift.platforms.fp8 import check_fp8, format_for, software_here
 from megaswift.platforms.platform import Platform, init_distributed, select_platform
-from megaswift.tasks.catalogue import TASKS
+from megaswift.tasks.catalogue import compares, make_task, model_of
+from megaswift.tasks.task import run_model
 from megaswift.training.account import Account
 from megaswift.training.allocation import check_allocation
 from megaswift.training.callbacks import Evaluate, Log, Save
@@ -46,6 +47,7 @@ from megaswift.training.engine import Engine
 from megaswift.training.feed import TrainFeed, ValidationFeed
 from megaswift.training.loop import Callback, Progress, train_loop
 from megaswift.training.optimizer import build_optimizer, shards_optimizer, wrap_chunks
+from megaswift.training.reference import References, frozen_copy, needs_copy
 from megaswift.training.reporters import JsonLines, PlainLines, ProgressBar, Reporter, TensorBoard
 from megaswift.training.schedule import build_schedule
 from megaswift.training.setup import (
@@ -134,7 +136,12 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
     share_folder(output_dir)
     store = Store(output_dir)
     checkpoint = agree_on_first(lambda: _checkpoint_to_resume(store, run, meta))
-    sets = load_sets(run, meta, layout, output_dir=output_dir, group=patient)
+    references = None
+    if compares(run) and run.preference.precompute_ref_log_probs:
+        references = References(
+            run=run, meta=meta, layout=layout, platform=platform, output_dir=output_dir, group=patient
+        )
+    sets = load_sets(run, meta, layout, output_dir=output_dir, group=patient, references=references)
     layout = agree_on_first(
         lambda: place_context(
             run,
@@ -147,7 +154,7 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
         )
     )
     process_groups.nest_context(layout, timeout_min=run.parallel.ddp_timeout_min)
-
+    reference = frozen_copy(run, meta, layout, platform, group=patient) if needs_copy(run) else None
     chunks = _model(run, meta, layout, platform, adapter=adapter, checkpoint=checkpoint, group=patient)
     wrapped = wrap_chunks(chunks, run)
     optimizer = build_optimizer(wrapped, run)
@@ -161,12 +168,12 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
         world_size=dist.get_world_size(),
         patience_s=run.launch.hang_timeout_seconds or 0.0,
     )
-    forward_step = heartbeat.during("a forward pass", TASKS[run.task])
+    task = make_task(run, meta, reference=reference, run_model=heartbeat.during("a forward pass", run_model))
     engine = Engine(
         wrapped,
         optimizer,
         schedule,
-        forward_step,
+        task,
         measure=measurer(run, meta, sets.lengths),
         share=context_share(layout),
     )
@@ -262,6 +269,7 @@ def _resolve(run: RunConfig, platform: Platform) -> tuple[ModelMeta, ResolvedRun
         check_fp8(precision.fp8_recipe, software)
     run = replace(run, precision=replace(precision, fp8_format=fp8))
     resolved = resolve(run, meta, dist.get_world_size(), platform.name)
+    meta = model_of(run, meta)
     return meta, replace(resolved, notes=(*resolved.notes, note)) if note else resolved
 
 

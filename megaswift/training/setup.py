@@ -3,7 +3,7 @@
 import platform as python_platform
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +25,8 @@ from megaswift.converters.export import export_hf
 from megaswift.data.batches import BatchSettings, MicroBatch, TrainData, ValidationData
 from megaswift.data.encode import EncodedSet
 from megaswift.data.load import load_data
-from megaswift.data.tokenizer import load_tokenizer
+from megaswift.data.mismatched import mismatched_answers
+from megaswift.data.tokenizer import load_tokenizer, pad_id_of
 from megaswift.errors import CheckpointError
 from megaswift.logs import get_logger
 from megaswift.metadata.meta import ModelMeta
@@ -33,9 +34,11 @@ from megaswift.models.lora import resolve_targets
 from megaswift.parallel.agreement import agree, agree_on_first
 from megaswift.parallel.context import pad_multiple
 from megaswift.parallel.layout import Layout
+from megaswift.tasks.catalogue import form_of
 from megaswift.training.engine import Engine
 from megaswift.training.flops import step_cost
 from megaswift.training.loop import Progress
+from megaswift.training.reference import References
 
 logger = get_logger(__name__)
 
@@ -78,13 +81,24 @@ def share_folder(output_dir: Path) -> None:
         mark.unlink()
 
 
-def load_sets(run: RunConfig, meta: ModelMeta, layout: Layout, *, output_dir: Path, group: Any) -> Sets:
-    """Tokenise on rank 0 alone and open the result on every rank; every rank calls it, waiting in the patient `group`."""
+def load_sets(
+    run: RunConfig,
+    meta: ModelMeta,
+    layout: Layout,
+    *,
+    output_dir: Path,
+    group: Any,
+    references: References | None = None,
+) -> Sets:
+    """Tokenise on rank 0 alone and open the result on every rank; every rank calls it, waiting in the patient `group`.
+
+    `references` adds log-probabilities under a reference model.
+    """
     assert meta.folder is not None and run.training.global_batch_size is not None, "resolved"
     folder = output_dir / TOKENISED
     tokenizer = agree(lambda: load_tokenizer(str(meta.folder), trust_remote_code=run.model.trust_remote_code))
 
-    def encode() -> bool:
+    def encode() -> list[str]:
         data = load_data(
             run.data,
             tokenizer,
@@ -92,13 +106,17 @@ def load_sets(run: RunConfig, meta: ModelMeta, layout: Layout, *, output_dir: Pa
             seed=run.training.seed,
             use_hf=run.model.use_hf,
             stop_ids=meta.eos_token_ids,
+            form=form_of(run),
         )
-        data.train.save(folder / "train")
-        if data.val is not None:
-            data.val.save(folder / "val")
-        return data.val is not None
+        sets = {"train": data.train} | ({} if data.val is None else {"val": data.val})
+        for name, encoded in sets.items():
+            if run.task == "rlhf" and run.preference.rlhf_type == "kto" and run.preference.calculate_kl:
+                others = mismatched_answers(encoded, max_length=run.data.max_length)
+                encoded = replace(encoded, mismatched=others)
+            encoded.save(folder / name)
+        return list(sets)
 
-    has_val = agree_on_first(encode, group=group)
+    names = agree_on_first(encode, group=group)
     settings = BatchSettings(
         global_batch_size=run.training.global_batch_size,
         micro_batch_size=run.training.micro_batch_size,
@@ -111,16 +129,17 @@ def load_sets(run: RunConfig, meta: ModelMeta, layout: Layout, *, output_dir: Pa
         pad_to_multiple=token_multiple(run.precision)
         * pad_multiple(cp=layout.cp, tp=layout.tp, sequence_parallel=layout.sequence_parallel),
     )
-    pad_id = next(
-        (token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0
-    )
+    pad_id = pad_id_of(tokenizer)
+    encoded = agree(lambda: [EncodedSet.load(folder / name) for name in names])
+    if references is not None:
+        encoded = references.of(encoded, settings, pad_id=pad_id)
 
-    def open_sets() -> Sets:
-        train = EncodedSet.load(folder / "train")
-        val = ValidationData(EncodedSet.load(folder / "val"), settings, pad_id=pad_id) if has_val else None
-        return Sets(train=TrainData(train, settings, pad_id=pad_id), val=val, lengths=train.lengths)
+    def form_items() -> Sets:
+        val = ValidationData(encoded[1], settings, pad_id=pad_id) if len(encoded) > 1 else None
+        train = TrainData(encoded[0], settings, pad_id=pad_id)
+        return Sets(train=train, val=val, lengths=encoded[0].lengths)
 
-    return agree(open_sets)
+    return agree(form_items)
 
 
 def measurer(
@@ -153,6 +172,7 @@ def identity_of(run: RunConfig, meta: ModelMeta) -> dict[str, Any]:
         "torch_dtype": run.model.torch_dtype,
         "optimizer": run.optimizer.optimizer,
         "tuner_type": tuner.tuner_type,
+        **({"scores": True} if meta.scores else {}),
         **(adapters if tuner.tuner_type == "lora" else {}),
     }
 

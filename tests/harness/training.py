@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from megaswift.converters.export import export_hf
 from megaswift.converters.load import load_weights
 from megaswift.data.batches import BatchSettings, MicroBatch, TrainData
 from megaswift.data.encode import EncodedSet
+from megaswift.data.mismatched import mismatched_answers
 from megaswift.mcore import process_groups
 from megaswift.metadata.meta import ModelMeta
 from megaswift.metadata.read import get_model_meta
@@ -29,12 +31,14 @@ from megaswift.models.lora import apply_lora
 from megaswift.parallel.context import pad_multiple
 from megaswift.parallel.layout import Layout
 from megaswift.platforms.platform import select_platform
-from megaswift.tasks.sft import forward_step
+from megaswift.tasks.catalogue import make_task
+from megaswift.tasks.rm import as_reward_model
 from megaswift.training.context import context_share, place_context
 from megaswift.training.engine import Engine
 from megaswift.training.feed import TrainFeed
 from megaswift.training.loop import Progress
 from megaswift.training.optimizer import build_optimizer, wrap_chunks
+from megaswift.training.reference import frozen_copy, needs_copy
 from megaswift.training.schedule import build_schedule
 from megaswift.training.setup import Saver
 
@@ -47,6 +51,7 @@ class Case:
 
     name: str
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    task: str = "sft"
 
     def run_config(self, folder: Path) -> RunConfig:
         """Return the settings of the run on the model in `folder`."""
@@ -57,7 +62,7 @@ class Case:
             "training": {"global_batch_size": 8, "train_iters": 20},
             "logging": {"report_to": ["none"]},
         }
-        run = RunConfig()
+        run = RunConfig(task=self.task)
         for section in {*values, *self.settings}:
             changes = {**values.get(section, {}), **self.settings.get(section, {})}
             run = replace(run, **{section: replace(getattr(run, section), **changes)})
@@ -88,6 +93,20 @@ def synthetic_set(*, entries: int = 23, vocab: int = 131, longest: int = 40) -> 
     )
 
 
+def synthetic_judged(kind: str, *, rows: int = 8) -> EncodedSet:
+    """Return rows of random tokens as a loss of `kind` reads them: pairs, or single answers with labels; answers end them."""
+    per_row = 1 if kind == "kto" else 2
+    plain = synthetic_set(entries=rows * per_row)
+    weights = np.zeros_like(plain.loss_weights)
+    for start, end in pairwise(plain.starts.tolist()):
+        weights[start + 1 + (end - start) // 3 : end] = 1
+    encoded = replace(plain, loss_weights=weights, per_row=per_row)
+    if kind != "kto":
+        return encoded
+    labels = (np.arange(rows) % 3 == 0).astype(np.float32)
+    return replace(encoded, targets=labels, mismatched=mismatched_answers(encoded, max_length=40))
+
+
 @contextmanager
 def prepared(folder: Path, case: Case, *, encoded: EncodedSet | None = None) -> Iterator[Trained]:
     """Yield model, optimizer and data of a case on this rank, with weights from `folder`; free them and the groups after.
@@ -110,6 +129,10 @@ def _prepare(folder: Path, case: Case, encoded: EncodedSet) -> Trained:
     meta = get_model_meta(folder)
     resolved = resolve(case.run_config(folder), meta, dist.get_world_size(), platform.name)
     run = resolved.config
+    if encoded is None:
+        encoded = synthetic_judged(run.preference.rlhf_type) if run.task == "rlhf" else synthetic_set()
+    if run.task == "rlhf" and run.preference.rlhf_type == "rm":
+        meta = as_reward_model(meta, pad_id=0)
     layout = place_context(
         run,
         meta,
@@ -125,10 +148,12 @@ def _prepare(folder: Path, case: Case, encoded: EncodedSet) -> Trained:
     if run.tuner.tuner_type == "lora":
         apply_lora(chunks, run.tuner, meta, seed=run.training.seed)
     load_weights(chunks, meta, layout, dist.get_rank(), folder)
+    reference = frozen_copy(run, meta, layout, platform, group=None) if needs_copy(run) else None
     wrapped = wrap_chunks(chunks, run)
     optimizer = build_optimizer(wrapped, run)
     schedule = build_schedule(optimizer, run.optimizer, total_steps=run.training.train_iters or 1)
-    engine = Engine(wrapped, optimizer, schedule, forward_step, measure=count, share=context_share(layout))
+    task = make_task(run, meta, reference=reference)
+    engine = Engine(wrapped, optimizer, schedule, task, measure=count, share=context_share(layout))
     settings = BatchSettings(
         global_batch_size=run.training.global_batch_size or 1,
         micro_batch_size=run.training.micro_batch_size,

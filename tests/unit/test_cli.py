@@ -42,7 +42,16 @@ def model(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["--help"], ["sft", "--help"], ["pt", "--help"], ["models"], ["doctor", "--help"]]
+    "words",
+    [
+        [],
+        ["--help"],
+        ["sft", "--help"],
+        ["pt", "--help"],
+        ["rlhf", "--help"],
+        ["models"],
+        ["doctor", "--help"],
+    ],
 )
 def test_help_loads_nothing_heavy(words: list[str]) -> None:
     code = (

@@ -1,0 +1,43 @@
+"""Settings: learning from preferences."""
+
+from dataclasses import dataclass
+
+from megaswift.config.field import setting
+
+PAIRED = ("dpo", "orpo", "simpo", "cpo", "rm")  # whose rows hold two answers to one prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceConfig:
+    """Which preference loss trains the model, and against which reference (`megaswift rlhf`)."""
+
+    rlhf_type: str = setting("dpo", "what to optimise", choices=("dpo", "orpo", "simpo", "cpo", "kto", "rm"))
+    loss_type: str | None = setting(
+        None,
+        "form of the loss: sigmoid, ipo, hinge, robust or sigmoid_norm for dpo, sigmoid, hinge or ipo for cpo, "
+        "kto or apo_zero_unpaired for kto; default: the first",
+    )
+    beta: float | None = setting(
+        None, "strength of the preference against the reference; default 0.1, for simpo 2"
+    )
+    label_smoothing: float = setting(
+        0.0, "share of pairs whose answers may be swapped (dpo sigmoid and robust, cpo, simpo)"
+    )
+    rpo_alpha: float | None = setting(None, "dpo: weight of the chosen answer's negative log-likelihood")
+    reference_free: bool = setting(False, "dpo: compare with a uniform reference instead of a model")
+    cpo_alpha: float | None = setting(
+        None, "weight of the chosen answer's negative log-likelihood; default 1 for cpo, 0 for simpo"
+    )
+    simpo_gamma: float = setting(1.0, "simpo: margin by which the chosen answer must win")
+    desirable_weight: float = setting(1.0, "kto: weight of rows with a true label")
+    undesirable_weight: float = setting(1.0, "kto: weight of rows with a false label")
+    calculate_kl: bool = setting(
+        True, "kto: estimate the divergence from the reference; false: take it as 0", flag="calculate_KL"
+    )
+    center_rewards_coefficient: float | None = setting(None, "rm: weight that draws the rewards to mean 0")
+    ref_model: str | None = setting(
+        None, "model of the same kind to compare with; default: --model as it is before training"
+    )
+    precompute_ref_log_probs: bool = setting(
+        False, "compute the reference's log-probabilities once, to disk, instead of at every step"
+    )

@@ -1,0 +1,158 @@
+"""Rules of `megaswift rlhf`: which settings belong to which preference loss, and what they are when not given."""
+
+from typing import Any
+
+from megaswift.config.case import Case
+from megaswift.config.preference import PreferenceConfig
+from megaswift.config.run import RunConfig
+from megaswift.errors import ConfigError, nearest
+
+# rlhf_type -> its forms of the loss, the default first
+LOSS_TYPES: dict[str, tuple[str, ...]] = {
+    "dpo": ("sigmoid", "ipo", "hinge", "robust", "sigmoid_norm"),
+    "orpo": (),
+    "simpo": (),
+    "cpo": ("sigmoid", "hinge", "ipo"),
+    "kto": ("kto", "apo_zero_unpaired"),
+    "rm": (),
+}
+# setting -> the rlhf_types that read it
+BELONGS: dict[str, tuple[str, ...]] = {
+    "label_smoothing": ("dpo", "cpo", "simpo"),
+    "rpo_alpha": ("dpo",),
+    "reference_free": ("dpo",),
+    "cpo_alpha": ("cpo", "simpo"),
+    "simpo_gamma": ("simpo",),
+    "desirable_weight": ("kto",),
+    "undesirable_weight": ("kto",),
+    "calculate_kl": ("kto",),
+    "center_rewards_coefficient": ("rm",),
+    "ref_model": ("dpo", "kto"),
+    "precompute_ref_log_probs": ("dpo", "kto"),
+}
+NEEDS_REFERENCE = ("dpo", "kto")
+
+
+def preferences_are_for_rlhf(run: RunConfig) -> None:
+    """Settings of preference training mean nothing to other tasks."""
+    if run.task == "rlhf":
+        return
+    blank = PreferenceConfig()
+    for name in vars(blank):
+        value = getattr(run.preference, name)
+        if value != getattr(blank, name):
+            raise ConfigError(f"{name}={value} is for `megaswift rlhf`, not `megaswift {run.task}`.")
+
+
+def preference_settings_belong_to_the_loss(run: RunConfig) -> None:
+    """A setting that the chosen loss does not read is a mistake."""
+    chosen, blank = run.preference, PreferenceConfig()
+    for name, readers in BELONGS.items():
+        value = getattr(chosen, name)
+        if run.task == "rlhf" and value != getattr(blank, name) and chosen.rlhf_type not in readers:
+            raise ConfigError(
+                f"{name}={value} is for rlhf_type {' and '.join(readers)}, not {chosen.rlhf_type}. Leave it out."
+            )
+
+
+def the_loss_type_is_known(run: RunConfig) -> None:
+    """Each rlhf_type has forms of its own."""
+    asked, kind = run.preference.loss_type, run.preference.rlhf_type
+    if run.task != "rlhf" or asked is None or asked in LOSS_TYPES[kind]:
+        return
+    if not LOSS_TYPES[kind]:
+        raise ConfigError(f"loss_type={asked}: rlhf_type={kind} has one form. Leave it out.")
+    raise ConfigError(
+        f"loss_type={asked} is not built for rlhf_type={kind}.{nearest(asked, LOSS_TYPES[kind])}"
+    )
+
+
+def preference_numbers_are_in_range(run: RunConfig) -> None:
+    """Strengths are positive, and fewer than half of the labels are wrong."""
+    chosen = run.preference
+    if chosen.beta is not None and chosen.beta <= 0:
+        raise ConfigError(f"beta={chosen.beta:g} is too small. Give more than 0.")
+    if not 0 <= chosen.label_smoothing < 0.5:
+        raise ConfigError(f"label_smoothing={chosen.label_smoothing:g} is not from 0 to below 0.5.")
+    for name in (
+        "rpo_alpha",
+        "cpo_alpha",
+        "desirable_weight",
+        "undesirable_weight",
+        "center_rewards_coefficient",
+    ):
+        value = getattr(chosen, name)
+        if value is not None and value < 0:
+            raise ConfigError(f"{name}={value:g} is negative. Give 0 or more.")
+    if chosen.label_smoothing and (chosen.loss_type or "sigmoid") not in ("sigmoid", "robust"):
+        raise ConfigError(f"label_smoothing is for loss_type sigmoid and robust, not {chosen.loss_type}.")
+    if chosen.reference_free and (chosen.ref_model or chosen.precompute_ref_log_probs):
+        raise ConfigError(
+            "reference_free=true has no reference model. Leave --ref_model and --precompute_ref_log_probs out."
+        )
+
+
+def preference_settings_have_defaults(case: Case) -> Case | None:
+    """Fill what depends on the loss; the papers' values, as TRL 1.16 and ms-swift 4.6 have them."""
+    chosen = case.run.preference
+    if case.run.task != "rlhf":
+        return None
+    kind, forms = chosen.rlhf_type, LOSS_TYPES[chosen.rlhf_type]
+    filled: dict[str, Any] = {"loss_type": chosen.loss_type or (forms[0] if forms else None)}
+    if chosen.beta is None and kind != "rm":
+        filled["beta"] = 2.0 if kind == "simpo" else 0.1
+    if chosen.cpo_alpha is None and kind in BELONGS["cpo_alpha"]:
+        filled["cpo_alpha"] = 1.0 if kind == "cpo" else 0.0
+    if filled["loss_type"] == "apo_zero_unpaired":
+        filled["calculate_kl"] = False  # its z is 0
+    return case.change("preference", **filled)
+
+
+def the_reference_is_not_the_adapted_model(case: Case) -> Case | None:
+    """Say what an adapter that training starts from is compared with."""
+    kind, tuner = case.run.preference.rlhf_type, case.run.tuner
+    if (
+        case.run.task != "rlhf"
+        or kind not in NEEDS_REFERENCE
+        or not tuner.adapters
+        or case.run.preference.ref_model
+    ):
+        return None
+    return case.change(
+        "tuner",
+        f"adapters={tuner.adapters[0]}: the reference is the model without it. To compare with the adapted model, merge the "
+        "adapter first (`megaswift export --merge_lora true`) and give the merged folder as --ref_model.",
+    )
+
+
+def reward_models_train_in_full(run: RunConfig) -> None:
+    """An adapter has no place for the new head."""
+    if run.task == "rlhf" and run.preference.rlhf_type == "rm" and run.tuner.tuner_type != "full":
+        raise ConfigError(
+            f"rlhf_type=rm is built for tuner_type=full, not {run.tuner.tuner_type}: a PEFT adapter with the reward's head is not "
+            "written. Use --tuner_type full."
+        )
+
+
+def answers_may_be_spread_over_ranks(run: RunConfig) -> None:
+    """What context parallelism does not reach yet: the last token of an answer, and references before training."""
+    if run.task != "rlhf" or run.parallel.cp == 1:
+        return
+    for asked, name in (
+        (run.preference.rlhf_type == "rm", "rlhf_type=rm"),
+        (run.preference.precompute_ref_log_probs, "precompute_ref_log_probs=true"),
+    ):
+        if asked:
+            raise ConfigError(
+                f"{name} is not built for context_parallel_size={run.parallel.cp}. Use another layout, such as "
+                "--tensor_model_parallel_size."
+            )
+
+
+def pairs_are_whole_documents(case: Case) -> None:
+    """A loss over documents is not a mean over micro batches of tokens."""
+    if case.run.task == "rlhf" and not case.run.training.calculate_per_token_loss:
+        raise ConfigError(
+            "calculate_per_token_loss=false is for token losses: `megaswift rlhf` always divides by the rows of the global "
+            "batch. Leave it out."
+        )

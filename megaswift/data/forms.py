@@ -1,0 +1,44 @@
+"""What the rows of a task must hold: the documents that a row becomes, and what it says about them."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megaswift.data.sample import RowError, Sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """How rows become documents. The documents of a row stay together in every batch and in every pack."""
+
+    documents: Callable[[Sample], tuple[Sample, ...]]  # raises RowError for a row that the task cannot use
+    per_row: int  # how many they are
+    target: Callable[[Sample], float | None]  # what the row says beside its text; None: nothing
+
+
+def _itself(sample: Sample) -> tuple[Sample, ...]:
+    return (sample,)
+
+
+def _pair(sample: Sample) -> tuple[Sample, ...]:
+    """Return the conversation with the chosen answer, then the one with the rejected answer."""
+    if not sample.rejected:
+        raise RowError(
+            "pair", f"a row of layout {sample.layout} has no rejected answer (rejected, rejected_response)"
+        )
+    return sample, dataclasses.replace(sample, messages=sample.rejected)
+
+
+def _judged(sample: Sample) -> tuple[Sample, ...]:
+    if not isinstance(sample.label, bool | int) or sample.label not in (0, 1):
+        raise RowError("label", f"label is {sample.label!r}, not true or false")
+    return (sample,)
+
+
+CONVERSATIONS = Form(documents=_itself, per_row=1, target=lambda sample: None)
+PAIRS = Form(documents=_pair, per_row=2, target=lambda sample: sample.margin)
+JUDGEMENTS = Form(
+    documents=_judged,
+    per_row=1,
+    target=lambda sample: float(sample.label),  # type: ignore[arg-type]  # seen by _judged
+)

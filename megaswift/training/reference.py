@@ -1,0 +1,150 @@
+"""The reference model of preference training: a frozen copy, or its log-probabilities computed once to disk."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megaswift.config.run import RunConfig
+from megaswift.converters.load import load_weights
+from megaswift.data.batches import BatchSettings, MicroBatch, ValidationData
+from megaswift.data.encode import EncodedSet
+from megaswift.errors import ConfigError
+from megaswift.logs import get_logger
+from megaswift.metadata.meta import ModelMeta
+from megaswift.metadata.read import get_model_meta
+from megaswift.models.build import build_model
+from megaswift.parallel.agreement import agree, agree_on_first, alike
+from megaswift.parallel.layout import Layout
+from megaswift.platforms.platform import Platform
+from megaswift.tasks.catalogue import compares
+from megaswift.tasks.preference import answer_logps
+from megaswift.tasks.task import look, run_model
+
+logger = get_logger(__name__)
+
+FOLDER = "reference_logps"  # below the run's folder
+
+
+def needs_copy(run: RunConfig) -> bool:
+    """Whether a frozen model stands beside the trained one; an adapted model without its adapters is its own reference."""
+    settings = run.preference
+    if not compares(run) or settings.precompute_ref_log_probs:
+        return False
+    return run.tuner.tuner_type == "full" or settings.ref_model is not None
+
+
+def frozen_copy(
+    run: RunConfig, meta: ModelMeta, layout: Layout, platform: Platform, *, group: Any
+) -> list[Any]:
+    """Return this rank's chunks of the reference model, without gradients; every rank of the world calls it.
+
+    `group` holds all ranks and is patient. Raises UserError where --ref_model is another kind of model.
+    """
+    reference = alike(lambda: _reference_meta(run, meta))
+    chunks = alike(lambda: build_model(reference, run, layout, platform))
+    agree(
+        lambda: load_weights(chunks, reference, layout, dist.get_rank(), Path(str(reference.folder))),
+        group=group,
+    )
+    for chunk in chunks:
+        chunk.requires_grad_(False)
+    return list(chunks)
+
+
+def _reference_meta(run: RunConfig, meta: ModelMeta) -> ModelMeta:
+    name = run.preference.ref_model
+    if name is None:
+        return meta
+    reference = get_model_meta(name, use_hf=run.model.use_hf, trust_remote_code=run.model.trust_remote_code)
+    if reference.vocab_size != meta.vocab_size:
+        raise ConfigError(
+            f"ref_model={name} has vocab_size={reference.vocab_size} and the trained model {meta.vocab_size}: they do not read "
+            "the same tokens. Choose a reference with the same tokenizer."
+        )
+    return reference
+
+
+@dataclass(frozen=True, kw_only=True)
+class References:
+    """Computes log-probabilities under the reference once, and keeps them on disk."""
+
+    run: RunConfig
+    meta: ModelMeta
+    layout: Layout
+    platform: Platform
+    output_dir: Path
+    group: Any  # all ranks, patient
+
+    def of(self, sets: Sequence[EncodedSet], settings: BatchSettings, *, pad_id: int) -> list[EncodedSet]:
+        """Return the sets with their references, which are read where an earlier start left them.
+
+        Every rank of the world calls it. The reference model is in memory only while it computes.
+        """
+        chunks: list[Any] = []
+        found = []
+        for encoded in sets:
+            file = self.output_dir / FOLDER / f"{self._key(encoded)}.npy"
+            if not agree_on_first(file.exists):
+                if not chunks:
+                    chunks = frozen_copy(self.run, self.meta, self.layout, self.platform, group=self.group)
+                table = self._compute(chunks, encoded, settings, pad_id)
+                agree_on_first(lambda file=file, table=table: _write(file, table))  # type: ignore[misc]  # bound now
+                logger.info(
+                    "computed the reference's log-probabilities of %d answers: %s", len(encoded), file
+                )
+            references = agree(lambda file=file: np.load(file, mmap_mode="r"))  # type: ignore[misc]  # bound now
+            mismatched = encoded.mismatched
+            if mismatched is not None:
+                (mismatched,) = self.of([mismatched], settings, pad_id=pad_id)
+            found.append(replace(encoded, references=references, mismatched=mismatched))
+        return found
+
+    def _compute(
+        self, chunks: Sequence[Any], encoded: EncodedSet, settings: BatchSettings, pad_id: int
+    ) -> np.ndarray:
+        """Return the log-probability of every entry's answer, float64 [entries]; every rank of the world calls it."""
+        data = ValidationData(replace(encoded, mismatched=None, targets=None), settings, pad_id=pad_id)
+        table = torch.zeros(len(encoded), dtype=torch.float64, device=self.platform.device)
+        dp_rank = parallel_state.get_data_parallel_rank()
+        counts = (
+            parallel_state.get_tensor_model_parallel_rank() == 0
+            and parallel_state.get_context_parallel_rank() == 0
+        )
+        for step in range(data.num_steps()):
+            batches = list(data.micro_batches(step, dp_rank=dp_rank, dp=self.layout.dp))
+            for entries, logps in look(chunks, batches, _entries_and_logps, run=run_model):
+                if counts:
+                    table[list(entries)] = logps
+        dist.all_reduce(table)
+        return table.cpu().numpy()
+
+    def _key(self, encoded: EncodedSet) -> str:
+        """Return what the log-probabilities depend on: the tokens, and the weights as far as their files tell."""
+        folder = Path(str(_reference_meta(self.run, self.meta).folder))
+        files = sorted(
+            (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.glob("*.safetensors")
+        )
+        digest = hashlib.sha256(repr((files, self.run.model.torch_dtype)).encode())
+        for values in (encoded.input_ids, encoded.loss_weights, encoded.starts):
+            digest.update(np.ascontiguousarray(values).data)
+        return digest.hexdigest()[:16]
+
+
+def _entries_and_logps(batch: MicroBatch, losses_BS: torch.Tensor) -> tuple[tuple[int, ...], torch.Tensor]:
+    return batch.sample_ids, answer_logps(batch, losses_BS)
+
+
+def _write(file: Path, table: np.ndarray) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    growing = file.with_suffix(".tmp")
+    with growing.open("wb") as opened:
+        np.save(opened, table)
+    os.replace(growing, file)

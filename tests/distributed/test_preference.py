@@ -1,0 +1,103 @@
+"""Preference losses under every layout, padded and packed, against one rank: same weights, same rows, same curve."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megaswift.data.packing import pack
+from tests.harness.distributed import run_distributed
+from tests.harness.tiny import save_tiny
+from tests.harness.training import Case, Curve, curves, synthetic_judged, temporary_folder
+
+# float32 sums in another order, three Adam steps apart.
+LOSS_TOLERANCE, NORM_TOLERANCE = 1e-5, 1e-4
+STEPS, ROWS = 3, 8
+PACKS, PACK = 4, {"pairs": 110, "kto": 80}  # tokens of a pack such that all rows make four packs
+
+LORA = {"tuner": {"tuner_type": "lora", "lora_dropout": 0.0}, "optimizer": {"lr": 1e-2, "adam_eps": 1e-3}}
+# what is trained -> settings
+TRAININGS: dict[str, dict[str, dict[str, Any]]] = {
+    "dpo": {"preference": {"rlhf_type": "dpo", "beta": 0.5, "rpo_alpha": 0.2}},
+    "dpo lora": {"preference": {"rlhf_type": "dpo", "beta": 0.5}, **LORA},
+    "orpo": {"preference": {"rlhf_type": "orpo", "beta": 0.5}},
+    "simpo": {"preference": {"rlhf_type": "simpo"}},
+    "kto": {"preference": {"rlhf_type": "kto", "beta": 0.5, "undesirable_weight": 0.8}},
+    "rm": {"preference": {"rlhf_type": "rm", "center_rewards_coefficient": 0.01}},
+}
+# layout -> (ranks, parallel settings)
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "dp2": (2, {}),
+    "tp2 sp": (2, {"tp": 2, "sequence_parallel": True}),
+    "pp2": (2, {"pp": 2}),
+    "tp2 pp2": (4, {"tp": 2, "pp": 2}),
+}
+
+
+@cache
+def folder() -> Path:
+    return save_tiny("llama", temporary_folder())
+
+
+def rows_settings(training: str, rows: str) -> dict[str, dict[str, Any]]:
+    """All rows are one global batch, so that padded and packed batches hold the same."""
+    if rows == "padded":
+        return {
+            "data": {"padding_free": False},
+            "training": {"micro_batch_size": 2, "global_batch_size": ROWS},
+        }
+    kind = TRAININGS[training]["preference"]["rlhf_type"]
+    length = PACK.get(kind, PACK["pairs"])
+    assert len(pack(synthetic_judged(kind).row_lengths, length)) == PACKS
+    return {
+        "data": {"packing": True, "packing_length": length, "max_length": 40},
+        "training": {"micro_batch_size": 1, "global_batch_size": PACKS},
+    }
+
+
+def case_of(training: str, layout: str, parallel: dict[str, Any], rows: str) -> Case:
+    settings = {**rows_settings(training, rows), **TRAININGS[training], "parallel": parallel}
+    settings["training"] = {**settings["training"], "train_iters": STEPS}
+    return Case(name=f"{training} {layout} {rows}", settings=settings, task="rlhf")
+
+
+@cache
+def all_curves(ranks: int) -> list[dict[str, Curve]]:
+    """Run every training and layout of so many ranks in one set of processes; return what each rank saw."""
+    layouts = {"one": (1, {}), **LAYOUTS}
+    cases = [
+        case_of(training, layout, parallel, rows)
+        for training in TRAININGS
+        for layout, (world, parallel) in layouts.items()
+        if world == ranks
+        for rows in (("padded", "packed") if layout in ("one", "tp2 pp2") else ("packed",))
+    ]
+    return run_distributed(curves, ranks, folder(), cases)
+
+
+def same(found: Curve, expected: Curve) -> None:
+    assert len(found) == len(expected) == STEPS
+    for (loss, norm), (one_loss, one_norm) in zip(found, expected, strict=True):
+        assert loss == pytest.approx(one_loss, rel=LOSS_TOLERANCE)
+        assert norm == pytest.approx(one_norm, rel=NORM_TOLERANCE)
+
+
+@pytest.mark.parametrize("training", TRAININGS)
+def test_packed_answers_train_like_padded_ones(training: str) -> None:
+    seen = all_curves(1)[0]
+    padded = seen[f"{training} one padded"]
+    assert padded[-1][0] < 0.98 * padded[0][0], "the run must learn, or equal curves would say little"
+    same(seen[f"{training} one packed"], padded)
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("training", TRAININGS)
+def test_layout_trains_preferences_like_one_rank(training: str, layout: str) -> None:
+    expected = all_curves(1)[0][f"{training} one padded"]
+    for seen in all_curves(LAYOUTS[layout][0]):
+        for rows in ("padded", "packed"):
+            if found := seen.get(f"{training} {layout} {rows}"):
+                same(found, expected)
+        assert f"{training} {layout} packed" in seen

@@ -1,0 +1,92 @@
+"""Settings of `megaswift rlhf`: defaults of each loss, and what does not belong to it."""
+
+import pytest
+
+from megaswift.config.dump import dump_run
+from megaswift.config.parse import parse_run, parse_saved
+from megaswift.config.rules import ResolvedRun
+from megaswift.errors import ConfigError
+from tests.unit.test_config_rules import dense, resolved
+
+
+def rlhf(words: str) -> ResolvedRun:
+    return resolved(words, dense(), task="rlhf")
+
+
+@pytest.mark.parametrize(
+    ("words", "loss_type", "beta", "cpo_alpha"),
+    [
+        ("", "sigmoid", 0.1, None),
+        ("--rlhf_type dpo --loss_type ipo --beta 0.5", "ipo", 0.5, None),
+        ("--rlhf_type orpo", None, 0.1, None),
+        ("--rlhf_type simpo", None, 2.0, 0.0),
+        ("--rlhf_type cpo", "sigmoid", 0.1, 1.0),
+        ("--rlhf_type kto", "kto", 0.1, None),
+    ],
+)
+def test_each_loss_has_its_defaults(words: str, loss_type: str, beta: float, cpo_alpha: float) -> None:
+    chosen = rlhf(words).config.preference
+    assert (chosen.loss_type, chosen.beta, chosen.cpo_alpha) == (loss_type, beta, cpo_alpha)
+
+
+def test_apo_needs_no_divergence() -> None:
+    assert rlhf("--rlhf_type kto").config.preference.calculate_kl
+    assert not rlhf("--rlhf_type kto --loss_type apo_zero_unpaired").config.preference.calculate_kl
+
+
+def test_rlhf_learns_the_last_answer_unless_told_otherwise() -> None:
+    assert rlhf("").config.data.loss_scale == "last_round"
+    assert rlhf("--loss_scale default").config.data.loss_scale == "default"
+
+
+def test_a_pack_holds_both_answers_of_a_pair() -> None:
+    assert rlhf("--packing --max_length 100").config.data.packing_length == 200
+    assert rlhf("--rlhf_type kto --packing --max_length 100").config.data.packing_length == 100
+    with pytest.raises(
+        ConfigError, match="packing_length=150 is below 2 x max_length=100: both answers of a pair"
+    ):
+        rlhf("--packing --max_length 100 --packing_length 150")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--rlhf_type orpo --loss_type sigmoid", "loss_type=sigmoid: rlhf_type=orpo has one form"),
+        ("--loss_type sigmoyd", "loss_type=sigmoyd is not built for rlhf_type=dpo. Did you mean sigmoid?"),
+        ("--rlhf_type simpo --rpo_alpha 1", "rpo_alpha=1.0 is for rlhf_type dpo, not simpo"),
+        ("--rlhf_type orpo --ref_model m", "ref_model=m is for rlhf_type dpo and kto, not orpo"),
+        ("--beta 0", "beta=0 is too small"),
+        ("--loss_type robust --label_smoothing 0.5", "label_smoothing=0.5 is not from 0 to below 0.5"),
+        (
+            "--loss_type hinge --label_smoothing 0.1",
+            "label_smoothing is for loss_type sigmoid and robust, not hinge",
+        ),
+        ("--rpo_alpha -1", "rpo_alpha=-1 is negative"),
+        ("--reference_free --ref_model m", "reference_free=true has no reference model"),
+        ("--rlhf_type rm --tuner_type lora", "rlhf_type=rm is built for tuner_type=full, not lora"),
+        ("--calculate_per_token_loss false", "calculate_per_token_loss=false is for token losses"),
+    ],
+)
+def test_what_does_not_fit_is_refused(words: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
+        rlhf(words)
+
+
+def test_other_tasks_have_no_preferences() -> None:
+    with pytest.raises(ConfigError, match=r"beta=0\.2 is for `megaswift rlhf`, not `megaswift sft`"):
+        resolved("--beta 0.2", dense())
+
+
+def test_an_adapter_to_start_from_is_said_to_be_no_part_of_the_reference() -> None:
+    words = "--tuner_type lora --adapters a"
+    assert any("the reference is the model without it" in note for note in rlhf(words).notes)
+    assert not any("reference" in note for note in rlhf(f"{words} --ref_model m").notes)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto", "simpo"])
+def test_saved_settings_resolve_to_themselves(kind: str, tmp_path) -> None:
+    run = rlhf(f"--rlhf_type {kind}").config
+    (tmp_path / "run.yaml").write_text(dump_run(run))
+    assert parse_saved(tmp_path / "run.yaml") == run
+    assert resolved(f"--config {tmp_path / 'run.yaml'}", dense(), task="rlhf").config == run
+    assert parse_run("rlhf", ["--config", str(tmp_path / "run.yaml")]) == run

@@ -1,0 +1,247 @@
+"""Preference losses against the formulas of their papers, in plain float64 arithmetic: values, and gradients by differences."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from megaswift.config.preference import PreferenceConfig
+from megaswift.data.batches import MicroBatch
+from megaswift.tasks.answers import Answers, Outcome
+from megaswift.tasks.catalogue import PAIR_LOSSES
+from megaswift.tasks.kto import kto_loss, with_margin
+from megaswift.tasks.rm import METRICS as RM_METRICS
+from megaswift.tasks.rm import last_scores, rm_loss
+
+# Losses and gradients are of order 1. Central differences of step 1e-4 are wrong by 1e-8 times a third derivative.
+TOLERANCE, STEP = 1e-6, 1e-4
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One pair as the papers write it: log-probabilities w (chosen) and l (rejected), of the reference, and lengths."""
+
+    w: float
+    l: float  # noqa: E741  # the papers' letter
+    ref_w: float
+    ref_l: float
+    len_w: int
+    len_l: int
+
+    @property
+    def h(self) -> float:
+        """The lead of the chosen answer over the reference."""
+        return (self.w - self.ref_w) - (self.l - self.ref_l)
+
+    @property
+    def h_mean(self) -> float:
+        """The same of means over tokens."""
+        return (self.w - self.ref_w) / self.len_w - (self.l - self.ref_l) / self.len_l
+
+
+PAIRS = (
+    Pair(-12.3, -15.1, -13.0, -14.2, 7, 9),
+    Pair(-30.5, -22.0, -29.1, -25.5, 11, 4),
+    Pair(-3.2, -3.9, -3.1, -3.6, 2, 3),
+)
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def log_odds(mean_logp: float) -> float:
+    return mean_logp - math.log(1 - math.exp(mean_logp))
+
+
+def orpo(pair: Pair, weight: float) -> float:
+    lead = log_odds(pair.w / pair.len_w) - log_odds(pair.l / pair.len_l)
+    return -pair.w / pair.len_w - weight * math.log(sigmoid(lead))
+
+
+# name -> (rlhf_type, settings, the paper's loss of one pair)
+CASES: dict[str, tuple[str, dict[str, Any], Callable[[Pair], float]]] = {
+    "dpo sigmoid": ("dpo", {"loss_type": "sigmoid", "beta": 0.3}, lambda p: -math.log(sigmoid(0.3 * p.h))),
+    "dpo smoothed": (
+        "dpo",
+        {"loss_type": "sigmoid", "beta": 0.3, "label_smoothing": 0.2},
+        lambda p: -0.8 * math.log(sigmoid(0.3 * p.h)) - 0.2 * math.log(sigmoid(-0.3 * p.h)),
+    ),
+    "dpo robust": (
+        "dpo",
+        {"loss_type": "robust", "beta": 0.3, "label_smoothing": 0.2},
+        lambda p: (-0.8 * math.log(sigmoid(0.3 * p.h)) + 0.2 * math.log(sigmoid(-0.3 * p.h))) / 0.6,
+    ),
+    "dpo hinge": ("dpo", {"loss_type": "hinge", "beta": 0.3}, lambda p: max(0.0, 1 - 0.3 * p.h)),
+    "dpo ipo": ("dpo", {"loss_type": "ipo", "beta": 0.3}, lambda p: (p.h_mean - 1 / 0.6) ** 2),
+    "dpo sigmoid_norm": (
+        "dpo",
+        {"loss_type": "sigmoid_norm", "beta": 3.0},
+        lambda p: -math.log(sigmoid(3.0 * p.h_mean)),
+    ),
+    "dpo rpo_alpha": (
+        "dpo",
+        {"loss_type": "sigmoid", "beta": 0.3, "rpo_alpha": 0.7},
+        lambda p: -math.log(sigmoid(0.3 * p.h)) - 0.7 * p.w / p.len_w,
+    ),
+    "orpo": ("orpo", {"beta": 0.4}, lambda p: orpo(p, 0.4)),
+    "simpo": (
+        "simpo",
+        {"beta": 2.0, "cpo_alpha": 0.0, "simpo_gamma": 0.6},
+        lambda p: -math.log(sigmoid(2.0 * p.w / p.len_w - 2.0 * p.l / p.len_l - 0.6)),
+    ),
+    "cpo-simpo": (
+        "simpo",
+        {"beta": 2.0, "cpo_alpha": 0.5, "simpo_gamma": 0.6},
+        lambda p: -math.log(sigmoid(2.0 * p.w / p.len_w - 2.0 * p.l / p.len_l - 0.6)) - 0.5 * p.w / p.len_w,
+    ),
+    "cpo": (
+        "cpo",
+        {"loss_type": "sigmoid", "beta": 0.3, "cpo_alpha": 0.5},
+        lambda p: -math.log(sigmoid(0.3 * (p.w - p.l))) - 0.5 * p.w / p.len_w,
+    ),
+    "cpo hinge": (
+        "cpo",
+        {"loss_type": "hinge", "beta": 0.3, "cpo_alpha": 0.0},
+        lambda p: max(0.0, 1 - 0.3 * (p.w - p.l)),
+    ),
+    "cpo ipo": (
+        "cpo",
+        {"loss_type": "ipo", "beta": 0.3, "cpo_alpha": 0.0},
+        lambda p: (p.w / p.len_w - p.l / p.len_l - 1 / 0.6) ** 2,
+    ),
+}
+
+
+def answers_of_pairs(*, with_reference: bool = True) -> Answers:
+    flat = [
+        value
+        for pair in PAIRS
+        for value in ((pair.w, pair.ref_w, pair.len_w), (pair.l, pair.ref_l, pair.len_l))
+    ]
+    logps, references, lengths = torch.tensor(flat, dtype=torch.float64).T.contiguous()
+    return Answers(
+        logps_N=logps.requires_grad_(), lengths_N=lengths, references_N=references if with_reference else None
+    )
+
+
+def moved(pair: Pair, name: str, by: float) -> Pair:
+    return Pair(**{**vars(pair), name: getattr(pair, name) + by})
+
+
+def gradient_of(outcome: Outcome, answers: Answers) -> list[float]:
+    outcome.losses_R.sum().backward()
+    assert answers.logps_N.grad is not None
+    return answers.logps_N.grad.tolist()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_loss_and_gradient_are_those_of_the_paper(name: str) -> None:
+    kind, settings, loss = CASES[name]
+    answers = answers_of_pairs()
+    outcome = PAIR_LOSSES[kind][0](answers, PreferenceConfig(rlhf_type=kind, **settings))
+    assert outcome.losses_R.tolist() == pytest.approx([loss(pair) for pair in PAIRS], abs=TOLERANCE)
+    expected = [
+        (loss(moved(pair, name, STEP)) - loss(moved(pair, name, -STEP))) / (2 * STEP)
+        for pair in PAIRS
+        for name in ("w", "l")
+    ]
+    assert gradient_of(outcome, answers) == pytest.approx(expected, abs=TOLERANCE)
+    assert any(expected), "a gradient of zero would say little"
+
+
+@pytest.mark.parametrize("kind", PAIR_LOSSES)
+def test_every_pair_loss_logs_the_metrics_that_it_names(kind: str) -> None:
+    loss, metrics = PAIR_LOSSES[kind]
+    outcome = loss(
+        answers_of_pairs(), PreferenceConfig(rlhf_type=kind, beta=0.1, cpo_alpha=0.0, rpo_alpha=0.1)
+    )
+    assert set(outcome.metrics) == set(metrics)
+    assert not any(values.requires_grad for values in outcome.metrics.values())
+    chosen, rejected = (outcome.metrics[f"rewards/{side}"] for side in ("chosen", "rejected"))
+    assert torch.equal(outcome.metrics["rewards/margins"], chosen - rejected)
+    assert torch.equal(outcome.metrics["rewards/accuracies"], (chosen > rejected).double())
+
+
+def test_dpo_without_a_reference_takes_it_as_uniform() -> None:
+    settings = PreferenceConfig(loss_type="sigmoid", beta=0.3, reference_free=True)
+    outcome = PAIR_LOSSES["dpo"][0](answers_of_pairs(with_reference=False), settings)
+    expected = [-math.log(sigmoid(0.3 * (pair.w - pair.l))) for pair in PAIRS]
+    assert outcome.losses_R.tolist() == pytest.approx(expected, abs=TOLERANCE)
+
+
+def kto(logp: float, ref: float, *, good: bool, z: float) -> float:
+    gain = logp - ref - z if good else z - (logp - ref)
+    return (1.5 if good else 0.7) * (1 - sigmoid(0.3 * gain))
+
+
+@pytest.mark.parametrize("z", [0.0, 1.7])
+def test_kto_loss_and_gradient_are_those_of_the_paper(z: float) -> None:
+    settings = PreferenceConfig(
+        rlhf_type="kto", loss_type="kto", beta=0.3, desirable_weight=1.5, undesirable_weight=0.7
+    )
+    rows = [(-12.3, -13.0, True), (-30.5, -29.1, False), (-3.2, -3.1, True), (-8.0, -9.5, False)]
+    logps, references, labels = (
+        torch.tensor(column, dtype=torch.float64) for column in zip(*rows, strict=True)
+    )
+    answers = Answers(
+        logps_N=logps.requires_grad_(), lengths_N=torch.ones(4), references_N=references, targets_R=labels
+    )
+    outcome = kto_loss(answers, settings, divergence=torch.tensor(z, dtype=torch.float64))
+    expected = [kto(logp, ref, good=good, z=z) for logp, ref, good in rows]
+    assert outcome.losses_R.tolist() == pytest.approx(expected, abs=TOLERANCE)
+    slopes = [
+        (kto(logp + STEP, ref, good=good, z=z) - kto(logp - STEP, ref, good=good, z=z)) / (2 * STEP)
+        for logp, ref, good in rows
+    ]
+    assert gradient_of(outcome, answers) == pytest.approx(slopes, abs=TOLERANCE)
+    means = {name: float(values.mean()) for name, values in outcome.metrics.items()}
+    assert means["rewards/chosen"] == pytest.approx(0.3 * (0.7 - 0.1) / 2)
+    assert with_margin(means)["rewards/margins"] == pytest.approx(0.09 - 0.3 * (-1.4 + 1.5) / 2)
+    assert with_margin({"rewards/chosen": 1.0}) == {"rewards/chosen": 1.0}
+
+
+@pytest.mark.parametrize("center", [None, 0.05])
+def test_reward_model_loss_and_gradient_are_those_of_the_paper(center: float | None) -> None:
+    rewards = [0.3, -0.4, -1.2, 0.9, 2.0, 1.9]
+    margins = [0.5, math.nan, 0.0]
+
+    def loss(chosen: float, rejected: float, margin: float) -> float:
+        margin = 0.0 if math.isnan(margin) else margin
+        return -math.log(sigmoid(chosen - rejected - margin)) + (center or 0.0) * (chosen + rejected) ** 2
+
+    rewards_N = torch.tensor(rewards, dtype=torch.float64, requires_grad=True)
+    settings = PreferenceConfig(rlhf_type="rm", center_rewards_coefficient=center)
+    outcome = rm_loss(rewards_N, torch.tensor(margins, dtype=torch.float64), settings)
+    pairs = list(zip(rewards[0::2], rewards[1::2], margins, strict=True))
+    assert outcome.losses_R.tolist() == pytest.approx([loss(*pair) for pair in pairs], abs=TOLERANCE)
+    outcome.losses_R.sum().backward()
+    slopes = []
+    for chosen, rejected, margin in pairs:
+        slopes.append(
+            (loss(chosen + STEP, rejected, margin) - loss(chosen - STEP, rejected, margin)) / (2 * STEP)
+        )
+        slopes.append(
+            (loss(chosen, rejected + STEP, margin) - loss(chosen, rejected - STEP, margin)) / (2 * STEP)
+        )
+    assert rewards_N.grad.tolist() == pytest.approx(slopes, abs=TOLERANCE)
+    assert set(outcome.metrics) == set(RM_METRICS)
+    assert outcome.metrics["rewards/accuracies"].tolist() == [1.0, 0.0, 1.0]
+
+
+def test_the_reward_is_the_score_of_the_last_token_that_is_not_padding() -> None:
+    ids = torch.tensor([[5, 6, 0, 0], [7, 8, 9, 0]])
+    scores = torch.arange(8.0).view(2, 4, 1)
+    blank = {"labels": ids, "loss_mask": ids.float(), "position_ids": ids, "max_seqlen": 4}
+    padded = MicroBatch(input_ids=ids, cu_seqlens=None, sample_ids=(0, 1), **blank)
+    assert last_scores(padded, scores, pad_id=0).tolist() == [1.0, 6.0]
+    row = MicroBatch(
+        input_ids=torch.tensor([[5, 6, 7, 8, 9, 0, 0, 0]]),
+        cu_seqlens=torch.tensor([0, 2, 6, 8], dtype=torch.int32),
+        sample_ids=(0, 1),
+        **blank,
+    )
+    assert last_scores(row, scores, pad_id=0).tolist() == [1.0, 4.0]
