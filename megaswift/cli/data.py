@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from megaswift.config.parse import parse
+from megaswift.config.parse import parse, split_flags
 from megaswift.config.run import RunConfig
 from megaswift.logs import get_logger, setup_logging
 
@@ -14,7 +14,8 @@ usage: megaswift data [file.yaml] --dataset ROWS... [--model MODEL] [--flag valu
 
 Shows which layouts were recognised and every bad row with file, line and reason; with --model also three rendered
 samples with the trained tokens coloured, the lengths and how well they pack. All flags of `megaswift sft` are
-understood; those about data, templates and packing matter here.
+understood; those about data, templates and packing matter here. With --rlhf_type rows are read as preference pairs, or
+as judged answers (kto).
 """
 
 
@@ -23,7 +24,7 @@ def run(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
         sys.stdout.write(HELP)
         return 0
-    parsed = parse("sft", argv)
+    parsed = parse("rlhf" if "rlhf_type" in split_flags(argv) else "sft", argv)
     setup_logging(verbose=parsed.config.logging.verbose)
     for note in parsed.notes:
         log.info(note)
@@ -35,6 +36,7 @@ def _show(run: RunConfig) -> None:
     # The tokenizer, numpy and rich take seconds; the help must not.
     from rich.console import Console
 
+    from megaswift.data.forms import form_for
     from megaswift.data.preview import make_preview, render
     from megaswift.data.read import read_datasets
     from megaswift.data.template import Template
@@ -58,6 +60,10 @@ def _show(run: RunConfig) -> None:
             run.data, tokenizer, max_length=max_length, stop_ids=meta.eos_token_ids
         )
     preview = make_preview(
-        read, template, packing_length=run.data.packing_length, processes=run.data.dataset_num_proc
+        read,
+        template,
+        form=form_for(run.preference.rlhf_type if run.task == "rlhf" else None),
+        packing_length=run.data.packing_length,
+        processes=run.data.dataset_num_proc,
     )
     Console().print(render(preview))

@@ -27,8 +27,17 @@ class DataConfig:
     )
     loss_scale: str = setting(
         "default",
-        "which tokens carry loss: every assistant turn, the last one, or all tokens",
-        choices=("default", "last_round", "all"),
+        "which tokens carry loss: every assistant turn, the last one, or all tokens; with +ignore_empty_think none of an "
+        "empty <think> block",
+        choices=(
+            "default",
+            "last_round",
+            "all",
+            "ignore_empty_think",
+            "default+ignore_empty_think",
+            "last_round+ignore_empty_think",
+            "all+ignore_empty_think",
+        ),
     )
     enable_thinking: bool | None = setting(None, "passed to chat templates of thinking models")
     max_length: int | None = setting(None, "tokens a sample may have; default: the model's context length")

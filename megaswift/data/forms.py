@@ -42,3 +42,10 @@ JUDGEMENTS = Form(
     per_row=1,
     target=lambda sample: float(sample.label),  # type: ignore[arg-type]  # seen by _judged
 )
+
+
+def form_for(rlhf_type: str | None) -> Form:
+    """Return what rows must hold for a kind of preference training; None: for fine-tuning or pre-training."""
+    if rlhf_type is None:
+        return CONVERSATIONS
+    return JUDGEMENTS if rlhf_type == "kto" else PAIRS

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megaswift.data.encode import encode_samples
+from megaswift.data.forms import CONVERSATIONS, Form
 from megaswift.data.packing import pack
 from megaswift.data.read import ReadData, ReadSet
 from megaswift.data.report import BadRow, Report
@@ -51,22 +52,29 @@ class Preview:
 
 
 def make_preview(
-    read: ReadData, template: Template | None, *, packing_length: int | None, processes: int = 1
+    read: ReadData,
+    template: Template | None,
+    *,
+    packing_length: int | None,
+    form: Form = CONVERSATIONS,
+    processes: int = 1,
 ) -> Preview:
-    """Return the preview of what was read; without a template nothing is rendered or tokenised.
+    """Return the preview of what was read, as the documents of `form`; without a template nothing is rendered or tokenised.
 
     Raises DataError when no row can be tokenised.
     """
     if template is None:
         return Preview(sets=read.sets, bad=read.report.bad)
-    encoded, encoding = encode_samples(read.train, template, processes=processes, what="training rows")
-    lengths = encoded.lengths
-    length = packing_length or template.max_length or int(lengths.max())
-    packs = pack(lengths, max(length, int(lengths.max())))
+    encoded, encoding = encode_samples(
+        read.train, template, form=form, processes=processes, what="training rows"
+    )
+    lengths, row_lengths = encoded.lengths, encoded.row_lengths
+    length = packing_length or form.per_row * (template.max_length or int(lengths.max()))
+    packs = pack(row_lengths, max(length, int(row_lengths.max())))
     return Preview(
         sets=read.sets,
         bad=(*read.report.bad, *encoding.bad),
-        examples=_examples(read.train, template),
+        examples=_examples(read.train, template, form),
         lengths=lengths,
         loss_tokens=int((encoded.loss_weights > 0).sum()),
         encoding=encoding,
@@ -76,7 +84,7 @@ def make_preview(
     )
 
 
-def _examples(samples: Sequence[Sample], template: Template) -> tuple[Example, ...]:
+def _examples(samples: Sequence[Sample], template: Template, form: Form) -> tuple[Example, ...]:
     """Render the first samples that can be rendered, from different layouts where there are several."""
     earlier: Counter[str] = Counter()  # samples of each layout so far
     ranks = []
@@ -85,10 +93,10 @@ def _examples(samples: Sequence[Sample], template: Template) -> tuple[Example, .
         earlier[sample.layout] += 1
     found: list[Example] = []
     for index in sorted(range(len(samples)), key=ranks.__getitem__):
-        if len(found) == NUM_EXAMPLES:
+        if len(found) >= NUM_EXAMPLES * form.per_row:
             break
         try:
-            found.append(_example(samples[index], template))
+            found += [_example(document, template) for document in form.documents(samples[index])]
         except RowError:
             continue  # it is in the report of bad rows
     return tuple(found)

@@ -24,6 +24,10 @@ logger = get_logger(__name__)
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 PROBE = ("What is  the capital\nof France?", "Paris.")
 LOSS_KEYS = ("loss", "loss_scale")
+IGNORE_EMPTY_THINK = "ignore_empty_think"
+EMPTY_THINK = re.compile(
+    r"<think>\s*</think>\s*"
+)  # what Qwen3 puts before an answer that it did not think about
 CHATML = (  # what Qwen and many others use; {end} is the token that ends a turn
     "{{% for message in messages %}}{{{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '{end}' + '\\n' }}}}"
     "{{% endfor %}}{{% if add_generation_prompt %}}{{{{ '<|im_start|>assistant\\n' }}}}{{% endif %}}"
@@ -75,7 +79,9 @@ class Template:
         self.encoder = TextEncoder(tokenizer)
         self.max_length = max_length
         self.truncation_strategy = truncation_strategy
-        self.loss_scale = loss_scale
+        base = loss_scale.removesuffix(IGNORE_EMPTY_THINK).removesuffix("+")
+        self.loss_scale = base or "default"
+        self.ignores_empty_think = loss_scale.endswith(IGNORE_EMPTY_THINK)
         self.system = _system_text(system)
         self.uses_chat_template = use_chat_template
         self.variables = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
@@ -177,8 +183,8 @@ class Template:
                 sample.source,
             )
         if self.loss_scale == "all":
-            return Rendered(text=text, spans=((0, len(text), 1.0),))
-        return Rendered(text=text, spans=tuple((span.start, span.end, weights[span.turn]) for span in spans))
+            return self._rendered(text, ((0, len(text), 1.0),))
+        return self._rendered(text, tuple((span.start, span.end, weights[span.turn]) for span in spans))
 
     def messages(self, sample: Sample) -> list[Message]:
         """Return the messages of a sample, with the run's system message where the row has none."""
@@ -244,7 +250,18 @@ class Template:
             if message["role"] == "assistant":
                 text += self.eos_token
                 spans.append((start, len(text), weights[turn]))
-        return Rendered(text=text, spans=((0, len(text), 1.0),) if self.loss_scale == "all" else tuple(spans))
+        return self._rendered(text, ((0, len(text), 1.0),) if self.loss_scale == "all" else tuple(spans))
+
+    def _rendered(self, text: str, spans: tuple[tuple[int, int, float], ...]) -> Rendered:
+        if not self.ignores_empty_think:
+            return Rendered(text=text, spans=spans)
+        kept = []
+        for start, end, weight in spans:
+            for block in EMPTY_THINK.finditer(text, start, end):
+                kept.append((start, block.start(), weight))
+                start = block.end()
+            kept.append((start, end, weight))
+        return Rendered(text=text, spans=tuple(span for span in kept if span[0] < span[1]))
 
     def _turn_weights(self, messages: Sequence[Message]) -> dict[int, float]:
         """Return the loss weight of every assistant turn: per-message loss and loss_scale first, then --loss_scale."""

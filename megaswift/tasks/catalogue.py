@@ -6,7 +6,7 @@ from typing import Any
 from megaswift.config.preference import PreferenceConfig
 from megaswift.config.preference_rules import NEEDS_REFERENCE
 from megaswift.config.run import RunConfig
-from megaswift.data.forms import CONVERSATIONS, JUDGEMENTS, PAIRS, Form
+from megaswift.data.forms import Form, form_for
 from megaswift.data.tokenizer import load_tokenizer, pad_id_of
 from megaswift.metadata.meta import ModelMeta
 from megaswift.tasks import cpo, dpo, orpo
@@ -27,9 +27,7 @@ PAIR_LOSSES: dict[str, tuple[Callable[[Answers, PreferenceConfig], Outcome], tup
 
 def form_of(run: RunConfig) -> Form:
     """Return what the rows of a run must hold."""
-    if run.task != "rlhf":
-        return CONVERSATIONS
-    return JUDGEMENTS if run.preference.rlhf_type == "kto" else PAIRS
+    return form_for(run.preference.rlhf_type if run.task == "rlhf" else None)
 
 
 def compares(run: RunConfig) -> bool:
@@ -38,7 +36,7 @@ def compares(run: RunConfig) -> bool:
     return run.task == "rlhf" and settings.rlhf_type in NEEDS_REFERENCE and not settings.reference_free
 
 
-def model_of(run: RunConfig, meta: ModelMeta) -> ModelMeta:
+def trained_model(run: RunConfig, meta: ModelMeta) -> ModelMeta:
     """Return the facts of the model that the task trains: a reward model has another head. Raises UserError."""
     if run.task != "rlhf" or run.preference.rlhf_type != "rm":
         return meta
@@ -53,7 +51,7 @@ def make_task(
     reference: Sequence[Any] | None = None,
     run_model: RunModel = run_model,
 ) -> Task:
-    """Return the task of a resolved run on the model of model_of().
+    """Return the task of a resolved run on the model of trained_model().
 
     `reference` are the chunks of a frozen model to compare with, where there is one.
 

@@ -83,7 +83,11 @@ class Kto(Preference):
 
     def prepare(self, batches: list[MicroBatch], chunks: Sequence[Any]) -> list[MicroBatch]:
         """Return the batches with their references, and estimate the divergence for the loss to come."""
-        others = [batch.mismatched for batch in batches if batch.mismatched is not None]
+        others = [
+            batch.mismatched
+            for batch in batches
+            if batch.mismatched is not None and self._settings.calculate_kl
+        ]
         total = torch.zeros(2, dtype=torch.float64, device=next(chunks[0].parameters()).device)
         if others:
             logps = look(chunks, others, answer_logps, run=self._run)

@@ -32,7 +32,7 @@ from megaswift.models.build import build_model
 from megaswift.models.lora import apply_lora
 from megaswift.parallel.layout import Layout
 from megaswift.platforms.platform import init_distributed, select_platform
-from megaswift.tasks.catalogue import model_of
+from megaswift.tasks.catalogue import trained_model
 
 logger = get_logger(__name__)
 
@@ -47,7 +47,7 @@ def export(config: ExportConfig) -> ExportReport:
     meta = get_model_meta(
         locate(str(run.model.model), files=Files.ALL), trust_remote_code=run.model.trust_remote_code
     )
-    meta = model_of(run, meta)
+    meta = trained_model(run, meta)
     dtype = config.target.torch_dtype or run.model.torch_dtype or meta.dtype
     adapter = read_adapter(run.tuner.adapters[0], meta) if run.tuner.adapters else None
     if adapter is not None:

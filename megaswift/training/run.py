@@ -37,7 +37,7 @@ from megaswift.parallel.agreement import agree, agree_on_first, alike
 from megaswift.parallel.layout import Layout
 from megaswift.platforms.fp8 import check_fp8, format_for, software_here
 from megaswift.platforms.platform import Platform, init_distributed, select_platform
-from megaswift.tasks.catalogue import compares, make_task, model_of
+from megaswift.tasks.catalogue import compares, make_task, trained_model
 from megaswift.tasks.task import run_model
 from megaswift.training.account import Account
 from megaswift.training.allocation import check_allocation
@@ -269,7 +269,7 @@ def _resolve(run: RunConfig, platform: Platform) -> tuple[ModelMeta, ResolvedRun
         check_fp8(precision.fp8_recipe, software)
     run = replace(run, precision=replace(precision, fp8_format=fp8))
     resolved = resolve(run, meta, dist.get_world_size(), platform.name)
-    meta = model_of(run, meta)
+    meta = trained_model(run, meta)
     return meta, replace(resolved, notes=(*resolved.notes, note)) if note else resolved
 
 

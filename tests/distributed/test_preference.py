@@ -28,7 +28,7 @@ TRAININGS: dict[str, dict[str, dict[str, Any]]] = {
 }
 # layout -> (ranks, parallel settings)
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "dp2": (2, {}),
+    "dp2": (2, {"overlap_grad_reduce": True, "overlap_param_gather": True}),
     "tp2 sp": (2, {"tp": 2, "sequence_parallel": True}),
     "pp2": (2, {"pp": 2}),
     "tp2 pp2": (4, {"tp": 2, "pp": 2}),
@@ -101,3 +101,11 @@ def test_layout_trains_preferences_like_one_rank(training: str, layout: str) -> 
             if found := seen.get(f"{training} {layout} {rows}"):
                 same(found, expected)
         assert f"{training} {layout} packed" in seen
+
+
+@pytest.mark.ranks(2)
+def test_experts_spread_over_ranks_train_preferences_like_one_rank() -> None:
+    model = save_tiny("qwen3_moe", temporary_folder())
+    one = run_distributed(curves, 1, model, [case_of("dpo", "one", {}, "packed")])[0]["dpo one packed"]
+    for seen in run_distributed(curves, 2, model, [case_of("dpo", "ep2", {"ep": 2}, "packed")]):
+        same(seen["dpo ep2 packed"], one)

@@ -1,5 +1,6 @@
 """Whole runs of `megaswift rlhf`: what is logged is what transformers and PEFT compute from the export; stopping changes nothing."""
 
+import gc
 import json
 from functools import cache
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -65,6 +67,9 @@ def flags(name: str, output: str) -> list[str]:
 def train_all(rank: int, world_size: int, runs: list[list[str]]) -> None:
     for words in runs:
         train_in_world(parse_run("rlhf", words), select_platform("cpu"))
+        for found in gc.get_objects():  # see prepared() in tests/harness/training.py
+            if isinstance(found, DistributedDataParallel):
+                vars(found).clear()
         process_groups.destroy()
 
 

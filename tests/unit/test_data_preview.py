@@ -7,6 +7,7 @@ from rich.console import Console
 
 from megaswift.cli.main import main
 from megaswift.config.data import DataConfig
+from megaswift.data.forms import PAIRS
 from megaswift.data.preview import make_preview, render
 from megaswift.data.read import read_datasets
 from megaswift.data.template import Template
@@ -47,6 +48,22 @@ def text_of(preview) -> str:
     with console.capture() as capture:
         console.print(render(preview))
     return capture.get()
+
+
+def test_pairs_are_shown_answer_by_answer(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(
+        json.dumps({"prompt": "q", "chosen": "yes", "rejected": "no"})
+        + "\n"
+        + json.dumps({"query": "q", "response": "a"})
+    )
+    preview = make_preview(
+        read_datasets(DataConfig(dataset=[str(path)])), template(), form=PAIRS, packing_length=None
+    )
+    trained = ["".join(text for text, weight in example.parts if weight) for example in preview.examples]
+    assert [text[:2] for text in trained] == ["ye", "no"]
+    assert [(row.source, row.kind) for row in preview.bad] == [(f"{path}:2", "pair")]
+    assert (len(preview.lengths), preview.num_packs) == (2, 1)
 
 
 def test_the_preview_counts_rows_layouts_and_tokens(rows):

@@ -43,6 +43,21 @@ def test_last_round_trains_the_answers_after_the_last_question():
     assert trained(template, steps) == "a<|im_end|>b<|im_end|>"
 
 
+@pytest.mark.parametrize("scale", ["ignore_empty_think", "default+ignore_empty_think"])
+def test_an_empty_thinking_block_carries_no_loss(scale):
+    template = Template(tokenizer(), loss_scale=scale)
+    sample = chat(
+        user("one?"),
+        assistant("<think>\n\n</think>\n\nFirst"),
+        user("two?"),
+        assistant("<think>\nyes\n</think>\n\nSecond"),
+    )
+    assert trained(template, sample) == "First<|im_end|><think>\nyes\n</think>\n\nSecond<|im_end|>"
+    assert trained(Template(tokenizer()), sample).startswith("<think>\n\n</think>")
+    last = Template(tokenizer(), loss_scale=f"last_round+{scale.removeprefix('default+')}")
+    assert trained(last, sample) == "<think>\nyes\n</think>\n\nSecond<|im_end|>"
+
+
 def test_all_trains_every_token():
     encoded = Template(tokenizer(), loss_scale="all").encode(chat())[0]
     assert encoded.loss_weights.all()
