@@ -117,14 +117,14 @@ def prepared(folder: Path, case: Case, *, encoded: EncodedSet | None = None) -> 
     the DDP: a cycle through C++ that no collector sees. It would also keep gloo's groups, which poll in threads of their own
     and slow every later test down.
     """
-    trained = _prepare(folder, case, synthetic_set() if encoded is None else encoded)
+    trained = _prepare(folder, case, encoded)
     yield trained
     for chunk in trained.engine.chunks:
         vars(chunk).clear()
     process_groups.destroy()
 
 
-def _prepare(folder: Path, case: Case, encoded: EncodedSet) -> Trained:
+def _prepare(folder: Path, case: Case, encoded: EncodedSet | None) -> Trained:
     platform = select_platform("cpu")
     meta = get_model_meta(folder)
     resolved = resolve(case.run_config(folder), meta, dist.get_world_size(), platform.name)
