@@ -1,6 +1,7 @@
 """Find the boxes of a torch_dist checkpoint that a tensor of a file is made of, whatever layout wrote it."""
 
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 
 from megaswift.converters.copying import Copy
@@ -50,8 +51,11 @@ def copies_from(
         if chunk.offsets[:lead] != address.offsets:
             continue
         first_row, rows = chunk.offsets[lead], chunk.sizes[lead]
+        inner = prod(chunk.sizes[lead + 2 :])  # dimensions that are never cut: they count as columns
         first_col, cols = (
-            (chunk.offsets[lead + 1], chunk.sizes[lead + 1]) if len(chunk.sizes) > lead + 1 else (0, 1)
+            (chunk.offsets[lead + 1] * inner, chunk.sizes[lead + 1] * inner)
+            if len(chunk.sizes) > lead + 1
+            else (0, 1)
         )
         wanted_cols = min(first_col + cols, info.cols) - first_col
         if wanted_cols <= 0:

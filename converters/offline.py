@@ -39,7 +39,7 @@ from megaswift.converters.quantised import files_of, read_model
 from megaswift.converters.shards import index_json, plan_files
 from megaswift.converters.stripes import block
 from megaswift.converters.tensor_files import DTYPE_NAMES, INDEX_FILE, TensorInfo
-from megaswift.errors import CheckpointError, ModelError
+from megaswift.errors import CheckpointError
 from megaswift.metadata.meta import ModelMeta
 from megaswift.parallel.layout import Layout, coordinates, padded_vocab_size
 
@@ -256,11 +256,6 @@ def find_checkpoint(folder: Path) -> Path:
 
 
 def _whole_model(meta: ModelMeta) -> list[Parameter]:
-    """Return every parameter; raises ModelError for a model whose tensors Megatron's checkpoints name in ways not known here."""
-    if meta.linear_attention is not None:
-        raise ModelError(
-            f"{meta.model_type} has Gated DeltaNet, which convert does not copy. Training reads its folder directly."
-        )
     return plan_chunk(meta, Layout(), coordinates(Layout(), 0))
 
 
