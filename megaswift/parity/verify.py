@@ -7,6 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from megaswift.converters.conversion import carry_out
+from megaswift.converters.offline import MODEL_FILES, find_checkpoint, to_hf, to_mcore
 from megaswift.errors import ModelError, WeightsError
 from megaswift.metadata.catalogue import FAMILIES
 from megaswift.metadata.features import check_supported
@@ -26,6 +30,7 @@ from megaswift.parity.reference import (
 )
 
 MAX_FAULTS = 12  # lines of a report
+MAX_FILE_BYTES = 200_000  # several files, so that a parameter's place in its file counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +57,8 @@ class Verdict:
         if self.passed:
             return (
                 title
-                + f"logits agree within {LOGITS_LIMIT:.0e} of the largest, every gradient within {GRADIENT_LIMIT:.0e}: pass\n"
+                + f"logits agree within {LOGITS_LIMIT:.0e} of the largest, every gradient within {GRADIENT_LIMIT:.0e}; "
+                "torch_dist and back is bit-identical: pass\n"
             )
         shown = "".join(f"  {fault}\n" for fault in self.faults[:MAX_FAULTS])
         more = f"  and {len(self.faults) - MAX_FAULTS} more\n" if len(self.faults) > MAX_FAULTS else ""
@@ -71,6 +77,8 @@ def verify(config: Mapping[str, Any], meta: ModelMeta, *, trust_remote_code: boo
         small = meta_from_config(reference.config, reference.folder, family=meta.family)
         with one_rank():
             faults = reference.faults_of(small, Path(scratch) / "ours")
+        if not faults:
+            faults = round_trip_faults(small, reference.folder, Path(scratch) / "trip")
         return Verdict(
             model_type=meta.model_type,
             family=meta.family,
@@ -80,6 +88,27 @@ def verify(config: Mapping[str, Any], meta: ModelMeta, *, trust_remote_code: boo
             tensors=len(read_tensors(reference.folder)),
             faults=tuple(faults),
         )
+
+
+def round_trip_faults(meta: ModelMeta, folder: Path, scratch: Path) -> list[str]:
+    """Return the tensors of a folder that change on their way into a torch_dist checkpoint and back."""
+    checkpoint, back = scratch / "mcore", scratch / "hf"
+    there = to_mcore(meta, folder, dtype=None, vocab_multiple=1, max_bytes=MAX_FILE_BYTES)
+    carry_out(there, checkpoint, source=folder)
+    beside = replace(meta, folder=checkpoint / MODEL_FILES)
+    return_trip = to_hf(beside, find_checkpoint(checkpoint), dtype=None, max_bytes=MAX_FILE_BYTES)
+    carry_out(return_trip, back, source=checkpoint)
+    one, other = read_tensors(folder), read_tensors(back)
+    found = [
+        f"{name} is on one side of the way to torch_dist and back only"
+        for name in sorted(one.keys() ^ other.keys())
+    ]
+    same = sorted(one.keys() & other.keys())
+    return found + [
+        f"{name} comes back from torch_dist changed"
+        for name in same
+        if not torch.equal(one[name], other[name])
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
