@@ -52,7 +52,7 @@ def transformer_config(
         **_eight_bits(run, platform),
     }
     if meta.moe is not None:
-        values |= _experts(meta.moe, run, platform)
+        values |= _experts(meta.moe, run, layout, platform)
     if meta.mla is not None:
         return MLATransformerConfig(**values | _latent_attention(meta, meta.mla))
     config = TransformerConfig(**values)
@@ -237,7 +237,11 @@ def _recompute(run: RunConfig) -> dict[str, Any]:
     }
 
 
-def _experts(moe: MoEMeta, run: RunConfig, platform: Platform) -> dict[str, Any]:
+def _experts(moe: MoEMeta, run: RunConfig, layout: Layout, platform: Platform) -> dict[str, Any]:
+    # Megatron (0.16.1, router.py) weighs a rank's share of a router loss by that rank's tokens where it divides by tokens
+    # later: as many times too little as ranks share a sequence.
+    parts = layout.cp * (layout.tp if layout.sequence_parallel else 1)
+    weight = parts if run.training.calculate_per_token_loss else 1
     if moe.scale_input and moe.topk > 1:
         raise ModelError(
             f"num_experts_per_tok={moe.topk} is not supported where experts are scaled at their input: Megatron scales one."
@@ -266,8 +270,8 @@ def _experts(moe: MoEMeta, run: RunConfig, platform: Platform) -> dict[str, Any]
         else None,
         "moe_apply_probs_on_input": moe.scale_input,
         "moe_router_load_balancing_type": balancing,
-        "moe_aux_loss_coeff": run.moe.moe_aux_loss_coeff,
-        "moe_z_loss_coeff": run.moe.moe_z_loss_coeff,
+        "moe_aux_loss_coeff": run.moe.moe_aux_loss_coeff * weight,
+        "moe_z_loss_coeff": None if run.moe.moe_z_loss_coeff is None else run.moe.moe_z_loss_coeff * weight,
         "moe_router_dtype": run.moe.moe_router_dtype,
         "moe_token_dispatcher_type": run.moe.moe_token_dispatcher_type,
         # An adapter is a property of one linear: grouped experts have none.
