@@ -204,6 +204,10 @@ class _Matrix(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(weight)
 
+    def forward(self) -> torch.Tensor:
+        """Return the matrix: a call, so that Megatron's hook has gathered it first (overlap_param_gather)."""
+        return self.weight
+
 
 class AdaptedLinear:
     """A mixin in front of one of Megatron's parallel linears; see _adapt."""
@@ -229,30 +233,28 @@ class AdaptedLinear:
         x = self._drop(x, per_rank=sharded)
         if self.lora_is_expert:  # the dispatcher sums the input's gradient over etp, but not that of A
             return F.linear(
-                F.linear(x, copy_to_tensor_model_parallel_region(self.lora_a.weight, group=self.tp_group)),
-                self.lora_b.weight,
+                F.linear(x, copy_to_tensor_model_parallel_region(self.lora_a(), group=self.tp_group)),
+                self.lora_b(),
             )
-        low = F.linear(x, self.lora_a.weight)
+        low = F.linear(x, self.lora_a())
         if sharded:
             low = gather_from_sequence_parallel_region(
                 low, tensor_parallel_output_grad=True, group=self.tp_group
             )
         else:
             low = copy_to_tensor_model_parallel_region(low, group=self.tp_group)
-        return F.linear(low, self.lora_b.weight)
+        return F.linear(low, self.lora_b())
 
     def _row_delta(self: Any, x: torch.Tensor) -> torch.Tensor:
-        low = F.linear(self._drop(x, per_rank=True), self.lora_a.weight)
+        low = F.linear(self._drop(x, per_rank=True), self.lora_a())
         if (
             self.lora_is_expert
         ):  # the output is partial and the dispatcher sums it over etp; B's gradient is partial too
-            return F.linear(
-                low, copy_to_tensor_model_parallel_region(self.lora_b.weight, group=self.tp_group)
-            )
+            return F.linear(low, copy_to_tensor_model_parallel_region(self.lora_b(), group=self.tp_group))
         reduce: Callable[..., torch.Tensor] = reduce_from_tensor_model_parallel_region
         if self.config.sequence_parallel:
             reduce = reduce_scatter_to_sequence_parallel_region
-        return F.linear(reduce(low, group=self.tp_group), self.lora_b.weight)
+        return F.linear(reduce(low, group=self.tp_group), self.lora_b())
 
     def _drop(self: Any, x: torch.Tensor, *, per_rank: bool) -> torch.Tensor:
         if not (self.training and self.lora_dropout):

@@ -49,7 +49,8 @@ EXPERTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2 ep2 dp2 distopt": (4, {"tp": 2, "ep": 2}),
 }
 LORA: dict[str, tuple[int, dict[str, Any]]] = {
-    name: DENSE[name] for name in ("dp2 distopt", "tp2", "tp2 sp", "pp2 vpp2", "tp2 pp2 sp")
+    name: DENSE[name]
+    for name in ("dp2 distopt", "dp2 distopt overlap", "tp2", "tp2 sp", "pp2 vpp2", "tp2 pp2 sp")
 }
 EXPERTS_LORA: dict[str, tuple[int, dict[str, Any]]] = {
     name: EXPERTS[name] for name in ("ep2 distopt", "tp2 etp2", "tp2 etp1", "tp2 ep2", "tp2 ep2 dp2 distopt")
