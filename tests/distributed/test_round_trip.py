@@ -19,6 +19,7 @@ from megaswift.converters.load import LoadReport, load_weights
 from megaswift.converters.table import Place
 from megaswift.converters.tables.catalogue import TABLES
 from megaswift.errors import WeightsError
+from megaswift.kernels.block_fp8 import reference as block_fp8
 from megaswift.mcore.process_groups import destroy, initialise
 from megaswift.metadata.catalogue import FAMILIES
 from megaswift.metadata.read import get_model_meta
@@ -26,6 +27,7 @@ from megaswift.models.build import build_model
 from megaswift.parallel.layout import Layout
 from megaswift.platforms.platform import select_platform
 from tests.harness.distributed import run_distributed
+from tests.harness.quantised import save_fp8, save_mxfp4, tensors_of
 from tests.harness.tiny import MODELS, save_tiny
 
 LAYOUTS = {
@@ -91,13 +93,6 @@ def there_and_back(
     assert not any(parameter.isnan().any() for chunk in chunks for parameter in chunk.parameters())
     exported = export_hf(chunks, meta, layout, rank, output, dtype=dtype, max_shard_size="100KB")
     return loaded, exported
-
-
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for path in folder.glob("*.safetensors"):
-        found |= load_file(path)
-    return found
 
 
 def all_there_and_back(rank: int, world_size: int, root: Path, names: list[str], layout: Layout) -> None:
@@ -170,6 +165,63 @@ def test_every_family_goes_through_every_layout_that_it_can() -> None:
 def test_round_trip_is_bit_identical_in_other_dtypes(tmp_path: Path, dtype: str) -> None:
     folder = save_tiny("qwen2", tmp_path / "in", dtype=getattr(torch, dtype))
     check_round_trip(tmp_path, LAYOUTS["tp2"], folder, dtype=dtype)
+
+
+ODD = {"hidden_size": 192, "intermediate_size": 200}  # neither is a multiple of a block
+EVEN = {"hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 128, "head_dim": 64}
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [("qwen3_moe", "tp2_ep2_pp2"), ("deepseek_v3", "tp2"), ("gpt_oss", "tp2"), ("gpt_oss", "ep2")],
+)
+def test_quantised_files_fill_shards_with_the_numbers_they_stand_for(
+    tmp_path: Path, name: str, layout: str
+) -> None:
+    """Block FP8, and MXFP4 of gpt-oss."""
+    folder = tmp_path / "in"
+    expected = save_mxfp4(folder) if name == "gpt_oss" else save_fp8(name, folder, **ODD)
+    run_distributed(
+        there_and_back, LAYOUTS[layout].world, folder, tmp_path / "out", LAYOUTS[layout], "bfloat16"
+    )
+    found = tensors_of(tmp_path / "out")
+    assert found.keys() == expected.keys()
+    assert [key for key, tensor in expected.items() if not torch.equal(found[key], tensor)] == []
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+def export_in_fp8(rank: int, world_size: int, folder: Path, output: Path, layout: Layout) -> None:
+    """Load a folder and export it in block FP8."""
+    initialise(layout, seed=1, timeout_min=2)
+    meta = get_model_meta(folder)
+    run = RunConfig(model=ModelConfig(torch_dtype="bfloat16"))
+    chunks = build_model(meta, run, layout, select_platform("cpu"))
+    load_weights(chunks, meta, layout, rank, folder)
+    export_hf(chunks, meta, layout, rank, output, dtype="bfloat16", quant_method="fp8")
+
+
+@pytest.mark.ranks(4)
+def test_an_export_in_fp8_is_read_back_as_the_nearest_numbers(tmp_path: Path) -> None:
+    folder = save_tiny("qwen3_moe", tmp_path / "in", dtype=torch.bfloat16, **EVEN)
+    layout = Layout(world=4, pp=2, ep=2)
+    run_distributed(export_in_fp8, 4, folder, tmp_path / "fp8", layout)
+    run_distributed(there_and_back, 4, tmp_path / "fp8", tmp_path / "out", layout, "bfloat16")
+    written, found = tensors_of(tmp_path / "fp8"), tensors_of(tmp_path / "out")
+    in_fp8 = {key for key, tensor in written.items() if tensor.dtype == torch.float8_e4m3fn}
+    assert "model.layers.3.mlp.experts.2.up_proj.weight" in in_fp8
+    for key, tensor in tensors_of(folder).items():
+        if key not in in_fp8:
+            assert torch.equal(found[key], tensor), key
+            continue
+        values, scales = block_fp8.quantise(
+            tensor, block_rows=128, block_columns=128, dtype=torch.float8_e4m3fn, power_of_two=False
+        )
+        assert torch.equal(written[key].view(torch.uint8), values.view(torch.uint8)), key
+        nearest = block_fp8.dequantise(
+            values, scales, block_rows=128, block_columns=128, dtype=torch.bfloat16
+        )
+        assert torch.equal(found[key], nearest), key
 
 
 @pytest.mark.ranks(2)
