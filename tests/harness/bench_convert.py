@@ -34,7 +34,7 @@ CONFIG = {
     "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 65536, "torch_dtype": "bfloat16",
     "tie_word_embeddings": False, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
 }  # fmt: skip
-# Read and tried in August 2026 (facts of their published releases).
+# What their sources say (releases of August 2026); neither is started here.
 PEERS = {
     "mcore-bridge 1.6.5": "does not run on CPU as shipped: imports transformer_engine, device='cuda' in its export",
     "Megatron-Bridge 0.6.2": "does not run on CPU as shipped: imports transformer_engine",
