@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ class Case:
 
     name: str
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    pad_to_multiple: int = 1  # more padding than the layout needs, so that every layout has the same
     task: str = "sft"
 
     def run_config(self, folder: Path) -> RunConfig:
@@ -160,8 +162,11 @@ def _prepare(folder: Path, case: Case, encoded: EncodedSet | None) -> Trained:
         packing=run.data.packing,
         packing_length=run.data.packing_length,
         padding_free=run.data.padding_free,
-        pad_to_multiple=token_multiple(run.precision)
-        * pad_multiple(cp=layout.cp, tp=layout.tp, sequence_parallel=layout.sequence_parallel),
+        pad_to_multiple=lcm(
+            case.pad_to_multiple,
+            token_multiple(run.precision)
+            * pad_multiple(cp=layout.cp, tp=layout.tp, sequence_parallel=layout.sequence_parallel),
+        ),
     )
     feed = TrainFeed(
         TrainData(encoded, settings), dp_rank=parallel_state.get_data_parallel_rank(), dp=layout.dp
