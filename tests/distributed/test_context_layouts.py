@@ -147,7 +147,8 @@ def validate(rank: int, world_size: int, folder: Path, cases: list[Case]) -> dic
     for case in cases:
         with prepared(folder, case) as trained:
             items = trained.feed.items_per_step
-            found[case.name] = trained.engine.evaluate([trained.feed.batch(0), trained.feed.batch(items)])
+            batches = [trained.feed.batch(0), trained.feed.batch(items)]
+            found[case.name] = trained.engine.evaluate(batches).loss
     return found
 
 
