@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test lint bench bench-plan bench-pack bench-fp8 bench-long clean gpu-check kernel-table bench-loss bench-context bench-convert
+.PHONY: demo test lint bench gpu-check kernel-table clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -26,32 +26,14 @@ demo: $(VENV)/ready
 bench: $(VENV)/ready
 	$(BIN)/python -m tests.harness.bench
 
-bench-plan: $(VENV)/ready
-	$(BIN)/python -m tests.harness.bench_plan
+bench-%: $(VENV)/ready  # bench-context bench-convert bench-fp8 bench-long bench-loss bench-pack bench-plan
+	$(BIN)/python -m tests.harness.bench_$*
 
 gpu-check: $(VENV)/ready
 	$(BIN)/python -m tests.harness.gpu_check
 
 kernel-table: $(VENV)/ready
 	$(BIN)/python -m tests.harness.compile_kernels
-
-bench-loss: $(VENV)/ready
-	$(BIN)/python -m tests.harness.bench_loss
-
-bench-context: $(VENV)/ready
-	$(BIN)/python -m tests.harness.bench_context
-
-bench-pack: $(VENV)/ready
-	$(BIN)/python -m tests.harness.bench_pack
-
-bench-fp8: $(VENV)/ready
-	$(BIN)/python -m tests.harness.bench_fp8
-
-bench-long: $(VENV)/ready
-	$(BIN)/python -m tests.harness.bench_long
-
-bench-convert: $(VENV)/ready
-	$(BIN)/python -m tests.harness.bench_convert
 
 clean:
 	rm -rf $(VENV) .demo .bench
