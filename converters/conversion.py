@@ -6,17 +6,19 @@ i mod world. No torch.
 """
 
 import json
+import os
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megaswift.converters.copying import BUFFER_BYTES, Literal, Span, write_file
-from megaswift.converters.folders import check_output, check_space, growing_name, publish
+from megaswift.converters.copying import Literal, Span, write_file
+from megaswift.converters.folders import check_output, check_space, growing_name, publish, sync
 from megaswift.converters.tensor_files import TensorInfo
 from megaswift.errors import CheckpointError
 from megaswift.logs import get_logger
@@ -27,7 +29,17 @@ REPORT = "conversion.json"
 _PLAN = "plan.json"
 _SUMS = ".sums"
 POLL_S = 0.1
+THREADS = max(2, os.cpu_count() or 1)  # beside the one that writes; one of them may wait for the disk
+CHECKSUM_BYTES = 1 << 19
 STALL_S = 600.0  # without a byte written by anyone; the slowest parts take some minutes on a busy file system
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summed:
+    """A tensor of the Hugging Face side whose checksum the writer of a part takes."""
+
+    info: TensorInfo  # with a relative file: a tensor of this very part
+    after: int = 0  # spans of the part, which have to be written before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +49,7 @@ class Part:
     name: str  # below the output folder
     num_bytes: int
     spans: tuple[Span, ...]
-    summed: tuple[
-        TensorInfo, ...
-    ]  # tensors of the Hugging Face side whose checksums this part's writer takes
+    summed: tuple[Summed, ...]  # in the order of `after`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,37 +132,59 @@ def _prepare(conversion: Conversion, output: Path, growing: Path, source: Path, 
 
 
 def _write_parts(parts: tuple[Part, ...], growing: Path) -> None:
-    """Write those parts that are not there; while one is being written, another thread takes the checksums of the one before."""
-    with ThreadPoolExecutor(1) as pool:
+    """Write those parts that are not there; meanwhile threads take checksums and bring what is written to the disk."""
+    with ThreadPoolExecutor(THREADS) as pool:
         sealing: list[Future[None]] = []
         for part in parts:
             path = growing / part.name
             if not path.exists():
                 partial = path.with_name(path.name + ".partial")
-                write_file(partial, num_bytes=part.num_bytes, spans=part.spans)
-                sealing.append(pool.submit(_seal, part, partial, path))
+                sums: dict[str, Future[str]] = {}
+                write_file(partial, num_bytes=part.num_bytes, spans=_summing(part, partial, pool, sums))
+                synced = pool.submit(sync, partial)
+                # The pool takes work in this order, so that a task which waits for earlier ones blocks nothing.
+                sealing.append(pool.submit(_seal, part, synced, sums, path))
         for one in sealing:
             one.result()
 
 
-def _seal(part: Part, partial: Path, path: Path) -> None:
-    sums = {}
-    for info in part.summed:
-        file = info.file if info.file.is_absolute() else partial  # relative: a tensor of this very part
-        sums[info.name] = {
-            "dtype": info.dtype, "shape": list(info.shape), "bytes": info.num_bytes, "crc32": _crc32(file, info),
-        }  # fmt: skip
-    _write_json(path.with_name(path.name + _SUMS), sums)
-    partial.rename(path)
+def _summing(
+    part: Part, partial: Path, pool: ThreadPoolExecutor, sums: dict[str, Future[str]]
+) -> Iterator[Span]:
+    """Yield the spans of a part to its writer; when it asks for the next one, the checksums that can be taken are begun.
+
+    The disk, too, begins before the whole part is written.
+    """
+    waiting, synced = deque(part.summed), None
+    for done in range(len(part.spans) + 1):
+        if done and (synced is None or synced.done()):
+            synced = pool.submit(sync, partial)
+        while waiting and waiting[0].after <= done:
+            info = waiting.popleft().info
+            sums[info.name] = pool.submit(_crc32, info.file if info.file.is_absolute() else partial, info)
+        if done < len(part.spans):
+            yield part.spans[done]
+
+
+def _seal(part: Part, synced: Future[None], sums: Mapping[str, Future[str]], path: Path) -> None:
+    """Note the checksums of a part, and give it its name."""
+    synced.result()
+    noted = {
+        info.name: {"dtype": info.dtype, "shape": list(info.shape), "bytes": info.num_bytes, "crc32": sums[info.name].result()}
+        for info in (one.info for one in part.summed)
+    }  # fmt: skip
+    _write_json(path.with_name(path.name + _SUMS), noted)
+    path.with_name(path.name + ".partial").rename(path)
 
 
 def _crc32(path: Path, info: TensorInfo) -> str:
     checksum, left = 0, info.num_bytes
+    buffer = memoryview(bytearray(CHECKSUM_BYTES))  # one for all reads, and small enough for the processor's cache
     with path.open("rb", buffering=0) as file:
         file.seek(info.begin)
-        while left and (data := file.read(min(BUFFER_BYTES, left))):
-            checksum = zlib.crc32(data, checksum)
-            left -= len(data)
+        while left and (count := file.readinto(buffer[:left])):
+            checksum = zlib.crc32(buffer[:count], checksum)
+            left -= count
     return f"{checksum:08x}"
 
 

@@ -70,7 +70,7 @@ Span = Literal | Copy | Computed
 
 
 def write_file(path: Path, *, num_bytes: int, spans: Iterable[Span]) -> None:
-    """Write a file of `num_bytes` and wait until it is on the disk; what no span covers is zero. Raises OSError."""
+    """Write a file of `num_bytes`; what no span covers is zero. Raises OSError."""
     sources: dict[Path, int] = {}
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
@@ -86,7 +86,6 @@ def write_file(path: Path, *, num_bytes: int, spans: Iterable[Span]) -> None:
             if span.source not in sources:
                 sources[span.source] = os.open(span.source, os.O_RDONLY)
             _copy(span, sources[span.source], descriptor)
-        os.fsync(descriptor)
     finally:
         for opened in (descriptor, *sources.values()):
             os.close(opened)

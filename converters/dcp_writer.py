@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 from megaswift.converters.computed import Unpacked
-from megaswift.converters.conversion import Part
+from megaswift.converters.conversion import Part, Summed
 from megaswift.converters.copying import Copy, Literal, Span
 from megaswift.converters.dcp_items import empty_object, wrap
 from megaswift.converters.dcp_metadata import StoredChunk, StoredItem, StoredTensor
@@ -23,7 +23,7 @@ class DcpWriter:
         self._folder = folder
         self._files: list[list[Span]] = []
         self._ends: list[int] = []
-        self._summed: list[list[TensorInfo]] = []
+        self._summed: list[list[Summed]] = []
         self._chunks: dict[str, list[StoredChunk]] = defaultdict(list)
         self._kinds: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._found: list[Address] = []
@@ -60,7 +60,7 @@ class DcpWriter:
         end = at + data_bytes + len(wrapping.after)
         self._ends[-1] = end
         new = [info for info in infos if info.name not in self._seen]  # experts share a packed one
-        self._summed[-1] += [part for info in new for part in files_of(info)]
+        self._summed[-1] += [Summed(info=part) for info in new for part in files_of(info)]
         self._seen |= {info.name for info in new}
         item = StoredItem(file=self._name(len(self._files) - 1), begin=begin, length=end - begin)
         for address in where:

@@ -16,7 +16,7 @@ from megaswift.converters.carried import CARRIED_FILE, carried_tensors
 from megaswift.converters.certificate import certify
 from megaswift.converters.check import check_files
 from megaswift.converters.computed import Fp8, Transposed
-from megaswift.converters.conversion import Conversion, Part
+from megaswift.converters.conversion import Conversion, Part, Summed
 from megaswift.converters.copying import Literal, Span
 from megaswift.converters.dcp_items import saved_object
 from megaswift.converters.dcp_metadata import FILE as METADATA
@@ -101,7 +101,7 @@ def _carried_part(carried: Mapping[str, TensorInfo]) -> Iterator[Part]:
             Literal(at=0, data=file.header),
             *(_carry(carried[info.name], info) for info in file.tensors),
         ]
-        summed = tuple(part for info in carried.values() for part in files_of(info))
+        summed = tuple(Summed(info=part) for info in carried.values() for part in files_of(info))
         yield Part(name=str(file.path), num_bytes=file.num_bytes, spans=tuple(spans), summed=summed)
 
 
@@ -140,6 +140,7 @@ def to_hf(
     parts = []
     for file in files:
         spans: list[Span] = [Literal(at=0, data=file.header)]
+        summed = []
         for info in file.tensors:
             if info.name in carried:
                 spans.append(_carry(carried[info.name], info))
@@ -149,8 +150,9 @@ def to_hf(
                 spans.append(sources.fp8(info.name, shapes, values_at=info.begin))
             else:
                 spans += sources.spans(info)
+            summed.append(Summed(info=info, after=len(spans)))
         parts.append(
-            Part(name=file.path.name, num_bytes=file.num_bytes, spans=tuple(spans), summed=file.tensors)
+            Part(name=file.path.name, num_bytes=file.num_bytes, spans=tuple(spans), summed=tuple(summed))
         )
 
     def finish(growing: Path) -> None:

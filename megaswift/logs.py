@@ -20,7 +20,19 @@ def setup_logging(*, rank: int | None = None, verbose: bool = False) -> None:
     root.setLevel(logging.DEBUG if verbose else logging.INFO if rank == 0 else logging.WARNING)
     root.propagate = False
     if not root.handlers:
-        handler = logging.StreamHandler(sys.stderr)
+        handler = _StderrHandler()
         prefix = "" if rank == 0 else f"[rank {rank}] "
         handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
         root.addHandler(handler)
+
+
+class _StderrHandler(logging.Handler):
+    """Write to what `sys.stderr` is when the fact is said: a progress bar and a test put a stand-in there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        stream = sys.stderr
+        try:
+            stream.write(self.format(record) + "\n")
+            stream.flush()
+        except (OSError, ValueError):  # a terminal that is gone, a stream that is closed: no reason to end a training
+            self.handleError(record)

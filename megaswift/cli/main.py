@@ -29,6 +29,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("megaswift.cli.doctor", "say what is installed here, and what is missing"),
 }
 
+TASKS = ("sft", "pt", "rlhf")  # commands that train: their help is the list of RunConfig's settings
+
 HELP = """\
 usage: megaswift COMMAND [file.yaml] [--flag value ...]
 
@@ -63,6 +65,12 @@ def _run(argv: list[str]) -> int:
         return 0
     if argv[0] not in COMMANDS:
         raise ConfigError(f"{argv[0]} is not a command.{nearest(argv[0], COMMANDS)}")
+    if argv[0] in TASKS and {"-h", "--help"} & set(argv):
+        # Here and not in cli/train.py: help waits for neither the planner nor the launchers.
+        from megaswift.cli.help import task_help
+
+        sys.stdout.write(task_help(argv[0]))
+        return 0
     module, _ = COMMANDS[argv[0]]
     code: int = import_module(module).run(argv[1:])
     return code

@@ -6,7 +6,6 @@ import sys
 import warnings
 from pathlib import Path
 
-from megaswift.cli.help import task_help
 from megaswift.config.parse import parse
 from megaswift.config.rules import check_request, minimal_world
 from megaswift.launch.devices import num_gpus, platform_here
@@ -23,9 +22,6 @@ log = get_logger("cli")
 
 def run_task(task: str, argv: list[str]) -> int:
     """Run `megaswift TASK argv` and return the exit code; raises UserError before any rank is started where it can."""
-    if {"-h", "--help"} & set(argv):
-        sys.stdout.write(task_help(task))
-        return 0
     if own_error_file():
         die_with_parent()
     parsed = parse(task, argv)

@@ -96,6 +96,8 @@ def _architecture(meta: ModelMeta, *, tp: int) -> dict[str, Any]:
         "add_qkv_bias": meta.qkv_bias,
         # Megatron sums gradients of q_layernorm and k_layernorm over tp: right for a norm that every head shares.
         "qk_layernorm": meta.qk_norm == "head",
+        # Megatron (0.19) builds other norms of q and k from the spec only under this switch, which does nothing else.
+        "qk_l2_norm": meta.qk_norm in ("l2", "full"),
         "softmax_scale": meta.attention.scale,
         "attention_output_gate": meta.attention.output_gate,
         "hetereogenous_dist_checkpoint": meta.linear_attention

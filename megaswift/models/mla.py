@@ -3,6 +3,7 @@
 Letters: S sequence, B batch, C size of the latent, P size of the key part with rotary positions, which all heads share.
 """
 
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from megatron.core.tensor_parallel import (
     scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from megaswift.metadata.meta import ModelMeta, RopeMeta
 from megaswift.models.context import SpreadDocuments
@@ -21,8 +23,12 @@ from megaswift.models.rope import RotaryPositions
 class LatentAttention(MLASelfAttention):
     """Megatron's latent attention with the model's rotary positions and a whole gradient of the shared key part."""
 
-    def __init__(self, *args: Any, meta: ModelMeta, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, config: MLATransformerConfig, *args: Any, meta: ModelMeta, **kwargs: Any) -> None:
+        # Megatron (0.19) builds norms of latents only under this switch, which elsewhere would sum the gradient of
+        # q_layernorm over tp (finalize_model_grads.py) though every rank has the whole of it: said to this module alone.
+        config = copy(config)
+        config.qk_layernorm = True
+        super().__init__(config, *args, **kwargs)
         assert meta.mla is not None, "latent attention has latents"
         self.rotary_pos_emb = LatentPositions(meta, cp_group=self.pg_collection.cp)
         for norm in (getattr(self, name, None) for name in ("q_layernorm", "kv_layernorm")):

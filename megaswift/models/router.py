@@ -12,13 +12,14 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megaswift.mcore.specs import submodules_of
 from megaswift.metadata.meta import MoEMeta
 
 
 def place_router(layer: ModuleSpec, moe: MoEMeta) -> None:
     """Give the spec of a layer with experts the router that its model needs."""
     if not megatron_routes(moe):
-        layer.submodules.mlp.submodules.router = partial(Router, moe=moe)
+        submodules_of(layer.submodules.mlp).router = partial(Router, moe=moe)
 
 
 def megatron_routes(moe: MoEMeta) -> bool:

@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megaswift.errors import ModelError
+from megaswift.mcore.specs import submodules_of
 from megaswift.metadata.features import FEATURES
 from megaswift.metadata.meta import ModelMeta
 from megaswift.models.attention import CoreAttention, GatedAttention, TwoRopesAttention
@@ -97,14 +98,15 @@ def _local_layer(meta: ModelMeta, config: TransformerConfig, layer: int) -> Modu
     if is_moe and meta.moe is not None:
         place_router(spec, meta.moe)
         if meta.moe.expert_bias:
-            spec.submodules.mlp.submodules.experts.submodules.linear_fc2 = ExpertRowParallelLinear
+            experts = submodules_of(spec.submodules.mlp).experts
+            submodules_of(experts).linear_fc2 = ExpertRowParallelLinear
     _place_norms(spec, meta, config)
     if meta.linear_attention is not None and meta.linear_attention.layers[layer]:
         spec.submodules.self_attention = ModuleSpec(module=GatedDeltaNet, params={"meta": meta})
     else:
         _attend(spec, meta, config, layer)
     if not is_moe and config.add_bias_linear and not meta.mlp_bias:
-        mlp = spec.submodules.mlp.submodules
+        mlp = submodules_of(spec.submodules.mlp)
         mlp.linear_fc1, mlp.linear_fc2 = UnbiasedColumnParallelLinear, UnbiasedRowParallelLinear
     return spec
 

@@ -1,9 +1,7 @@
 """Where log lines go: logging.jsonl, TensorBoard, and the terminal. Rank 0 alone writes."""
 
 import json
-import logging
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -97,8 +95,7 @@ class ProgressBar:
             console=Console(stderr=True),
         )
         self._task = self._progress.add_task("training", total=total_steps, completed=start, figures="")
-        self._progress.start()
-        self._set_log_stream()  # while the bar is up, other lines go above it
+        self._progress.start()  # while it is live, rich stands in for sys.stderr: other lines go above the bar
 
     def report(self, line: Mapping[str, Any]) -> None:
         """Move the bar; a validation is a line of its own above it."""
@@ -110,12 +107,6 @@ class ProgressBar:
     def close(self) -> None:
         """Leave the last state of the bar on the terminal."""
         self._progress.stop()
-        self._set_log_stream()
-
-    def _set_log_stream(self) -> None:
-        for handler in logging.getLogger("megaswift").handlers:
-            if isinstance(handler, logging.StreamHandler):
-                handler.setStream(sys.stderr)  # rich's stand-in while it is live, then the terminal again
 
 
 # How a person reads a figure; others stay in logging.jsonl.
