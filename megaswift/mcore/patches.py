@@ -1,13 +1,16 @@
 """The one door for patches of Megatron-Core itself; each states its reason and ends where the upstream fault ends."""
 
-from megatron.core.transformer import multi_latent_attention
+from megatron.core.transformer import attention, multi_latent_attention
 from megatron.core.transformer.moe import moe_utils
+
+from megaswift.mcore.rotary import apply_rotary
 
 
 def apply_patches() -> None:
     """Apply every patch that this version of Megatron-Core still needs; a second call changes nothing."""
     _define_missing_te_gemm()
     _deny_missing_te_linear()
+    _turn_in_one_pass()
 
 
 def _define_missing_te_gemm() -> None:
@@ -22,3 +25,8 @@ def _deny_missing_te_linear() -> None:
     # and isinstance(module, TELinear) fails (transformer/multi_latent_attention.py); 0.19 asks the wrappers' own HAVE_TE.
     if not isinstance(getattr(multi_latent_attention, "TELinear", None), type):
         multi_latent_attention.HAVE_TE = False
+
+
+def _turn_in_one_pass() -> None:
+    # 0.16-0.19: without Transformer Engine a query is copied some eight times to be turned, in the type of the weights.
+    attention.apply_rotary_pos_emb = apply_rotary

@@ -209,6 +209,31 @@ class _Matrix(torch.nn.Module):
         return self.weight
 
 
+class _AddProduct(torch.autograd.Function):
+    """output + scale * low B^T, in the storage of `output`, which no linear keeps for its backward pass.
+
+    Both gradients are formed with the R rows first: on processors [R, T] x [T, F] takes a third of [F, T] x [T, R].
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: torch.Tensor, low: torch.Tensor, b_FR: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        ctx.save_for_backward(low, b_FR)
+        ctx.scale = scale
+        ctx.mark_dirty(output)
+        output.view(-1, b_FR.shape[0]).addmm_(low.flatten(0, -2), b_FR.t(), alpha=scale)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:  # type: ignore[override]  # one gradient
+        low, b_FR = ctx.saved_tensors
+        grad_TF, low_TR = grad.flatten(0, -2), low.flatten(0, -2)
+        grad_low_RT = torch.mm(b_FR.t(), grad_TF.t()).mul_(ctx.scale)
+        grad_b_RF = torch.mm(low_TR.t(), grad_TF).mul_(ctx.scale)
+        return grad, grad_low_RT.t().reshape(low.shape), grad_b_RF.t(), None
+
+
 class AdaptedLinear:
     """A mixin in front of one of Megatron's parallel linears; see _adapt."""
 
@@ -225,17 +250,18 @@ class AdaptedLinear:
         output, bias = super().forward(x, *args, **kwargs)  # type: ignore[misc]  # of the linear behind this mixin
         if self.lora_off:
             return output, bias
-        delta = self._row_delta(x) if self.lora_is_row else self._column_delta(x)
-        return torch.add(output, delta, alpha=self.lora_scale), bias
+        low, b_FR = self._row_delta(x) if self.lora_is_row else self._column_delta(x)
+        if output._is_view():  # so a reduction over one rank returns its input, and autograd forbids changing that
+            output = output.clone()
+        return _AddProduct.apply(output, low, b_FR, self.lora_scale), bias
 
-    def _column_delta(self: Any, x: torch.Tensor) -> torch.Tensor:
+    def _column_delta(self: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return A x [..., R], and B."""
         sharded = self.config.sequence_parallel and not self.lora_is_expert
         x = self._drop(x, per_rank=sharded)
         if self.lora_is_expert:  # the dispatcher sums the input's gradient over etp, but not that of A
-            return F.linear(
-                F.linear(x, copy_to_tensor_model_parallel_region(self.lora_a(), group=self.tp_group)),
-                self.lora_b(),
-            )
+            a_RD = copy_to_tensor_model_parallel_region(self.lora_a(), group=self.tp_group)
+            return F.linear(x, a_RD), self.lora_b()
         low = F.linear(x, self.lora_a())
         if sharded:
             low = gather_from_sequence_parallel_region(
@@ -243,18 +269,18 @@ class AdaptedLinear:
             )
         else:
             low = copy_to_tensor_model_parallel_region(low, group=self.tp_group)
-        return F.linear(low, self.lora_b())
+        return low, self.lora_b()
 
-    def _row_delta(self: Any, x: torch.Tensor) -> torch.Tensor:
+    def _row_delta(self: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         low = F.linear(self._drop(x, per_rank=True), self.lora_a())
         if (
             self.lora_is_expert
         ):  # the output is partial and the dispatcher sums it over etp; B's gradient is partial too
-            return F.linear(low, copy_to_tensor_model_parallel_region(self.lora_b(), group=self.tp_group))
+            return low, copy_to_tensor_model_parallel_region(self.lora_b(), group=self.tp_group)
         reduce: Callable[..., torch.Tensor] = reduce_from_tensor_model_parallel_region
         if self.config.sequence_parallel:
             reduce = reduce_scatter_to_sequence_parallel_region
-        return F.linear(reduce(low, group=self.tp_group), self.lora_b())
+        return reduce(low, group=self.tp_group), self.lora_b()
 
     def _drop(self: Any, x: torch.Tensor, *, per_rank: bool) -> torch.Tensor:
         if not (self.training and self.lora_dropout):

@@ -22,10 +22,10 @@ def rotate(
     rotated, rest_THK = x_THK[..., : 2 * half].float(), x_THK[..., 2 * half :]
     cos_T1R, sin_T1R = cos_TR[:, None], sin_TR[:, None]
     pairs = rotated.unflatten(-1, (half, 2)).unbind(-1) if interleaved else rotated.split(half, dim=-1)
-    first, second = pairs[0] * cos_T1R - pairs[1] * sin_T1R, pairs[1] * cos_T1R + pairs[0] * sin_T1R
-    joined = (
-        torch.stack([first, second], dim=-1).flatten(-2)
-        if interleaved
-        else torch.cat([first, second], dim=-1)
-    )
-    return torch.cat([joined.to(x_THK.dtype), rest_THK], dim=-1)
+    # Products are added in place: on processors this is what is run, and every pass over memory counts.
+    first = (pairs[0] * cos_T1R).addcmul_(pairs[1], sin_T1R, value=-1.0)
+    second = (pairs[1] * cos_T1R).addcmul_(pairs[0], sin_T1R)
+    if interleaved:
+        joined = torch.stack([first, second], dim=-1).flatten(-2).to(x_THK.dtype)
+        return torch.cat([joined, rest_THK], dim=-1)
+    return torch.cat([first.to(x_THK.dtype), second.to(x_THK.dtype), rest_THK], dim=-1)
