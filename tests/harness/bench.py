@@ -1,9 +1,10 @@
 """`make bench`: SFT of SmolLM2-135M packed to 1024 tokens, beside TRL, LLaMA-Factory and ms-swift on the same machine.
 
-    python -m tests.harness.bench [--data alpaca.json] [--only NAME ...] [--steps 6]
+    python -m tests.harness.bench [--data alpaca.json] [--only NAME ...] [--steps 6] [--rounds 2]
 
 Every peer runs in a venv of its own below .bench/, with its own command and its own defaults; where a peer can keep its
-activations instead of computing them again, it runs both ways and the better figure counts.
+activations instead of computing them again, it runs both ways. The cases take turns in every round and the best round of
+each counts, since a shared machine is never quiet for long. LoRA is rank 8 on all linears without dropout everywhere.
 """
 
 import argparse
@@ -74,15 +75,17 @@ def main() -> None:
         "--only", nargs="*", default=[], help="words that the name of a case must contain, any of them"
     )
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
     BENCH.mkdir(exist_ok=True)
     model = fetch_smollm2(ROOT / ".demo" / "SmolLM2-135M-Instruct")
     data = prepare_rows(options.data)
-    results = {}
-    for case in CASES:
-        if not options.only or any(word in case.name for word in options.only):
-            results[case] = _run(case, model, data, options.steps)
-            Console().print(f"{case.name}: {results[case]}")
+    cases = [case for case in CASES if not options.only or any(word in case.name for word in options.only)]
+    results: dict[Case, dict[str, Any]] = {}
+    for case in cases * options.rounds:
+        found = _run(case, model, data, options.steps)
+        Console().print(f"{case.name}: {found}")
+        results[case] = max(results.get(case, found), found, key=lambda one: float(one["tokens_per_s"]))
     _print(results)
 
 
@@ -127,7 +130,7 @@ def _megaswift(case: Case, model: Path, data: Path, output: Path, steps: int) ->
     command = [
         sys.executable, "-m", "megaswift.cli.main", "sft", "--model", model, "--dataset", data, "--packing", "true",
         "--max_length", LENGTH, "--train_iters", steps, "--global_batch_size", 1, "--learning_rate", "1e-5",
-        "--tuner_type", "lora" if case.lora else "full", "--save_strategy", "no", "--save_safetensors", "false",
+        "--tuner_type", "lora" if case.lora else "full", "--lora_dropout", 0, "--save_strategy", "no", "--save_safetensors", "false",
         "--output_dir", output, "--resume", "never", "--logging_steps", 1, "--nproc_per_node", 1,
     ]  # fmt: skip
     _call(command, output)
@@ -170,7 +173,7 @@ def _ms_swift(case: Case, model: Path, data: Path, output: Path, steps: int) -> 
     arguments = [
         "--model", model, "--model_type", "llama", "--template", "chatml", "--dataset", data, "--max_length", LENGTH,
         "--tuner_type", "lora" if case.lora else "full", "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 1,
-        "--max_steps", steps, "--learning_rate", "1e-5", "--torch_dtype", "float32", "--save_strategy", "no",
+        "--max_steps", steps, "--learning_rate", "1e-5", "--lora_dropout", 0, "--torch_dtype", "float32", "--save_strategy", "no",
         "--gradient_checkpointing", "false", "--report_to", "none", "--output_dir", output, "--use_cpu", "true", "--use_hf", "true",
     ]  # fmt: skip
     return _probe(case, "swift.cli.sft:sft_main", arguments, output)
