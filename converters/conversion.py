@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from megaswift.converters.copying import Literal, Span, write_file
 from megaswift.converters.folders import check_output, check_space, growing_name, publish, sync
 from megaswift.converters.tensor_files import TensorInfo
@@ -161,7 +163,7 @@ def _summing(
             synced = pool.submit(sync, partial)
         while waiting and waiting[0].after <= done:
             info = waiting.popleft().info
-            sums[info.name] = pool.submit(_crc32, info.file if info.file.is_absolute() else partial, info)
+            sums[info.name] = pool.submit(_checksum, info.file if info.file.is_absolute() else partial, info)
         if done < len(part.spans):
             yield part.spans[done]
 
@@ -170,22 +172,23 @@ def _seal(part: Part, synced: Future[None], sums: Mapping[str, Future[str]], pat
     """Note the checksums of a part, and give it its name."""
     synced.result()
     noted = {
-        info.name: {"dtype": info.dtype, "shape": list(info.shape), "bytes": info.num_bytes, "crc32": sums[info.name].result()}
+        info.name: {"dtype": info.dtype, "shape": list(info.shape), "bytes": info.num_bytes, "xxh3_128": sums[info.name].result()}
         for info in (one.info for one in part.summed)
     }  # fmt: skip
     _write_json(path.with_name(path.name + _SUMS), noted)
     path.with_name(path.name + ".partial").rename(path)
 
 
-def _crc32(path: Path, info: TensorInfo) -> str:
-    checksum, left = 0, info.num_bytes
+def _checksum(path: Path, info: TensorInfo) -> str:
+    """Return the XXH3 of a tensor's bytes, 128 bits as hexadecimal digits: ten times as fast as a CRC without instructions for it."""
+    digest, left = xxhash.xxh3_128(), info.num_bytes
     buffer = memoryview(bytearray(CHECKSUM_BYTES))  # one for all reads, and small enough for the processor's cache
     with path.open("rb", buffering=0) as file:
         file.seek(info.begin)
         while left and (count := file.readinto(buffer[:left])):
-            checksum = zlib.crc32(buffer[:count], checksum)
+            digest.update(buffer[:count])
             left -= count
-    return f"{checksum:08x}"
+    return digest.hexdigest()
 
 
 def _finish(conversion: Conversion, output: Path, growing: Path, fingerprint: int) -> None:

@@ -3,7 +3,6 @@
 Letters: S sequence, B batch, C size of the latent, P size of the key part with rotary positions, which all heads share.
 """
 
-from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +12,7 @@ from megatron.core.tensor_parallel import (
     scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
-from megatron.core.transformer.transformer_config import MLATransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 
 from megaswift.metadata.meta import ModelMeta, RopeMeta
 from megaswift.models.context import SpreadDocuments
@@ -23,18 +22,19 @@ from megaswift.models.rope import RotaryPositions
 class LatentAttention(MLASelfAttention):
     """Megatron's latent attention with the model's rotary positions and a whole gradient of the shared key part."""
 
-    def __init__(self, config: MLATransformerConfig, *args: Any, meta: ModelMeta, **kwargs: Any) -> None:
-        # Megatron (0.19) builds norms of latents only under this switch, which elsewhere would sum the gradient of
-        # q_layernorm over tp (finalize_model_grads.py) though every rank has the whole of it: said to this module alone.
-        config = copy(config)
-        config.qk_layernorm = True
-        super().__init__(config, *args, **kwargs)
-        assert meta.mla is not None, "latent attention has latents"
+    def __init__(self, *args: Any, meta: ModelMeta, norm: ModuleSpec, **kwargs: Any) -> None:
+        """`norm` is the spec of the norms of both latents."""
+        super().__init__(*args, **kwargs)
+        mla = meta.mla
+        assert mla is not None, "latent attention has latents"
         self.rotary_pos_emb = LatentPositions(meta, cp_group=self.pg_collection.cp)
-        for norm in (getattr(self, name, None) for name in ("q_layernorm", "kv_layernorm")):
-            if norm is not None:
-                norm.eps = meta.mla.latent_norm_eps
-        self.shared_key_size = meta.mla.rope_head_dim
+        # The norms are placed here and not by the spec: 0.19 builds those of a spec only under qk_layernorm, which asks for
+        # Transformer Engine where queries have no latent, and sums the gradient of q_layernorm over tp though it is whole.
+        for name, size in (("q_layernorm", mla.q_rank), ("kv_layernorm", mla.kv_rank)):
+            if size is not None:
+                built = build_module(norm, hidden_size=size, config=self.config, eps=mla.latent_norm_eps)
+                setattr(self, name, built)
+        self.shared_key_size = mla.rope_head_dim
         self.linear_kv_down_proj.register_forward_hook(self._whole_latent)
 
     def _whole_latent(

@@ -142,9 +142,9 @@ def _attend(spec: ModuleSpec, meta: ModelMeta, config: TransformerConfig, layer:
         spec.submodules.self_attention.module = GatedAttention
     if meta.mla is not None:
         latent = spec.submodules.self_attention
-        latent.module, latent.params = LatentAttention, {**latent.params, "meta": meta}
+        latent.module = LatentAttention
+        latent.params = {**latent.params, "meta": meta, "norm": _norm(meta)}
         attention.core_attention = CoreAttention
-        attention.q_layernorm = attention.kv_layernorm = _norm(meta)
         return
     late_norm = meta.qk_norm == "head" and meta.qk_norm_after_rope
     attention.core_attention = partial(

@@ -71,16 +71,14 @@ def main() -> None:
     parser.add_argument(
         "--data", type=Path, help="alpaca rows (json list); default: rows written here, of lognormal length"
     )
-    parser.add_argument(
-        "--only", nargs="*", default=[], help="words that the name of a case must contain, any of them"
-    )
+    parser.add_argument("--only", nargs="*", default=[], help="names of cases or systems")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
     BENCH.mkdir(exist_ok=True)
     model = fetch_smollm2(ROOT / ".demo" / "SmolLM2-135M-Instruct")
     data = prepare_rows(options.data)
-    cases = [case for case in CASES if not options.only or any(word in case.name for word in options.only)]
+    cases = [case for case in CASES if not options.only or {case.name, case.system} & set(options.only)]
     results: dict[Case, dict[str, Any]] = {}
     for case in cases * options.rounds:
         found = _run(case, model, data, options.steps)
@@ -176,7 +174,7 @@ def _ms_swift(case: Case, model: Path, data: Path, output: Path, steps: int) -> 
         "--max_steps", steps, "--learning_rate", "1e-5", "--lora_dropout", 0, "--torch_dtype", "float32", "--save_strategy", "no",
         "--gradient_checkpointing", "false", "--report_to", "none", "--output_dir", output, "--use_cpu", "true", "--use_hf", "true",
     ]  # fmt: skip
-    return _probe(case, "swift.cli.sft:sft_main", arguments, output)
+    return _probe(case, "swift.pipelines:sft_main", arguments, output)
 
 
 def _probe(case: Case, target: str, arguments: list[object], output: Path) -> dict[str, Any]:
