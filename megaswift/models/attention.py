@@ -249,6 +249,7 @@ class TwoRopesAttention(SelfAttention):
         if self.table:
             self.config = copy.copy(config)
             self.config.yarn_rotary_scaling_factor = 1.0  # only the positions of full attention are stretched
+            self._yarn_concentration_factor = 1.0  # where 0.19 keeps what follows from it
 
     def forward(self, *args: Any, rotary_pos_emb: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """As Megatron's; `rotary_pos_emb` is [S, 2, 1, rotary dim]: that of full attention, then that of sliding layers."""
