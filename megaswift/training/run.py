@@ -62,6 +62,7 @@ from megaswift.training.setup import (
 )
 from megaswift.training.signals import Interrupt
 from megaswift.training.spikes import SpikeGuard
+from megaswift.training.stragglers import Stragglers, places_of_ranks
 from megaswift.training.wall_time import WallTime
 
 logger = get_logger(__name__)
@@ -203,6 +204,17 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
             with_samples=run.logging.verbose,
         )
     ]
+    if dist.get_world_size() > 1:
+        callbacks.append(
+            Stragglers(
+                lambda: heartbeat.work_s,
+                reporters,
+                peers=parallel_state.get_pipeline_model_parallel_rank(),
+                places=places_of_ranks(platform.device),
+                every=run.logging.logging_steps,
+                device=platform.device,
+            )
+        )
     if run.training.spike_factor is not None:
         callbacks.append(SpikeGuard(run.training.spike_factor))
     if sets.val is not None:
