@@ -16,6 +16,7 @@ from megaswift.launch.layout import Chosen, check_memory, choose_layout
 from megaswift.launch.matrix import expand_matrix, read_matrix
 from megaswift.launch.preflight import (
     check_files_for_nodes_without_network,
+    check_first_rows,
     check_output,
     check_rows,
     check_run,
@@ -23,6 +24,7 @@ from megaswift.launch.preflight import (
 )
 from megaswift.launch.profile import profile_of_name
 from megaswift.launch.sbatch import Job, sbatch_script
+from megaswift.launch.versions import check_versions
 from megaswift.logs import get_logger, setup_logging
 from megaswift.planner.machine import Machine
 
@@ -50,11 +52,13 @@ def run(argv: list[str]) -> int:
         raise ConfigError(f"{verb} is not a task.{nearest(verb, [*TASK_DEFAULTS, *JOB_VERBS])}")
     dry_run = "--dry_run" in rest or "--dry-run" in rest
     known = _partitions(dry_run)
-    job = plan_job(verb, [word for word in rest if word not in ("--dry_run", "--dry-run")], known)
+    words = [word for word in rest if word not in ("--dry_run", "--dry-run")]
+    job = plan_job(verb, words, known)
     script = sbatch_script(job)
     if dry_run:
         sys.stdout.write(script)
         return 0
+    _check_rows_of(job)
     folder = Path(job.log_dir)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{job.name}.sbatch"
@@ -63,6 +67,17 @@ def run(argv: list[str]) -> int:
     log.info(f"job {job_id}: {path}; `megaswift submit follow {job_id}` shows its log")
     sys.stdout.write(f"{job_id}\n")
     return 0
+
+
+def _check_rows_of(job: Job) -> None:
+    """Encode the first rows of every run of a job, of each choice of model, template and data once."""
+    seen: set[str] = set()
+    for command in job.commands:
+        run = parse(command[0], list(command[1:])).config
+        key = repr((run.model, run.data, run.task, run.preference))
+        if key not in seen:
+            seen.add(key)
+            check_first_rows(run, model_of(run))
 
 
 def _partitions(dry_run: bool) -> list[slurm.Partition]:
@@ -104,6 +119,8 @@ def plan_job(task: str, argv: list[str], known: Sequence[slurm.Partition]) -> Jo
         _check(config, machine, world_size=asked.nodes * ranks, platform_name=platform_name)
         commands.append((*command, *(layout.words(row.given) if layout is not None else [])))
     container_runtime = _container_runtime(request)
+    if container_runtime is None and request.runtime.conda is None and request.runtime.venv is None:
+        check_versions()  # the job has this program's own environment
     launcher = request.runtime.launcher
     if launcher == "auto":
         launcher = "torchrun" if container_runtime else "srun"
