@@ -12,6 +12,7 @@ from megaswift.config.run import RunConfig
 from megaswift.config.submit import SubmitConfig
 from megaswift.errors import ConfigError, LaunchError, nearest
 from megaswift.launch import slurm
+from megaswift.launch.launcher import choose_launcher
 from megaswift.launch.layout import Chosen, check_memory, choose_layout
 from megaswift.launch.matrix import expand_matrix, read_matrix
 from megaswift.launch.preflight import (
@@ -121,10 +122,16 @@ def plan_job(task: str, argv: list[str], known: Sequence[slurm.Partition]) -> Jo
     container_runtime = _container_runtime(request)
     if container_runtime is None and request.runtime.conda is None and request.runtime.venv is None:
         check_versions()  # the job has this program's own environment
-    launcher = request.runtime.launcher
-    if launcher == "auto":
-        launcher = "torchrun" if container_runtime else "srun"
-    tasks = 1 if launcher == "torchrun" else ranks
+    launcher = choose_launcher(
+        request.runtime.launcher,
+        mpi=request.runtime.mpi,
+        mpi_kinds=slurm.mpi_kinds() if known else None,
+        container_runtime=container_runtime,
+        partition=partition,
+        ranks_per_node=ranks,
+    )
+    log.info(f"ranks are started by {launcher.name}: {launcher.reason}. --launcher overrides it")
+    tasks = 1 if launcher.name == "torchrun" else ranks
     return Job(
         name=asked.job_name or f"megaswift-{task}",
         commands=tuple(commands),
@@ -134,7 +141,8 @@ def plan_job(task: str, argv: list[str], known: Sequence[slurm.Partition]) -> Jo
         gpus_per_node=gpus,
         cpus_per_task=asked.cpus_per_task
         or (_share_of_cores(partition, gpus=gpus, tasks=tasks) if partition else None),
-        launcher=launcher,
+        launcher=launcher.name,
+        mpi=launcher.mpi,
         container_runtime=container_runtime,
         slurm=asked,
         runtime=replace(request.runtime, venv=_venv(request)),
