@@ -116,7 +116,7 @@ def plan_job(task: str, argv: list[str], known: Sequence[slurm.Partition]) -> Jo
     commands = []
     for (command, _), row in zip(runs, rows, strict=True):
         layout = _layout(row, machine, layouts)
-        config = layout.adopt(row.config) if layout is not None else row.config
+        config = layout.adopt(row.config, row.given) if layout is not None else row.config
         _check(config, machine, world_size=asked.nodes * ranks, platform_name=platform_name)
         commands.append((*command, *(layout.words(row.given) if layout is not None else [])))
     container_runtime = _container_runtime(request)

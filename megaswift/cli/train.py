@@ -47,7 +47,7 @@ def run_task(task: str, argv: list[str]) -> int:
             on_gpus=platform == "cuda",
         )
         if chosen is not None:
-            run, argv = chosen.adopt(run), [*argv, *chosen.words(parsed.given)]
+            run, argv = chosen.adopt(run, parsed.given), [*argv, *chosen.words(parsed.given)]
             log.info(chosen.note)
         meta, _ = check_run(run, world_size=start.world_size, platform_name=platform)
         check_output(run, meta)
@@ -70,7 +70,7 @@ def run_task(task: str, argv: list[str]) -> int:
         skip_compilation()
     from megaswift.training.run import train  # torch and Megatron-Core: seconds
 
-    summary = train(run)
+    summary = train(run, given=parsed.given)
     if rank == 0:
         mark_unfinished(summary.output_dir, summary.interrupted)
     if start.rank is not None and start.rank.source != "mpi":  # MPI wants to be finalised

@@ -119,6 +119,7 @@ def _states(
     shards, expert_shards = layout.dp * layout.cp, max(1, layout.edp)
     size = WIDE if candidate.precision == "fp32" else HALF
     copies = WEIGHT_COPIES.get(candidate.precision, 0.0) * (params.linear + params.experts)
+    copies += size * params.base if job.reference else 0.0
     if job.frozen:
         trained = params.adapters
         return (
