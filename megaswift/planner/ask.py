@@ -122,10 +122,11 @@ def software_on(device: Device) -> Software:
     if device.generation != "cpu":
         return Software()
     return Software(
-        fused_norm=False,
+        fused_norm=True,  # models/norm.py keeps its input and one number a row
         fused_elementwise=False,
         wgrad_fusion=False,
         overlap_data=False,
         tensor_engine=False,
+        local_layers=True,
         loss_bytes=4.0,
     )
