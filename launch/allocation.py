@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from megaswift.errors import LaunchError
+from megaswift.launch.links import LinkTime
 
 SLOW = 1.5  # times the median of all ranks: more than clocks of healthy devices of one kind differ
 
@@ -17,6 +18,7 @@ class RankReport:
     host: str
     faults: tuple[str, ...]  # each one makes the node unfit
     product_s: float | None  # a matrix product of a fixed size; None where it was not timed
+    links: tuple[LinkTime, ...] = ()  # all-reduces that this rank took part in
 
 
 def check_reports(reports: Sequence[RankReport]) -> list[str]:

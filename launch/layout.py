@@ -32,13 +32,15 @@ class Chosen:
 
     def words(self, given: frozenset[str]) -> list[str]:
         """Return the flags as they are typed, but for those that the user has `given`."""
-        chosen = {name: value for name, value in self.flags.items() if name not in given}
-        return [word for name, value in chosen.items() for word in (f"--{name}", *value.split())]
+        return [word for name, values in self._others(given).items() for word in (f"--{name}", *values)]
 
-    def adopt(self, run: RunConfig) -> RunConfig:
-        """Return `run` with the flags set."""
-        settled = with_flags(run, {name: value.split() for name, value in self.flags.items()})
+    def adopt(self, run: RunConfig, given: frozenset[str]) -> RunConfig:
+        """Return `run` with the flags set, but for those that the user has `given`."""
+        settled = with_flags(run, self._others(given))
         return replace(settled, launch=replace(settled.launch, auto_layout=False))
+
+    def _others(self, given: frozenset[str]) -> dict[str, list[str]]:
+        return {name: value.split() for name, value in self.flags.items() if name not in given}
 
 
 def choose_layout(run: RunConfig, meta: ModelMeta, machine: Machine) -> Chosen | None:
@@ -70,7 +72,7 @@ def choose_layout(run: RunConfig, meta: ModelMeta, machine: Machine) -> Chosen |
         flags={name: value for name, value in flags_of(plan, job).items() if name not in left_out},
         note=f"layout: {named}, recomputation {plan.candidate.recompute}; of {found.tried} tried the fastest that fits, with "
         f"{plan.memory_gib:.1f} of {machine.device.memory_gib:.0f} GiB on the fullest of {machine.num_devices} "
-        f"{machine.device.name} for samples of {job.seq_len} tokens. Parallel flags override it",
+        f"{machine.device.name} for samples of {job.max_length} tokens. Parallel flags override it",
     )
 
 

@@ -1,17 +1,28 @@
 """What can be found out before a job waits in a queue: the rules, the rows, the disk, and what the partition has."""
 
+import json
 import os
-import shutil
+import subprocess
+import sys
+import tempfile
+from math import ceil
 from pathlib import Path
 
+from megaswift.config.dump import dump_run
 from megaswift.config.rules import ResolvedRun, check_request, resolve
 from megaswift.config.run import RunConfig
 from megaswift.errors import DataError, LaunchError, ModelError
+from megaswift.launch.quota import writable_bytes
+from megaswift.logs import get_logger
 from megaswift.metadata.hub import Files
 from megaswift.metadata.meta import ModelMeta
 from megaswift.metadata.read import get_model_meta
 
+log = get_logger("preflight")
+
 GIB = 2**30
+ENCODING_S = 300  # transformers from a cold file system, and a set in one large JSON file
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -44,20 +55,78 @@ def check_rows(run: RunConfig) -> None:
             raise DataError(f"dataset={entry} is not there. Give the path as the compute nodes see it.")
 
 
+def check_first_rows(run: RunConfig, meta: ModelMeta) -> None:
+    """Encode the first rows of every data set that is here, and log bad ones; raises DataError for what training would refuse.
+
+    It takes a process of its own and seconds, as the tokenizer needs transformers. Without a tokenizer here nothing is done.
+    """
+    if meta.folder is None or not any((meta.folder / name).exists() for name in TOKENIZER_FILES):
+        log.info("the first rows are not encoded: the model's tokenizer is not on this machine")
+        return
+    with tempfile.TemporaryDirectory(prefix="megaswift-") as folder:
+        path = Path(folder) / "run.yaml"
+        path.write_text(dump_run(run), encoding="utf-8")
+        words = [sys.executable, "-m", "megaswift.data.first_rows", str(path)]
+        try:
+            done = subprocess.run(words, capture_output=True, text=True, timeout=ENCODING_S)
+        except subprocess.TimeoutExpired:
+            log.warning("the first rows could not be encoded within %d s", ENCODING_S)
+            return
+    if done.returncode:
+        log.warning(
+            "the first rows could not be encoded: %s", (done.stderr.strip().splitlines() or ["?"])[-1]
+        )
+        return
+    found = json.loads(done.stdout.splitlines()[-1])
+    if "error" in found:
+        raise DataError(found["error"])
+    for row in found["bad"]:
+        log.warning("bad row: %s", row)
+    for name in found["elsewhere"]:
+        log.info("dataset=%s is not on this machine: its rows are not looked at", name)
+    log.info(
+        "encoded %d rows of the beginnings of the data sets, %d are bad", found["encoded"], len(found["bad"])
+    )
+
+
 def check_output(run: RunConfig, meta: ModelMeta) -> None:
-    """Raise LaunchError where the run's folder cannot be written or has too little room for one checkpoint."""
+    """Raise LaunchError where the run's folder cannot be written or has too little room for the checkpoints planned."""
     output = Path(run.checkpoint.output_dir)
     there = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise LaunchError(
             f"output_dir={output} cannot be written below {there}. Choose another --output_dir."
         )
-    free, needed = shutil.disk_usage(there).free, checkpoint_bytes(run, meta)
+    each, planned = checkpoint_bytes(run, meta), planned_checkpoints(run)
+    kept = sum(1 for path in output.glob("checkpoint-*") if path.suffix == "") if output.is_dir() else 0
+    free, needed = writable_bytes(there), each * max(1, planned - kept)
     if free < needed:
+        limit = run.checkpoint.save_total_limit
         raise LaunchError(
-            f"output_dir={output} has {free / GIB:.1f} GiB free, and one checkpoint takes about {needed / GIB:.1f} GiB. "
-            "Free some space, or choose another --output_dir."
+            f"output_dir={output} has room for {free / GIB:.1f} GiB, and the run writes {max(1, planned - kept)} checkpoints of about "
+            f"{each / GIB:.1f} GiB. Free some space, choose another --output_dir, or keep fewer of them "
+            f"(--save_total_limit is {'not set' if limit is None else limit}; --save_optim false leaves the optimizer out)."
         )
+
+
+def planned_checkpoints(run: RunConfig) -> int:
+    """Return how many checkpoints will be there at a time, one that is being written included.
+
+    Where nobody knows how many steps the run has, it is two: the newest, and the next.
+    """
+    settings, training = run.checkpoint, run.training
+    if settings.exit_after_save or settings.save_strategy == "no":
+        return 1
+    if settings.save_strategy == "epoch":
+        saved = ceil(1.0 if training.num_train_epochs is None else training.num_train_epochs)
+        if training.train_iters is not None:
+            saved = 2  # the epochs in so many steps are not known
+    elif training.train_iters is not None:
+        saved = ceil(training.train_iters / settings.save_steps)  # the last step is saved too
+    else:
+        saved = 2
+    # The oldest one goes after the newest is complete (checkpoint/save.py).
+    return saved if settings.save_total_limit is None else min(saved, settings.save_total_limit + 1)
 
 
 def check_files_for_nodes_without_network(run: RunConfig, meta: ModelMeta) -> None:
@@ -74,13 +143,16 @@ def check_files_for_nodes_without_network(run: RunConfig, meta: ModelMeta) -> No
 def checkpoint_bytes(run: RunConfig, meta: ModelMeta) -> int:
     """Return about how large one checkpoint is, from the size of the weights' files; 0 where those are not here.
 
-    Full training: weights, fp32 masters and two moments, and the export. Adapters are small beside that.
+    Full training: weights, fp32 masters and two moments, and the export. Of adapters the merged export is all that counts.
     """
-    if meta.folder is None or run.tuner.tuner_type != "full":
+    if meta.folder is None:
         return 0
-    parameters = sum(file.stat().st_size for file in meta.folder.glob("*.safetensors")) // BYTES.get(
-        meta.dtype, 2
-    )
-    weight = BYTES[run.model.torch_dtype or "bfloat16"]
+    files = sum(file.stat().st_size for file in meta.folder.glob("*.safetensors"))
+    parameters, weight = files // BYTES.get(meta.dtype, 2), BYTES[run.model.torch_dtype or "bfloat16"]
+    export = weight if run.checkpoint.save_safetensors else 0
+    if run.tuner.tuner_type != "full":
+        return parameters * export if run.tuner.merge_lora else 0
     state = 3 * BYTES["float32"] if run.checkpoint.save_optim else 0
-    return parameters * (weight + state + (weight if run.checkpoint.save_safetensors else 0))
+    # Without the optimizer the export alone is written, where there is one (training/setup.py).
+    own = weight if run.checkpoint.save_optim or not export else 0
+    return parameters * (own + state + export)

@@ -25,6 +25,7 @@ class Job:
     gpus_per_node: int
     cpus_per_task: int | None
     launcher: str  # "srun" or "torchrun"
+    mpi: str  # value of srun --mpi
     container_runtime: str | None  # "apptainer", "pyxis"; None: no container
     slurm: SlurmConfig
     runtime: RuntimeConfig
@@ -170,7 +171,7 @@ def _run(job: Job) -> list[str]:
     step = [
         "srun",
         "--kill-on-bad-exit=1",
-        f"--mpi={job.runtime.mpi}",
+        f"--mpi={job.mpi}",
         f"--ntasks-per-node={job.tasks_per_node}",
     ]
     if job.container_runtime == "pyxis":

@@ -139,6 +139,34 @@ def choose_partition(
     return best
 
 
+def mpi_kinds() -> list[str] | None:
+    """Return what `srun --mpi=list` names; None without srun, or where it cannot say."""
+    if shutil.which("srun") is None:
+        return None
+    try:
+        done = subprocess.run(
+            ("srun", "--mpi=list"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=TIMEOUT_S,
+        )
+    except subprocess.TimeoutExpired:
+        return None
+    return None if done.returncode else parse_mpi_kinds(done.stdout)
+
+
+def parse_mpi_kinds(text: str) -> list[str]:
+    """Return the plugins of a list: one a line below a heading, behind "srun: " in older Slurms, which write to stderr.
+
+    The last line may name versions of pmix: "specific pmix plugin versions available: pmix_v4" (slurm 22.05).
+    """
+    versions = "specific pmix plugin versions available: "
+    lines = [line.removeprefix("srun: ").removeprefix(versions) for line in text.splitlines()]
+    names = [name.strip() for line in lines for name in line.split(",")]
+    return [name for name in names if name and " " not in name]
+
+
 def submit(script: Path) -> str:
     """Hand a script to sbatch and return the job's id."""
     return slurm("sbatch", "--parsable", str(script)).strip().split(";")[0]

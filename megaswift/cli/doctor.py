@@ -5,6 +5,7 @@ import importlib.util
 import os
 import platform
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,10 +16,14 @@ from megaswift.errors import ConfigError, nearest
 from megaswift.launch.devices import num_gpus
 from megaswift.launch.local import threads_per_rank
 
+SWITCHES = ("--load", "--profile", "--measure")
 HELP = """\
-usage: megaswift doctor [--profile [--gpu H100-80G --nodes 8 | --partition NAME]] [--measure]
+usage: megaswift doctor [--load] [--profile [--gpu H100-80G --nodes 8 | --partition NAME]] [--measure]
 
-Lists versions, devices and launchers of this machine. Exit code 1 where something is missing without which nothing trains.
+Lists versions, devices and launchers of this machine, and which versions do not go together. Exit code 1 where something is
+missing or does not fit, and nothing trains.
+
+--load also imports the compiled packages, which takes seconds: one that was compiled with another torch fails.
 
 --profile shows the hardware instead, of this machine, of a name or of a Slurm partition, and what it switches and why.
 --measure runs matrix products, copies and all-reduces on this machine's devices and shows them beside the data sheet's.
@@ -45,6 +50,12 @@ OPTIONAL = {
     "mpi4py": "ranks started by mpirun",
     "nvidia-ml-py": "GPU health",
 }
+COMPILED = {
+    "transformer-engine": "transformer_engine.pytorch",
+    "flash-attn": "flash_attn",
+    "apex": "apex.optimizers",
+}
+LOAD_S = 300  # a cold file system on a login node
 PROGRAMS = {
     "sbatch": "Slurm jobs",
     "srun": "Slurm steps",
@@ -69,12 +80,10 @@ def run(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
         sys.stdout.write(HELP)
         return 0
-    asked = [word for word in argv if word not in ("--profile", "--measure")]
+    asked = [word for word in argv if word not in SWITCHES]
     config, rest = take_flags(PlanConfig(), asked)
     if rest:
-        raise ConfigError(
-            f"{rest[0]} is not a flag of megaswift doctor.{nearest(rest[0], ['--profile', '--measure'])}"
-        )
+        raise ConfigError(f"{rest[0]} is not a flag of megaswift doctor.{nearest(rest[0], SWITCHES)}")
     if asked and "--profile" not in argv:
         raise ConfigError(f"{asked[0]} needs --profile. megaswift doctor alone looks at this machine.")
     if "--profile" in argv:
@@ -88,7 +97,9 @@ def run(argv: list[str]) -> int:
         sys.stdout.write(measure())
     if {"--profile", "--measure"} & set(argv):
         return 0
-    findings = [*_machine(), *_packages(), *_programs()]
+    findings = [*_machine(), *_packages(), *_programs(), *_conflicts()]
+    if "--load" in argv:
+        findings += _loaded()
     sys.stdout.write(_table(findings))
     return 0 if all(one.good for one in findings) else 1
 
@@ -138,6 +149,50 @@ def _programs() -> list[Finding]:
         Finding(name=name, state="found" if shutil.which(name) else "not found", good=True, remark=why)
         for name, why in PROGRAMS.items()
     ]
+
+
+def _conflicts() -> list[Finding]:
+    """Return the versions that do not go together, by launch/versions.py and by what the packages require."""
+    from megaswift.launch.versions import (  # packaging: time that --help need not pay
+        REFUSED,
+        RULES,
+        WATCHED,
+        conflicts,
+        installed,
+        unmet_requirements,
+    )
+
+    watched = installed(WATCHED)
+    others = installed({name for rule in RULES for name in (rule.package, rule.other) if name is not None})
+    found = [*conflicts({**watched, **others}), *unmet_requirements(watched)]
+    good = Finding(
+        name="versions", state="fit", good=True, remark=f"{len(RULES)} rules and the packages' own"
+    )
+    return [
+        Finding(name="versions", state=one.effect, good=one.effect != REFUSED, remark=str(one))
+        for one in found
+    ] or [good]
+
+
+def _loaded() -> list[Finding]:
+    """Import each compiled package that is installed in a process of its own: one that fails may take it down."""
+    findings = []
+    for name, module in COMPILED.items():
+        if _version(name) is None:
+            continue
+        words = [sys.executable, "-c", f"import torch, {module}"]
+        try:
+            done = subprocess.run(words, capture_output=True, text=True, timeout=LOAD_S)
+            said = (
+                ""
+                if done.returncode == 0
+                else (done.stderr.strip().splitlines() or [f"code {done.returncode}"])[-1]
+            )
+        except subprocess.TimeoutExpired:
+            said = f"not within {LOAD_S} s"
+        state = "fails" if said else "loads"
+        findings.append(Finding(name=name, state=state, good=not said, remark=said))
+    return findings
 
 
 def _version(name: str) -> str | None:

@@ -77,7 +77,7 @@ def run(argv: list[str]) -> int:
         sys.stdout.write(HELP + sections_help(PlanConfig()))
         return 0
     config, rest = take_flags(PlanConfig(), argv)
-    settings = parse("sft", rest).config
+    settings = parse("rlhf" if "rlhf_type" in split_flags(rest) else "sft", rest).config
     answer = find_answer(config, settings, given=_given(rest))
     if config.answer.json:
         json.dump(as_json(answer), sys.stdout, indent=2)
@@ -131,7 +131,7 @@ def as_json(answer: Answer) -> dict[str, Any]:
     job, machine = answer.job, answer.machine
     return {
         "model": {"parameters": job.parts.total, "layers": job.meta.num_layers},
-        "job": {"max_length": job.seq_len, "global_batch_size": job.global_batch, "trained": job.trained},
+        "job": {"max_length": job.max_length, "global_batch_size": job.global_batch, "trained": job.trained},
         "machine": {**asdict(machine), "origin": answer.profile.origin},
         "memory_limit_bytes": memory_limit(machine),
         "assumed": list(answer.question.assumed),

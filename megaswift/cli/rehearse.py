@@ -48,14 +48,15 @@ def run(argv: list[str]) -> int:
     if task not in TASK_DEFAULTS:
         raise ConfigError(f"{task} is not a task.{nearest(task, TASK_DEFAULTS)}")
     hardware, rest = take_flags(PlanConfig(), argv[1:])
-    asked = parse(task, rest).config
+    parsed = parse(task, rest)
+    asked = parsed.config
     if asked.model.model is None:
         raise ConfigError("model is missing. Give --model with a hub id or a folder.")
     meta = get_model_meta(asked.model.model, revision=asked.model.model_revision, use_hf=asked.model.use_hf)
     chosen = choose_layout(asked, meta, find_hardware(hardware.hardware).machine)
     if chosen is not None:
         log.info(chosen.note)
-        asked = chosen.adopt(asked)
+        asked = chosen.adopt(asked, parsed.given)
     parallel = asked.parallel
     copy = parallel.pp * lcm(parallel.tp * parallel.cp, parallel.ep * (parallel.etp or 1))
     ranks = 2 * copy if _has_room(2 * copy) else copy  # two replicas, so that gradients are reduced

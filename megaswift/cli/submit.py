@@ -12,10 +12,12 @@ from megaswift.config.run import RunConfig
 from megaswift.config.submit import SubmitConfig
 from megaswift.errors import ConfigError, LaunchError, nearest
 from megaswift.launch import slurm
+from megaswift.launch.launcher import choose_launcher
 from megaswift.launch.layout import Chosen, check_memory, choose_layout
 from megaswift.launch.matrix import expand_matrix, read_matrix
 from megaswift.launch.preflight import (
     check_files_for_nodes_without_network,
+    check_first_rows,
     check_output,
     check_rows,
     check_run,
@@ -23,6 +25,7 @@ from megaswift.launch.preflight import (
 )
 from megaswift.launch.profile import profile_of_name
 from megaswift.launch.sbatch import Job, sbatch_script
+from megaswift.launch.versions import check_versions
 from megaswift.logs import get_logger, setup_logging
 from megaswift.planner.machine import Machine
 
@@ -50,11 +53,13 @@ def run(argv: list[str]) -> int:
         raise ConfigError(f"{verb} is not a task.{nearest(verb, [*TASK_DEFAULTS, *JOB_VERBS])}")
     dry_run = "--dry_run" in rest or "--dry-run" in rest
     known = _partitions(dry_run)
-    job = plan_job(verb, [word for word in rest if word not in ("--dry_run", "--dry-run")], known)
+    words = [word for word in rest if word not in ("--dry_run", "--dry-run")]
+    job = plan_job(verb, words, known)
     script = sbatch_script(job)
     if dry_run:
         sys.stdout.write(script)
         return 0
+    _check_rows_of(job)
     folder = Path(job.log_dir)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{job.name}.sbatch"
@@ -63,6 +68,17 @@ def run(argv: list[str]) -> int:
     log.info(f"job {job_id}: {path}; `megaswift submit follow {job_id}` shows its log")
     sys.stdout.write(f"{job_id}\n")
     return 0
+
+
+def _check_rows_of(job: Job) -> None:
+    """Encode the first rows of every run of a job, of each choice of model, template and data once."""
+    seen: set[str] = set()
+    for command in job.commands:
+        run = parse(command[0], list(command[1:])).config
+        key = repr((run.model, run.data, run.task, run.preference))
+        if key not in seen:
+            seen.add(key)
+            check_first_rows(run, model_of(run))
 
 
 def _partitions(dry_run: bool) -> list[slurm.Partition]:
@@ -100,14 +116,22 @@ def plan_job(task: str, argv: list[str], known: Sequence[slurm.Partition]) -> Jo
     commands = []
     for (command, _), row in zip(runs, rows, strict=True):
         layout = _layout(row, machine, layouts)
-        config = layout.adopt(row.config) if layout is not None else row.config
+        config = layout.adopt(row.config, row.given) if layout is not None else row.config
         _check(config, machine, world_size=asked.nodes * ranks, platform_name=platform_name)
         commands.append((*command, *(layout.words(row.given) if layout is not None else [])))
     container_runtime = _container_runtime(request)
-    launcher = request.runtime.launcher
-    if launcher == "auto":
-        launcher = "torchrun" if container_runtime else "srun"
-    tasks = 1 if launcher == "torchrun" else ranks
+    if container_runtime is None and request.runtime.conda is None and request.runtime.venv is None:
+        check_versions()  # the job has this program's own environment
+    launcher = choose_launcher(
+        request.runtime.launcher,
+        mpi=request.runtime.mpi,
+        mpi_kinds=slurm.mpi_kinds() if known else None,
+        container_runtime=container_runtime,
+        partition=partition,
+        ranks_per_node=ranks,
+    )
+    log.info(f"ranks are started by {launcher.name}: {launcher.reason}. --launcher overrides it")
+    tasks = 1 if launcher.name == "torchrun" else ranks
     return Job(
         name=asked.job_name or f"megaswift-{task}",
         commands=tuple(commands),
@@ -117,7 +141,8 @@ def plan_job(task: str, argv: list[str], known: Sequence[slurm.Partition]) -> Jo
         gpus_per_node=gpus,
         cpus_per_task=asked.cpus_per_task
         or (_share_of_cores(partition, gpus=gpus, tasks=tasks) if partition else None),
-        launcher=launcher,
+        launcher=launcher.name,
+        mpi=launcher.mpi,
         container_runtime=container_runtime,
         slurm=asked,
         runtime=replace(request.runtime, venv=_venv(request)),

@@ -12,9 +12,10 @@ from megaswift.launch.devices import num_gpus, platform_here
 from megaswift.launch.environment import own_error_file, set_library_defaults
 from megaswift.launch.layout import layout_here
 from megaswift.launch.local import die_with_parent, start_ranks
-from megaswift.launch.preflight import check_run, model_of
+from megaswift.launch.preflight import check_output, check_run, model_of
 from megaswift.launch.sbatch import UNFINISHED
 from megaswift.launch.start import plan_start
+from megaswift.launch.versions import check_versions
 from megaswift.logs import get_logger, setup_logging
 
 log = get_logger("cli")
@@ -35,6 +36,8 @@ def run_task(task: str, argv: list[str]) -> int:
     )
     rank = start.rank.rank if start.rank else 0
     setup_logging(rank=rank, verbose=run.logging.verbose)
+    if rank == 0:
+        check_versions()
     if start.rank is None:
         chosen = layout_here(
             run,
@@ -44,9 +47,10 @@ def run_task(task: str, argv: list[str]) -> int:
             on_gpus=platform == "cuda",
         )
         if chosen is not None:
-            run, argv = chosen.adopt(run), [*argv, *chosen.words(parsed.given)]
+            run, argv = chosen.adopt(run, parsed.given), [*argv, *chosen.words(parsed.given)]
             log.info(chosen.note)
-        check_run(run, world_size=start.world_size, platform_name=platform)
+        meta, _ = check_run(run, world_size=start.world_size, platform_name=platform)
+        check_output(run, meta)
         if start.world_size > 1:
             log.info(f"starting {start.nproc} ranks on this node")
             return start_ranks([*this_program(), task, *argv], nproc=start.nproc, node=start.node)
@@ -66,7 +70,7 @@ def run_task(task: str, argv: list[str]) -> int:
         skip_compilation()
     from megaswift.training.run import train  # torch and Megatron-Core: seconds
 
-    summary = train(run)
+    summary = train(run, given=parsed.given)
     if rank == 0:
         mark_unfinished(summary.output_dir, summary.interrupted)
     if start.rank is not None and start.rank.source != "mpi":  # MPI wants to be finalised

@@ -48,10 +48,13 @@ class RuntimeConfig:
 
     launcher: str = setting(
         "auto",
-        "srun starts every rank, or torchrun those of each node; auto: torchrun in containers, otherwise srun",
+        "srun starts every rank, or torchrun those of each node; auto: srun, but torchrun in containers, where a node has "
+        "fewer cores than ranks, and where srun --mpi=list has nothing to start ranks with",
         choices=("auto", "srun", "torchrun"),
     )
-    mpi: str = setting("none", "value of srun --mpi; ranks meet over TCP and need none")
+    mpi: str = setting(
+        "auto", "value of srun --mpi; auto: none where Slurm has it, as ranks meet over TCP and need no MPI"
+    )
     modules: list[str] = setting([], "environment modules to load")
     venv: str | None = setting(
         None, "virtual environment to activate; default: the one that runs this command"

@@ -3,6 +3,7 @@
 import dataclasses
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,16 @@ def read_set(source: Source, config: DataConfig, *, seed: int) -> ReadSet:
     if source.rows is not None:
         samples = [samples[i] for i in draw(len(samples), source.rows, seed=seed)]
     return ReadSet(name=source.name, samples=tuple(samples), report=report, layouts=layouts)
+
+
+def read_first(source: Source, config: DataConfig, *, count: int) -> tuple[list[Sample], list[BadRow]]:
+    """Return what the first `count` rows of a source are, usable or not; raises DataError where it cannot be read at all."""
+    rows, folder = open_source(source)
+    outcomes = [_sample_or_bad(place, row, config, folder) for place, row in islice(rows, count)]
+    samples = [one for one in outcomes if isinstance(one, Sample)]
+    if source.is_self_cognition:
+        samples = [_named(sample, config) for sample in samples]
+    return samples, [one for one in outcomes if isinstance(one, BadRow)]
 
 
 def draw(count: int, wanted: int, *, seed: int) -> list[int]:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from megaswift.config.preference import PAIRED
+from megaswift.config.reference import needs_copy
 from megaswift.config.run import RunConfig
 from megaswift.errors import ConfigError
 from megaswift.metadata.meta import ModelMeta
@@ -9,7 +11,6 @@ from megaswift.planner.job import Job, job_of
 from megaswift.planner.machine import Device, Machine
 from megaswift.planner.search import Space
 from megaswift.planner.software import Software
-from megaswift.planner.work import CAST
 
 # flag of `megaswift sft` -> axis of the search
 AXIS_OF = {
@@ -24,6 +25,10 @@ AXIS_OF = {
     "cp_comm_type": "cp_comm",
 }
 USUAL_BATCH = 16  # config/training.py: global_batch_size
+RUNS_IN = (
+    "fp8",
+    "mxfp8",
+)  # of those with casts; nvfp4, which is planned where it is named, has no recipe (config/precision.py)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +52,15 @@ def ask(
 ) -> Question:
     """Return the question that a run poses; `given` are the flags that the user wrote. Raises ConfigError."""
     assumed = []
-    seq_len = run.data.packing_length or run.data.max_length
-    if seq_len is None:
-        seq_len = meta.max_length
-        assumed.append(f"max_length={seq_len}: the model's context length")
-    if seq_len < 1:
-        raise ConfigError(f"max_length={seq_len} is not a length. Give 1 or more.")
+    length = run.data.packing_length or run.data.max_length
+    if length is None:
+        length = meta.max_length
+        assumed.append(f"max_length={length}: the model's context length")
+    if length < 1:
+        raise ConfigError(f"max_length={length} is not a length. Give 1 or more.")
+    pairs = run.task == "rlhf" and run.preference.rlhf_type in PAIRED and run.data.packing_length is None
+    if pairs:
+        document_len = document_len or length
     batch = run.training.global_batch_size
     if batch is None:
         batch = max(USUAL_BATCH, machine.num_devices)
@@ -63,11 +71,13 @@ def ask(
         assumed.append("every pack holds one sample (--document_length says otherwise)")
     job = job_of(
         meta,
-        seq_len=seq_len,
+        seq_len=length * (2 if pairs else 1),
         global_batch=batch,
         trained=run.tuner.tuner_type,
         lora_rank=run.tuner.lora_rank,
         document_len=document_len,
+        reference=needs_copy(run),
+        answers=2 if pairs else 1,
     )
     fixed = _fixed(run, given)
     if "cp_comm" in fixed and fixed["cp_comm"] == "auto":
@@ -93,7 +103,7 @@ def _fixed(run: RunConfig, given: frozenset[str]) -> dict[str, object]:
 
 
 def _precisions(device: Device, asked: str) -> tuple[str, ...]:
-    """Return the precisions to search: 16 bits where the device has them, all of them for "best"."""
+    """Return the precisions to search: 16 bits where the device has them, all that runs are made in for "best"."""
     plain = next(
         name
         for name in ("bf16", "fp16", "fp32")
@@ -102,7 +112,7 @@ def _precisions(device: Device, asked: str) -> tuple[str, ...]:
     if asked == "auto":
         return (plain,)
     if asked == "best":
-        return (plain, *(name for name in CAST if name in device.peak_flops))
+        return (plain, *(name for name in RUNS_IN if name in device.peak_flops))
     device.peak(asked)
     return (asked,)
 
@@ -112,10 +122,11 @@ def software_on(device: Device) -> Software:
     if device.generation != "cpu":
         return Software()
     return Software(
-        fused_norm=False,
+        fused_norm=True,  # models/norm.py keeps its input and one number a row
         fused_elementwise=False,
         wgrad_fusion=False,
         overlap_data=False,
         tensor_engine=False,
+        local_layers=True,
         loss_bytes=4.0,
     )

@@ -13,17 +13,24 @@ class Job:
 
     meta: ModelMeta
     parts: Parts
-    seq_len: int  # tokens in one sample or pack
-    global_batch: int  # samples or packs in one optimizer step
+    seq_len: int  # tokens in one row of the batch: a sample, a pair of them, or a pack
+    global_batch: int  # rows in one optimizer step
     trained: str = "full"  # or "lora"
     lora_rank: int = 8
     document_len: int | None = None  # mean tokens of the documents in a pack; None: one document
     mtp_layers: int = 0  # multi-token-prediction layers that train
+    reference: bool = False  # a frozen copy of the model is in memory too
+    answers: int = 1  # samples that make one row of the batch: 2 for pairs
 
     @property
     def frozen(self) -> bool:
         """Say whether the base weights have no gradients."""
         return self.trained == "lora"
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of a sample, as --max_length counts them."""
+        return self.seq_len // self.answers
 
     @property
     def tokens(self) -> int:
@@ -40,6 +47,8 @@ def job_of(
     lora_rank: int = 8,
     document_len: int | None = None,
     mtp_layers: int = 0,
+    reference: bool = False,
+    answers: int = 1,
 ) -> Job:
     """Return the job of training `meta`."""
     return Job(
@@ -51,6 +60,8 @@ def job_of(
         lora_rank=lora_rank,
         document_len=document_len,
         mtp_layers=mtp_layers,
+        reference=reference,
+        answers=answers,
     )
 
 

@@ -71,7 +71,9 @@ def add_up(
     weights, gradients, optimizer = _states(job, candidate, stage, params, software)
     flight = in_flight(candidate.layout, stage.index, candidate.micro_batches(job))
     repeated = recomputed_share(candidate, stage)
-    layer_input = HALF * candidate.tokens(job) * job.meta.hidden_size / candidate.sequence_shards
+    layer_input = (
+        _element(candidate) * candidate.tokens(job) * job.meta.hidden_size / candidate.sequence_shards
+    )
     activations = routed = in_work = work = 0.0
     for kind, count in stage.kinds:
         one = layers[kind]
@@ -117,8 +119,9 @@ def _states(
     """Return the bytes of weights, gradients and optimizer state."""
     layout = candidate.layout
     shards, expert_shards = layout.dp * layout.cp, max(1, layout.edp)
-    size = WIDE if candidate.precision == "fp32" else HALF
+    size = _element(candidate)
     copies = WEIGHT_COPIES.get(candidate.precision, 0.0) * (params.linear + params.experts)
+    copies += size * params.base if job.reference else 0.0
     if job.frozen:
         trained = params.adapters
         return (
@@ -137,6 +140,11 @@ def _states(
     return size * params.base + copies, software.gradient_bytes * params.base, optimizer
 
 
+def _element(candidate: Candidate) -> int:
+    """Return the bytes of one element of an activation."""
+    return WIDE if candidate.precision == "fp32" else HALF
+
+
 @dataclass(frozen=True, kw_only=True)
 class Saved:
     """Bytes that one layer keeps for its backward pass, and the most that its backward pass needs beside them."""
@@ -152,7 +160,7 @@ def saved(
     """Return what one layer of a kind keeps for one micro batch."""
     meta, layout, shards = job.meta, candidate.layout, candidate.sequence_shards
     size, hidden = candidate.tokens(job), job.meta.hidden_size
-    element = WIDE if candidate.precision == "fp32" else HALF
+    element = _element(candidate)
     whole = 4.0 * element * hidden  # inputs of the two norms, and their outputs for the weight gradients
     whole += 0 if software.fused_norm else 2 * constants.eager_norm_bytes * hidden
     whole += 2 * hidden if software.dropout else 0  # one byte an element for each mask
@@ -161,6 +169,7 @@ def saved(
     dense_ffn = meta.ffn_hidden_size if kind.mlp else 0
     ffn = dense_ffn + (meta.moe.shared_ffn_hidden_size if meta.moe and kind.is_moe else 0)
     extra = 0 if software.fused_elementwise else gates - 1  # the activated gate, beside gate, up and product
+    extra += gates - 1 if software.local_layers else 0
     mlp = element * (gates + 1 + extra) * ffn
     if candidate.recompute == "selective" and not kind.is_moe:
         mlp = 0
@@ -168,7 +177,7 @@ def saved(
         # The layer's input, the output of attention, and every second product: q, v, the first half of fc1, fc2.
         query, _, value, _ = _head_widths(job)
         whole, attention, mlp = 2 * element * hidden, element * (2 * query + value), element * dense_ffn
-    routed, router, work = _routed_bytes(job, candidate, kind, gates)
+    routed, router, work = _routed_bytes(job, candidate, kind, gates, software)
     work = work or element * (2 * gates + 1) * dense_ffn / layout.tp
     gathered = 2 * element * hidden if shards > 1 else 0.0
     return Saved(
@@ -184,6 +193,7 @@ def _attention_bytes(job: Job, element: int, software: Software, constants: Memo
     query, key, value, kept = _head_widths(job)
     width = element * (query + kept + value)
     width += element * (query + key) if meta.qk_norm else 0
+    width += element * (query + key + value) if software.local_layers else 0
     if software.attention.startswith("flash"):
         return width + WIDE * meta.num_heads  # the log-sum-exp
     per_score = constants.scores_bytes if software.attention == "scores" else constants.scores_fused_bytes
@@ -203,7 +213,9 @@ def _head_widths(job: Job) -> tuple[int, int, int, int]:
     return query, key, query, 2 * key
 
 
-def _routed_bytes(job: Job, candidate: Candidate, kind: LayerKind, gates: int) -> tuple[float, float, float]:
+def _routed_bytes(
+    job: Job, candidate: Candidate, kind: LayerKind, gates: int, software: Software
+) -> tuple[float, float, float]:
     """Return what a layer keeps of routed tokens, what its router keeps of a token, and its workspace of a token."""
     moe = job.meta.moe
     if not kind.is_moe or moe is None:
@@ -211,11 +223,14 @@ def _routed_bytes(job: Job, candidate: Candidate, kind: LayerKind, gates: int) -
     hidden, ffn = job.meta.hidden_size, moe.ffn_hidden_size / candidate.layout.etp
     rows = candidate.routed_tokens(job)
     activated = 0.0 if candidate.recompute == "selective" and not job.frozen else ffn
-    routed = HALF * rows * (hidden + gates * ffn + activated)
+    element = _element(candidate)
+    # The activated gate, the offset half, and the product before it is weighted for its token.
+    activated += (2 * gates - 1) * ffn if software.local_layers else 0.0
+    routed = element * rows * (hidden + gates * ffn + activated)
     router = (
         3 * WIDE * moe.num_experts / candidate.sequence_shards
     )  # fp32 logits, probabilities and their gradient
-    return routed, router, HALF * rows / candidate.tokens(job) * ((gates + 1) * ffn + 2 * hidden)
+    return routed, router, element * rows / candidate.tokens(job) * ((gates + 1) * ffn + 2 * hidden)
 
 
 def _placeholders(job: Job, candidate: Candidate, stage: Stage, software: Software) -> float:
@@ -245,8 +260,9 @@ def _head(job: Job, candidate: Candidate, software: Software) -> tuple[float, fl
     size, weight = candidate.tokens(job), hidden * vocab
     if software.loss_tokens is not None:
         # In pieces (kernels/linear_cross_entropy): the fp32 sum of the weight's gradient, its copy, the input's gradient.
-        logits = software.loss_bytes * min(size, software.loss_tokens) * vocab
-        return logits, HALF * size * hidden + (0.0 if job.frozen else (WIDE + HALF) * weight)
+        logits, element = software.loss_bytes * min(size, software.loss_tokens) * vocab, _element(candidate)
+        gradient = WIDE + (HALF if element == HALF else 0)  # fp32 weights take the sum itself
+        return logits, element * size * hidden + (0.0 if job.frozen else gradient * weight)
     forward = software.loss_bytes * size * (job.meta.vocab_size if software.gathered_loss else vocab)
     backward, beside = 2 * HALF * size * vocab, HALF * weight + 2 * HALF * hidden * size
     if job.frozen or forward > backward + beside:

@@ -30,7 +30,7 @@ def nothing_fits(
     advice = (
         f"What would work: {', or '.join(ways)}." if ways else "Choose a smaller model or larger devices."
     )
-    return LaunchError(f"model={name} with max_length={job.seq_len} on {where} {problem}. {advice}")
+    return LaunchError(f"model={name} with max_length={job.max_length} on {where} {problem}. {advice}")
 
 
 def _no_layout(job: Job, machine: Machine, space: Space, *, name: str, where: str) -> str:
@@ -63,9 +63,9 @@ def _ways(job: Job, machine: Machine, *, software: Software, space: Space) -> li
             ways.append(f"{count} devices")
             break
         count *= 2
-    length = job.seq_len // 2
+    length = job.max_length // 2
     while length >= SHORTEST:
-        if works(replace(job, seq_len=length)):
+        if works(replace(job, seq_len=length * job.answers)):
             ways.append(f"--max_length {length}")
             break
         length //= 2

@@ -29,3 +29,6 @@ class Software:
     cuda_graphs: bool = False  # layers are replayed without their host time
     expandable_segments: bool = True  # the allocator grows blocks in place (PYTORCH_CUDA_ALLOC_CONF)
     tensor_engine: bool = True  # Transformer Engine; without it layers are plain torch
+    # Megatron-Core's own layers beside F.scaled_dot_product_attention, as they run on CPUs: rotary positions make new q and k
+    # while the joint projection stays for v, the output is copied for its projection, and the gated half is offset (copied).
+    local_layers: bool = False

@@ -16,7 +16,7 @@ def refusal(plan: Plan, job: Job, machine: Machine) -> str | None:
         "--tuner_type",
         job.trained,
         "--max_length",
-        str(job.seq_len),
+        str(job.max_length),
         "--torch_dtype",
         DTYPES[_plain(plan)],
     ]

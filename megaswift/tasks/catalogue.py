@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megaswift.config.preference import PreferenceConfig
-from megaswift.config.preference_rules import NEEDS_REFERENCE
+from megaswift.config.reference import compares
 from megaswift.config.run import RunConfig
 from megaswift.data.forms import Form, form_for
 from megaswift.data.tokenizer import load_tokenizer, pad_id_of
@@ -28,12 +28,6 @@ PAIR_LOSSES: dict[str, tuple[Callable[[Answers, PreferenceConfig], Outcome], tup
 def form_of(run: RunConfig) -> Form:
     """Return what the rows of a run must hold."""
     return form_for(run.preference.rlhf_type if run.task == "rlhf" else None)
-
-
-def compares(run: RunConfig) -> bool:
-    """Whether the task needs log-probabilities under a reference model."""
-    settings = run.preference
-    return run.task == "rlhf" and settings.rlhf_type in NEEDS_REFERENCE and not settings.reference_free
 
 
 def trained_model(run: RunConfig, meta: ModelMeta) -> ModelMeta:

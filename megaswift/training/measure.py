@@ -45,18 +45,18 @@ def gemm_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Return the FLOP/s of a square matrix product."""
     size = GEMM_SIZE[device.type]
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / _best_s(lambda: torch.mm(left, right), device)
+    return 2 * size**3 / best_s(lambda: torch.mm(left, right), device)
 
 
 def copy_bytes_s(device: torch.device) -> float:
     """Return the bytes read and written in a second by a copy."""
     source = torch.zeros(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * source.numel() / _best_s(lambda: target.copy_(source), device)
+    return 2 * source.numel() / best_s(lambda: target.copy_(source), device)
 
 
 def all_reduce_bytes_s(ranks: int, backend: str) -> float:
-    """Return the bus bandwidth of an all-reduce: 2 (n-1)/n of the bytes over the time (nccl-tests, PERFORMANCE.md)."""
+    """Return the bus bandwidth of an all-reduce between processes that are started for it."""
     context = multiprocessing.get_context("spawn")
     results, port = context.SimpleQueue(), free_port()
     started = [
@@ -69,7 +69,11 @@ def all_reduce_bytes_s(ranks: int, backend: str) -> float:
         if process.exitcode is None:
             process.kill()
     seconds: float = results.get() if all(process.exitcode == 0 for process in started) else float("inf")
-    size = REDUCE_BYTES["cuda" if backend == "nccl" else "cpu"]
+    return bus_bytes_s(REDUCE_BYTES["cuda" if backend == "nccl" else "cpu"], ranks, seconds)
+
+
+def bus_bytes_s(size: int, ranks: int, seconds: float) -> float:
+    """Return the bus bandwidth of an all-reduce of `size` bytes: 2 (n-1)/n of them over the time (nccl-tests, PERFORMANCE.md)."""
     return 2 * (ranks - 1) / ranks * size / seconds
 
 
@@ -90,13 +94,14 @@ def _reduce(
         timeout=timedelta(seconds=TIMEOUT_S),
     )
     data = torch.zeros(REDUCE_BYTES[device.type] // 4, device=device)
-    seconds = _best_s(lambda: dist.all_reduce(data), device)
+    seconds = best_s(lambda: dist.all_reduce(data), device)
     if rank == 0:
         results.put(seconds)
     dist.destroy_process_group()
 
 
-def _best_s(work: Callable[[], object], device: torch.device) -> float:
+def best_s(work: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of the fastest of several runs; the device's own work included."""
     times = []
     for _ in range(REPEATS + 1):  # the first one warms up
         began = perf_counter()

@@ -24,21 +24,12 @@ from megaswift.models.build import build_model
 from megaswift.parallel.agreement import agree, agree_on_first, alike
 from megaswift.parallel.layout import Layout
 from megaswift.platforms.platform import Platform
-from megaswift.tasks.catalogue import compares
 from megaswift.tasks.preference import answer_logps
 from megaswift.tasks.task import look, run_model
 
 logger = get_logger(__name__)
 
 FOLDER = "reference_logps"  # below the run's folder
-
-
-def needs_copy(run: RunConfig) -> bool:
-    """Whether a frozen model stands beside the trained one; an adapted model without its adapters is its own reference."""
-    settings = run.preference
-    if not compares(run) or settings.precompute_ref_log_probs:
-        return False
-    return run.tuner.tuner_type == "full" or settings.ref_model is not None
 
 
 def frozen_copy(

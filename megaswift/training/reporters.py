@@ -73,8 +73,9 @@ class PlainLines:
         self._total = total_steps
 
     def report(self, line: Mapping[str, Any]) -> None:
-        """Log the line."""
-        logger.info("step %d/%d  %s", line["step"], self._total, readable(line))
+        """Log the line, unless a person reads nothing in it."""
+        if readable(line):
+            logger.info("step %d/%d  %s", line["step"], self._total, readable(line))
 
     def close(self) -> None:
         """Nothing is buffered."""
@@ -101,7 +102,7 @@ class ProgressBar:
         """Move the bar; a validation is a line of its own above it."""
         if "eval_loss" in line:
             self._progress.console.print(f"step {line['step']}  {readable(line)}", highlight=False)
-        else:
+        elif readable(line):
             self._progress.update(self._task, completed=line["step"], figures=readable(line))
 
     def close(self) -> None:

@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 
 from megaswift.checkpoint.resume import check_identity, find_checkpoint, load_checkpoint
 from megaswift.checkpoint.store import Checkpoint, Store
+from megaswift.config.reference import compares, needs_copy
 from megaswift.config.rules import ResolvedRun, resolve
 from megaswift.config.run import RunConfig
 from megaswift.converters.adapters import load_peft
@@ -37,7 +38,7 @@ from megaswift.parallel.agreement import agree, agree_on_first, alike
 from megaswift.parallel.layout import Layout
 from megaswift.platforms.fp8 import check_fp8, format_for, software_here
 from megaswift.platforms.platform import Platform, init_distributed, select_platform
-from megaswift.tasks.catalogue import compares, make_task, trained_model
+from megaswift.tasks.catalogue import make_task, trained_model
 from megaswift.tasks.task import run_model
 from megaswift.training.account import Account
 from megaswift.training.allocation import check_allocation
@@ -47,7 +48,7 @@ from megaswift.training.engine import Engine
 from megaswift.training.feed import TrainFeed, ValidationFeed
 from megaswift.training.loop import Callback, Progress, train_loop
 from megaswift.training.optimizer import build_optimizer, shards_optimizer, wrap_chunks
-from megaswift.training.reference import References, frozen_copy, needs_copy
+from megaswift.training.reference import References, frozen_copy
 from megaswift.training.reporters import JsonLines, PlainLines, ProgressBar, Reporter, TensorBoard
 from megaswift.training.schedule import build_schedule
 from megaswift.training.setup import (
@@ -62,6 +63,7 @@ from megaswift.training.setup import (
 )
 from megaswift.training.signals import Interrupt
 from megaswift.training.spikes import SpikeGuard
+from megaswift.training.stragglers import Stragglers, places_of_ranks
 from megaswift.training.wall_time import WallTime
 
 logger = get_logger(__name__)
@@ -82,9 +84,10 @@ class RunSummary:
     interrupted: bool  # told to stop before its last step
 
 
-def train(run: RunConfig) -> RunSummary:
+def train(run: RunConfig, *, given: frozenset[str] = frozenset()) -> RunSummary:
     """Train as one rank of the world that this process belongs to, or alone; every rank calls it.
 
+    A layout that the planner chooses leaves the flags alone that the user has `given`.
     Raises UserError, on the rank that found it; others then leave with its exit code.
     """
     here = this_rank(os.environ)
@@ -98,14 +101,14 @@ def train(run: RunConfig) -> RunSummary:
         timeout_min=run.parallel.ddp_timeout_min,
     )
     check_allocation(platform, local_rank=here.local_rank)
-    summary = train_in_world(agree_on_first(lambda: _with_layout(run, platform, here)), platform)
+    summary = train_in_world(agree_on_first(lambda: _with_layout(run, platform, here, given)), platform)
     # Not after a failure: leaving a group is a collective for some back ends, and a failed rank enters none.
     process_groups.destroy()
     dist.destroy_process_group()
     return summary
 
 
-def _with_layout(run: RunConfig, platform: Platform, here: RankEnv) -> RunConfig:
+def _with_layout(run: RunConfig, platform: Platform, here: RankEnv, given: frozenset[str]) -> RunConfig:
     """Return the run with the layout that the planner chooses where none is named."""
     if not run.launch.auto_layout:
         return run
@@ -117,7 +120,7 @@ def _with_layout(run: RunConfig, platform: Platform, here: RankEnv) -> RunConfig
     if chosen is None:
         return run
     logger.info("%s", chosen.note)
-    return chosen.adopt(run)
+    return chosen.adopt(run, given)
 
 
 def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
@@ -203,6 +206,17 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
             with_samples=run.logging.verbose,
         )
     ]
+    if dist.get_world_size() > 1:
+        callbacks.append(
+            Stragglers(
+                lambda: heartbeat.work_s,
+                reporters,
+                peers=parallel_state.get_pipeline_model_parallel_rank(),
+                places=places_of_ranks(platform.device),
+                every=run.logging.logging_steps,
+                device=platform.device,
+            )
+        )
     if run.training.spike_factor is not None:
         callbacks.append(SpikeGuard(run.training.spike_factor))
     if sets.val is not None:

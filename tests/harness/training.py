@@ -17,6 +17,7 @@ from megatron.core import parallel_state
 from megaswift.checkpoint.resume import load_checkpoint
 from megaswift.checkpoint.store import Store
 from megaswift.config.precision import token_multiple
+from megaswift.config.reference import needs_copy
 from megaswift.config.rules import resolve
 from megaswift.config.run import RunConfig
 from megaswift.converters.export import export_hf
@@ -39,7 +40,7 @@ from megaswift.training.engine import Engine
 from megaswift.training.feed import TrainFeed
 from megaswift.training.loop import Progress
 from megaswift.training.optimizer import build_optimizer, wrap_chunks
-from megaswift.training.reference import frozen_copy, needs_copy
+from megaswift.training.reference import frozen_copy
 from megaswift.training.schedule import build_schedule
 from megaswift.training.setup import Saver
 

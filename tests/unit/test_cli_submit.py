@@ -12,6 +12,9 @@ from tests.unit.test_cli import TINY_LLAMA
 SINFO = (
     "gpu*|up|16|96|gpu:h100:8(S:0-1)|2-00:00:00\ncpu|up|4|64|(null)|infinite\nold|down|2|32|gpu:4|1:00:00\n"
 )
+# What `srun --mpi=list` prints (slurm 22.05); older ones write to stderr, each line behind "srun: ".
+MPI_KINDS = "MPI plugin types are...\n\tpmix\n\tnone\n\tpmi2\nspecific pmix plugin versions available: pmix_v4,pmix_v5\n"
+OLD_KINDS = "srun: MPI types are...\nsrun: pmi2\nsrun: openmpi\n"
 
 
 @pytest.fixture
@@ -19,7 +22,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a model and rows, and Slurm's commands that write down how they were called."""
     programs = tmp_path / "bin"
     programs.mkdir()
-    for name, text in {"sinfo": SINFO, "sbatch": "4711;lab\n", "scancel": ""}.items():
+    for name, text in {"sinfo": SINFO, "srun": MPI_KINDS, "sbatch": "4711;lab\n", "scancel": ""}.items():
         (programs / f"{name}.out").write_text(text)
         (programs / name).write_text(
             f'#!/bin/sh\necho {name} "$@" >> {tmp_path}/calls\ncat {programs}/{name}.out\n'
@@ -76,8 +79,49 @@ def test_a_container_is_run_by_torchrun(cluster: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize(
+    ("kinds", "words", "line", "reason"),
+    [
+        (
+            MPI_KINDS,
+            "",
+            "--mpi=none --ntasks-per-node=8",
+            "srun: Slurm gives every GPU a task with cores of its own",
+        ),
+        (MPI_KINDS, "--mpi pmix_v4", "--mpi=pmix_v4 --ntasks-per-node=8", "srun: Slurm gives"),
+        (OLD_KINDS, "", "--mpi=pmi2 --ntasks-per-node=8", "srun: Slurm gives"),
+        (
+            "",
+            "",
+            "--mpi=none --ntasks-per-node=1",
+            "torchrun: srun --mpi=list names none of none, pmi2, pmix",
+        ),
+        ("", "--launcher srun", "--mpi=none --ntasks-per-node=8", "srun: as asked"),
+        (MPI_KINDS, "--launcher torchrun", "--mpi=none --ntasks-per-node=1", "torchrun: as asked"),
+        (
+            MPI_KINDS,
+            "--nproc_per_node 100",
+            "--ntasks-per-node=1",
+            "torchrun: nodes of partition gpu have 96 cores",
+        ),
+        (MPI_KINDS, "--container a.sif", "--ntasks-per-node=1", "torchrun: apptainer sets the image up once"),
+    ],
+)
+def test_what_starts_the_ranks_follows_from_the_nodes_and_from_slurm(
+    cluster: Path, capsys: pytest.CaptureFixture[str], kinds: str, words: str, line: str, reason: str
+) -> None:
+    stream = ">&2" if kinds == OLD_KINDS else ""
+    (cluster / "bin" / "srun").write_text(f"#!/bin/sh\ncat {cluster}/bin/srun.out {stream}\n")
+    (cluster / "bin" / "srun.out").write_text(kinds)
+    assert main([*SFT, "--dry_run", "--tp", "1", "--global_batch_size", "800", *words.split()]) == 0
+    captured = capsys.readouterr()
+    assert line in captured.out and f"ranks are started by {reason}" in captured.err
+    assert "--launcher overrides it" in captured.err
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
+        ("--mpi pmixx", "mpi=pmixx is not one that srun has here. Did you mean pmix"),
         ("--partition gpus", "partition=gpus is not a partition of this cluster. Did you mean gpu?"),
         ("--partition old", "partition=old is down. Choose --partition from cpu, gpu"),
         ("--gpus_per_node 9", "gpus_per_node=9 but nodes of partition gpu have 8"),

@@ -8,6 +8,9 @@ from megaswift.launch.layout import check_memory, choose_layout
 from megaswift.launch.profile import profile_here, profile_of_name
 from megaswift.metadata.meta import ModelMeta
 from megaswift.parallel.layout import Layout
+from megaswift.planner.ask import Question, ask, software_on
+from megaswift.planner.costs import Costs
+from megaswift.planner.job import Candidate, Job
 from megaswift.planner.machine import Machine
 from tests.harness.planning import golden_meta
 
@@ -30,7 +33,7 @@ def test_a_run_without_parallel_flags_gets_the_planners_layout(llama: ModelMeta,
     asked = parsed("--max_length", "4096")
     chosen = choose_layout(asked.config, llama, node)
     assert chosen is not None and "dp=4 tp=2" in chosen.note
-    run = chosen.adopt(asked.config)
+    run = chosen.adopt(asked.config, asked.given)
     assert (run.parallel.tp, run.training.global_batch_size, run.training.micro_batch_size) == (2, 16, 1)
     typed = parsed("--max_length", "4096", *chosen.words(asked.given)).config
     assert typed == run and not run.launch.auto_layout
@@ -47,6 +50,15 @@ def test_what_the_user_gave_is_kept(llama: ModelMeta, node: Machine) -> None:
     run = parsed(*batch, *chosen.words(asked.given)).config
     assert (run.training.micro_batch_size, run.training.gradient_accumulation_steps) == (2, 4)
     assert run.training.global_batch_size is None and run.parallel.overlap_grad_reduce
+
+
+def test_a_flag_that_says_no_stays_no(llama: ModelMeta, node: Machine) -> None:
+    asked = parsed("--max_length", "4096", "--overlap_param_gather", "false")
+    chosen = choose_layout(asked.config, llama, node)
+    assert chosen is not None and chosen.flags["overlap_param_gather"] == "true"
+    words = ["--max_length", "4096", "--overlap_param_gather", "false", *chosen.words(asked.given)]
+    for run in (chosen.adopt(asked.config, asked.given), parsed(*words).config):
+        assert run.parallel.overlap_grad_reduce and not run.parallel.overlap_param_gather
 
 
 @pytest.mark.parametrize("words", ["--tp 1", "--pp 2", "--recompute_granularity full"])
@@ -70,3 +82,25 @@ def test_a_layout_that_needs_more_memory_than_there_is_is_refused(llama: ModelMe
     check_memory(run, Layout(world=8, tp=4, sequence_parallel=True), llama, node)
     with pytest.raises(LaunchError, match=r"needs about \d+ GiB on its fullest rank and H100-80G has 79 GiB"):
         check_memory(run, Layout(world=1), llama, profile_of_name("H100", num_gpus=1).machine)
+
+
+def test_preference_training_counts_its_reference_and_both_answers(llama: ModelMeta, node: Machine) -> None:
+    def question(*words: str) -> Question:
+        run = parse(
+            "rlhf", ["--model", "m", "--dataset", "rows.jsonl", "--max_length", "2048", *words]
+        ).config
+        return ask(run, llama, node, given=frozenset(), precision="auto", document_len=None, offload=False)
+
+    def weights(job: Job) -> float:
+        costs = Costs(job, node, software_on(node.device))
+        candidate = Candidate(layout=Layout(world=8, tp=4))
+        return costs.memory(candidate, costs.stages(candidate.layout)).weights
+
+    plain, dpo = question("--rlhf_type", "orpo").job, question("--rlhf_type", "dpo").job
+    assert (dpo.seq_len, dpo.document_len, dpo.max_length) == (4096, 2048, 2048)
+    assert question("--rlhf_type", "kto").job.seq_len == 2048
+    assert not plain.reference and dpo.reference
+    assert weights(dpo) == 2 * weights(plain)
+    for words in ("--precompute_ref_log_probs true", "--reference_free true", "--tuner_type lora"):
+        assert not question("--rlhf_type", "dpo", *words.split()).job.reference
+    assert question("--rlhf_type", "dpo", "--tuner_type", "lora", "--ref_model", "other").job.reference

@@ -25,6 +25,7 @@ def job(*, slurm: dict[str, Any], runtime: dict[str, Any], **changes: Any) -> Jo
         "gpus_per_node": 8,
         "cpus_per_task": 12,
         "launcher": "srun",
+        "mpi": "none",
         "container_runtime": None,
         "slurm": SlurmConfig(**slurm),
         "runtime": RuntimeConfig(**runtime),
@@ -78,7 +79,8 @@ CLUSTERS = {
     ),
     "array": job(
         slurm={"nodes": 1, "partition": "l40s", "time": "01:00:00", "array_limit": 2, "dependency": "afterok:17"},
-        runtime={"venv": "/opt/venv", "mpi": "pmi2"},
+        runtime={"venv": "/opt/venv"},
+        mpi="pmi2",
         commands=tuple((*SFT[:-1], f"runs/a/{row:03d}-{lr}", "--lr", lr) for row, lr in enumerate(["1e-5", "3e-5", "1e-4"])),
         output_dirs=("runs/a/000-1e-5", "runs/a/001-3e-5", "runs/a/002-1e-4"),
         ranks_per_node=4,

@@ -1,0 +1,18 @@
+"""Whether a run compares its model with a reference, and whether that is a model in memory."""
+
+from megaswift.config.preference_rules import NEEDS_REFERENCE
+from megaswift.config.run import RunConfig
+
+
+def compares(run: RunConfig) -> bool:
+    """Whether the task needs log-probabilities under a reference model."""
+    settings = run.preference
+    return run.task == "rlhf" and settings.rlhf_type in NEEDS_REFERENCE and not settings.reference_free
+
+
+def needs_copy(run: RunConfig) -> bool:
+    """Whether a frozen model stands beside the trained one; an adapted model without its adapters is its own reference."""
+    settings = run.preference
+    if not compares(run) or settings.precompute_ref_log_probs:
+        return False
+    return run.tuner.tuner_type == "full" or settings.ref_model is not None

@@ -1,0 +1,83 @@
+"""Encode the first rows of a run's data sets: `python -m megaswift.data.first_rows run.yaml` prints what it found as JSON.
+
+A process of its own, started before a job is queued by a program that loads neither torch nor transformers
+(launch/preflight.py).
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from megaswift.config.parse import parse_saved
+from megaswift.config.run import RunConfig
+from megaswift.data.encode import encode_samples
+from megaswift.data.forms import form_for
+from megaswift.data.read import read_first
+from megaswift.data.report import BadRow, stop_at
+from megaswift.data.sources import Source, parse_source
+from megaswift.data.template import Template
+from megaswift.data.tokenizer import load_tokenizer
+from megaswift.errors import DataError, UserError
+from megaswift.metadata.hub import Files
+from megaswift.metadata.read import get_model_meta
+
+FIRST_ROWS = 32  # of each set: enough for every kind of row that people mix, and read in no time
+
+
+def check_first_rows(run: RunConfig) -> dict[str, Any]:
+    """Return how many rows were encoded, which were bad, and which sets are not on this machine's disk.
+
+    Raises DataError as training would: for a set without a usable row, and with --strict for a bad one.
+    """
+    assert run.model.model is not None, "checked before"
+    meta = get_model_meta(
+        run.model.model,
+        revision=run.model.model_revision,
+        use_hf=run.model.use_hf,
+        trust_remote_code=run.model.trust_remote_code,
+        files=Files.FACTS,
+    )
+    tokenizer = load_tokenizer(str(meta.folder), trust_remote_code=run.model.trust_remote_code)
+    template = Template.from_config(
+        run.data, tokenizer, max_length=run.data.max_length, stop_ids=meta.eos_token_ids
+    )
+    form = form_for(run.preference.rlhf_type if run.task == "rlhf" else None)
+    encoded, bad, elsewhere = 0, [], []
+    for name in dict.fromkeys((*run.data.dataset, *run.data.val_dataset)):
+        source = parse_source(name, use_hf=run.model.use_hf)
+        if not _is_here(source):
+            elsewhere.append(name)
+            continue
+        samples, unread = read_first(source, run.data, count=FIRST_ROWS)
+        if run.data.strict and unread:
+            stop_at(unread[0])
+        if not samples:
+            raise DataError(f"dataset={name}: none of its first rows can be used. {_reasons(unread)}")
+        _, report = encode_samples(
+            samples, template, form=form, strict=run.data.strict, what=f"first rows of {name}"
+        )
+        encoded += report.kept
+        bad += [str(row) for row in (*unread, *report.bad)]
+    return {"encoded": encoded, "bad": bad, "elsewhere": elsewhere}
+
+
+def _is_here(source: Source) -> bool:
+    return source.is_self_cognition or Path(source.name).expanduser().exists()
+
+
+def _reasons(bad: list[BadRow]) -> str:
+    return f"The first reason: {bad[0]}." if bad else "It is empty."
+
+
+def main() -> None:
+    """Print the findings, or the error, of the run in the file that the command line names."""
+    try:
+        found = check_first_rows(parse_saved(Path(sys.argv[1])))
+    except UserError as error:
+        found = {"error": str(error)}
+    sys.stdout.write(json.dumps(found) + "\n")
+
+
+if __name__ == "__main__":
+    main()
