@@ -59,6 +59,9 @@ class MicroBatch:
     )
     targets: torch.Tensor | None = None  # float32 [rows]: what the rows say beside their text; nan: nothing
     references: torch.Tensor | None = None  # float64 [documents]: log-probability under the reference model
+    # float32 [B, S], of the labels of completions: log-probability when they were generated, and under the reference model
+    old_logps: torch.Tensor | None = None
+    reference_logps: torch.Tensor | None = None
     mismatched: "MicroBatch | None" = None  # the same rows, with each prompt answered for another row
 
 
