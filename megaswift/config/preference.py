@@ -20,7 +20,8 @@ class PreferenceConfig:
         "kto or apo_zero_unpaired for kto, grpo, bnpo, dr_grpo or dapo for grpo; default: the first",
     )
     beta: float | None = setting(
-        None, "strength of the preference against the reference; default 0.1, for simpo 2, for grpo 0.04 (0: no reference)"
+        None,
+        "strength of the preference against the reference; default 0.1, for simpo 2, for grpo 0.04 (0: no reference)",
     )
     label_smoothing: float = setting(
         0.0, "share of pairs whose answers may be swapped (dpo sigmoid and robust, cpo, simpo)"

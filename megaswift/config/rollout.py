@@ -11,7 +11,9 @@ REWARDS = ("accuracy", "format", "repetition", "soft_overlong")  # rollout/rewar
 class RolloutConfig:
     """How completions are sampled, rewarded and weighted (`megaswift rlhf --rlhf_type grpo`)."""
 
-    num_generations: int = setting(8, "completions of each prompt: a group; they share out --global_batch_size")
+    num_generations: int = setting(
+        8, "completions of each prompt: a group; they share out --global_batch_size"
+    )
     max_completion_length: int = setting(512, "tokens of a completion")
     temperature: float = setting(0.9, "the logits are divided by it, when sampling and in the loss")
     top_p: float = setting(1.0, "sample from the likeliest tokens that have this probability together")
@@ -34,7 +36,8 @@ class RolloutConfig:
         choices=("group", "batch", "none"),
     )
     kl_in_reward: bool = setting(
-        False, "subtract beta times the log-ratio to the reference from the rewards instead of adding a term to the loss"
+        False,
+        "subtract beta times the log-ratio to the reference from the rewards instead of adding a term to the loss",
     )
     importance_sampling_level: str = setting(
         "token", "ratio of each token, or of the whole completion (GSPO)", choices=("token", "sequence")
@@ -43,7 +46,9 @@ class RolloutConfig:
     epsilon_high: float | None = setting(None, "and above 1 + epsilon_high; default: --epsilon")
     num_iterations: int = setting(1, "optimizer steps on each batch of completions")
     repetition_n_grams: int = setting(3, "words in the sequences that the repetition reward counts")
-    repetition_max_penalty: float = setting(-1.0, "repetition reward of a completion of one repeated sequence")
+    repetition_max_penalty: float = setting(
+        -1.0, "repetition reward of a completion of one repeated sequence"
+    )
     soft_max_length: int | None = setting(
         None, "soft_overlong: tokens from which the reward is -1; default: --max_completion_length"
     )

@@ -95,7 +95,11 @@ def what_rollouts_do_not_reach(run: RunConfig) -> None:
         return
     data = run.data
     for asked, what, instead in (
-        (data.packing, "packing=true", "The completions of a micro batch lie end to end anyway. Leave it out."),
+        (
+            data.packing,
+            "packing=true",
+            "The completions of a micro batch lie end to end anyway. Leave it out.",
+        ),
         (not data.padding_free, "padding_free=false", "Leave it out."),
         (bool(data.val_dataset), "val_dataset", "Leave it out; rewards are logged at every step."),
         (

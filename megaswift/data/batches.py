@@ -70,7 +70,7 @@ class TrainData:
 
     def __init__(self, encoded: EncodedSet, settings: BatchSettings, *, pad_id: int = 0) -> None:
         """Form the items; every rank does so alike. Raises DataError for a sample that no pack can hold."""
-        self.settings = settings
+        self.encoded, self.settings = encoded, settings
         self._rows = _RowBuilder(encoded, settings, pad_id)
         self.num_items = self._rows.num_items
         self._order: tuple[int, np.ndarray] | None = None  # the epoch used last and its order

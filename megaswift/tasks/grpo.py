@@ -14,7 +14,7 @@ Letters: B batch, S sequence, N completions of a micro batch, T their tokens end
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ import torch
 from megaswift.config.preference import PreferenceConfig
 from megaswift.config.rollout import RolloutConfig
 from megaswift.data.batches import MicroBatch
+from megaswift.metadata.meta import ModelMeta
 from megaswift.tasks.answers import Outcome, document_sums
 from megaswift.tasks.preference import rows_loss
 from megaswift.tasks.task import Loss, RunModel, run_model
@@ -93,9 +94,7 @@ def completions_of(batch: MicroBatch, losses_BS: torch.Tensor) -> Completions:
     )
 
 
-def grpo_loss(
-    completions: Completions, settings: PreferenceConfig, rollout: RolloutConfig
-) -> Outcome:
+def grpo_loss(completions: Completions, settings: PreferenceConfig, rollout: RolloutConfig) -> Outcome:
     """Return the loss of every completion: to be summed, and divided by completions or by tokens (BY_TOKENS)."""
     logps_T, lengths_N = completions.logps_T, completions.lengths_N
     assert settings.beta is not None and rollout.epsilon_high is not None, "resolved"
@@ -129,6 +128,20 @@ def sums_of(values_T: torch.Tensor, lengths_N: torch.Tensor) -> torch.Tensor:
     """Return the sum over each completion [N]; piece by piece, so that a GPU adds in a fixed order."""
     pieces = values_T.split(lengths_N.tolist())
     return torch.stack([piece.sum() for piece in pieces]) if pieces else values_T.new_zeros(0)
+
+
+def at_temperature(meta: ModelMeta, temperature: float) -> ModelMeta:
+    """Return the facts of the model whose logits are divided by `temperature`: log-probabilities are then those of its samples.
+
+    A soft cap is c * tanh(x / c) of logits x; divided by t it is (c/t) * tanh((x/t) / (c/t)).
+    """
+    logits, cap = meta.multipliers.logits, meta.multipliers.logits_softcap
+    cooled = replace(
+        meta.multipliers,
+        logits=logits / temperature,
+        logits_softcap=None if cap is None else cap / temperature,
+    )
+    return replace(meta, multipliers=cooled)
 
 
 def advantages(rewards_PG: torch.Tensor, rollout: RolloutConfig) -> torch.Tensor:

@@ -49,6 +49,7 @@ from megaswift.training.loop import Callback, Progress, train_loop
 from megaswift.training.optimizer import build_optimizer, shards_optimizer, wrap_chunks
 from megaswift.training.reference import References, frozen_copy, needs_copy
 from megaswift.training.reporters import JsonLines, PlainLines, ProgressBar, Reporter, TensorBoard
+from megaswift.training.rollout_feed import rollout_feed
 from megaswift.training.schedule import build_schedule
 from megaswift.training.setup import (
     TOKENISED,
@@ -168,7 +169,8 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
         world_size=dist.get_world_size(),
         patience_s=run.launch.hang_timeout_seconds or 0.0,
     )
-    task = make_task(run, meta, reference=reference, run_model=heartbeat.during("a forward pass", run_model))
+    forward = heartbeat.during("a forward pass", run_model)
+    task = make_task(run, meta, reference=reference, run_model=forward)
     engine = Engine(
         wrapped,
         optimizer,
@@ -183,7 +185,20 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
         logger.info("resumed from %s at step %d", checkpoint.folder, start.step)
 
     dp_rank = parallel_state.get_data_parallel_rank()
-    feed = TrainFeed(sets.train, dp_rank=dp_rank, dp=layout.dp, ahead=run.data.dataloader_num_workers > 0)
+    if sets.rows is None:
+        feed = TrainFeed(sets.train, dp_rank=dp_rank, dp=layout.dp, ahead=run.data.dataloader_num_workers > 0)
+    else:
+        feed = rollout_feed(
+            run,
+            meta,
+            layout,
+            engine,
+            sets,
+            checkpoint=checkpoint,
+            reference=reference,
+            run_model=forward,
+            group=patient,
+        )
     reporters = _reporters(run, output_dir, start=start, total_steps=total_steps)
     dtype = asked.model.torch_dtype or meta.dtype
     saver = Saver(
@@ -192,7 +207,7 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
         layout=layout,
         store=store,
         engine=engine,
-        writers=export_writers(run, meta, layout, chunks, dtype=dtype),
+        writers={**export_writers(run, meta, layout, chunks, dtype=dtype), **feed.writers()},
     )
     callbacks: list[Callback] = [
         Log(
@@ -316,7 +331,7 @@ def _total_steps(run: RunConfig, sets: Sets, start: Progress) -> int:
         return run.training.train_iters
     epochs = 1.0 if run.training.num_train_epochs is None else run.training.num_train_epochs
     size = sets.train.settings.global_batch_size
-    whole = sets.train.num_steps(epochs)
+    whole = sets.train.num_steps(epochs * run.rollout.num_iterations)
     # The global batch may have changed since the checkpoint: count on from the samples that it has seen.
     return start.step + max(0, whole - start.consumed_samples // size)
 

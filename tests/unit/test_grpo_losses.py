@@ -43,9 +43,7 @@ def token_losses(logps: Tokens, old: Tokens, *, beta: float, sequence: bool) -> 
             whole = math.prod(ratios) ** (1 / len(ratios))
             ratios = [whole] * len(ratios)
         objectives = [clipped(ratio, advantage) for ratio in ratios]
-        losses.append(
-            [-one + beta * k3(a, r) for one, a, r in zip(objectives, mine, ref, strict=True)]
-        )
+        losses.append([-one + beta * k3(a, r) for one, a, r in zip(objectives, mine, ref, strict=True)])
         assert len(losses[row]) == len(mine)
     return losses
 
@@ -102,7 +100,8 @@ def total(outcome: Outcome, loss_type: str, given: Completions) -> torch.Tensor:
 
 def moved(values: Tokens, row: int, token: int, by: float) -> Tokens:
     return [
-        [value + by * (i == row and j == token) for j, value in enumerate(line)] for i, line in enumerate(values)
+        [value + by * (i == row and j == token) for j, value in enumerate(line)]
+        for i, line in enumerate(values)
     ]
 
 
