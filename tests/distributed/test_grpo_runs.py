@@ -38,7 +38,7 @@ def near(completions, goal, **columns):
 
 
 def broken(completions, goal, **columns):
-    return [1 / (wanted - 1) for wanted in goal]
+    return [wanted / 0 for wanted in goal]
 '''
 LORA = ("--tuner_type", "lora", "--lora_dropout", "0", "--adam_eps", "1e-3")
 # what is trained -> flags
