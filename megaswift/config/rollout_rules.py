@@ -117,11 +117,6 @@ def what_rollouts_do_not_reach(run: RunConfig) -> None:
             f"context_parallel_size={run.parallel.cp}",
             "Use --tensor_model_parallel_size or --pipeline_model_parallel_size.",
         ),
-        (
-            run.preference.precompute_ref_log_probs,
-            "precompute_ref_log_probs=true",
-            "Completions are not known before. Leave it out.",
-        ),
     ):
         if asked:
             raise ConfigError(f"{what} is not built for rlhf_type=grpo. {instead}")

@@ -1,6 +1,7 @@
 """GRPO's losses and gradients against TRL's own trainer: same weights, same completions, same advantages, same older policies."""
 
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def rollout() -> Rollout:
     starts = encoded.starts
     policy = AutoModelForCausalLM.from_pretrained(folder(), dtype=torch.float32)
     logps = np.zeros(len(encoded.input_ids), np.float32)
-    for start, end in zip(starts, starts[1:], strict=False):
+    for start, end in pairwise(starts):
         ids = torch.from_numpy(encoded.input_ids[start:end].astype(np.int64))
         with torch.no_grad():
             log_p = (policy(ids[None]).logits[0, :-1] / TEMPERATURE).log_softmax(-1)
