@@ -30,7 +30,7 @@ def _refuse(what: str, instead: str = "", **flags: str) -> dict[str, Refused]:
 # Flags of reinforcement learning and distillation.
 _RLHF = """
     teacher_model teacher_model_server teacher_tag_key gkd_logits_topk lmbda sft_alpha offload_teacher_model
-    teacher_kl_coef generation_batch_size repetition_penalty delta dynamic_sample max_resample_times overlong_filter
+    teacher_kl_coef generation_batch_size repetition_penalty delta dynamic_sample max_resample_times
     cosine_min_len_value_wrong cosine_max_len_value_wrong cosine_min_len_value_correct cosine_max_len_value_correct
     cosine_max_len log_entropy top_entropy_quantile rollout_importance_sampling_mode
     rollout_importance_sampling_threshold off_policy_sequence_mask_delta multi_turn_scheduler max_turns use_gym_env
@@ -351,7 +351,10 @@ REFUSED: dict[str, Refused] = {
         use_vllm="false",
     ),
     **_refuse("several steps on parts of one batch of completions", steps_per_generation="1 none"),
-    **{flag: Refused(what="reinforcement learning and distillation") for flag in _RLHF},
+    **{
+        flag: Refused(what="reinforcement learning and distillation", harmless=("false", "none"))
+        for flag in _RLHF
+    },
 }
 
 

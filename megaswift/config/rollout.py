@@ -44,6 +44,7 @@ class RolloutConfig:
     )
     epsilon: float = setting(0.2, "ratios are clipped below 1 - epsilon")
     epsilon_high: float | None = setting(None, "and above 1 + epsilon_high; default: --epsilon")
+    overlong_filter: bool = setting(False, "completions that were cut off at their longest carry no loss")
     num_iterations: int = setting(1, "optimizer steps on each batch of completions")
     repetition_n_grams: int = setting(3, "words in the sequences that the repetition reward counts")
     repetition_max_penalty: float = setting(

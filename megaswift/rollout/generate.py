@@ -82,7 +82,10 @@ def _complete(
     if chosen.top_p < 1:
         steps.append(TopPLogitsWarper(chosen.top_p))
     settings = GenerationConfig(
-        max_new_tokens=chances_BL.shape[1], do_sample=False, eos_token_id=stop_ids, pad_token_id=pad_id
+        max_new_tokens=chances_BL.shape[1],
+        do_sample=False,
+        eos_token_id=stop_ids or None,
+        pad_token_id=pad_id,
     )
     model.generation_config = settings  # transformers fills what is not given from there
     out_BL = model.generate(

@@ -27,6 +27,7 @@ class Rollout:
     starts: np.ndarray  # int64 [N + 1]
     prompt_lengths: np.ndarray  # int64 [N]
     stopped: np.ndarray  # bool [N]: ended by itself
+    trains_cut: bool = True  # completions that were cut off carry loss
     rewards: np.ndarray  # float64 [N, F]
     advantages: np.ndarray | None = None  # float32 [N]
     old_logps: np.ndarray | None = None  # float32 [T], of the completions' tokens, 0 elsewhere
@@ -44,8 +45,8 @@ class Rollout:
     def encoded(self) -> EncodedSet:
         """The documents; completions carry loss, and advantages are their targets."""
         weights = np.zeros(len(self.input_ids), np.uint8)
-        for start, prompt, end in zip(self.starts, self.prompt_lengths, self.starts[1:], strict=False):
-            weights[start + prompt : end] = 1
+        for number in np.flatnonzero(self.stopped | self.trains_cut):
+            weights[self.starts[number] + self.prompt_lengths[number] : self.starts[number + 1]] = 1
         return EncodedSet(
             input_ids=self.input_ids,
             loss_weights=weights,
@@ -109,4 +110,5 @@ class Rollout:
         with np.load(folder / FILE) as arrays:
             values = dict(arrays)
         position, group = int(values.pop("position")), int(values.pop("group"))
-        return cls(position=position, group=group, **values)
+        trains_cut = bool(values.pop("trains_cut"))
+        return cls(position=position, group=group, trains_cut=trains_cut, **values)

@@ -28,7 +28,7 @@ from megaswift.data.prompts import PromptRow, PromptRows
 from megaswift.data.tokenizer import load_tokenizer, pad_id_of
 from megaswift.metadata.meta import ModelMeta
 from megaswift.models.lora import adapters_off
-from megaswift.parallel.agreement import agree, alike
+from megaswift.parallel.agreement import agree
 from megaswift.parallel.layout import Layout
 from megaswift.rollout.generate import chances, complete, generating_model
 from megaswift.rollout.rewards import load_rewards, rewards_of
@@ -127,7 +127,7 @@ class Roller:
     table: JsonLines | None  # of completions; rank 0's, where they are logged
 
     def __post_init__(self) -> None:
-        self.rewards = alike(lambda: load_rewards(self.run.rollout))
+        self.rewards = agree(lambda: load_rewards(self.run.rollout), group=self.group)
         self.weights = reward_weights(self.run.rollout)
         folder, trust = str(self.meta.folder), self.run.model.trust_remote_code
         self.tokenizer = load_tokenizer(folder, trust_remote_code=trust)
@@ -235,6 +235,7 @@ class Roller:
             starts=np.cumsum([0, *map(len, documents)]),
             prompt_lengths=np.array([len(prompts[one.place // group]) for one in found]),
             stopped=np.array([one.ids[-1] in stops for one in found]),
+            trains_cut=not self.run.rollout.overlong_filter,
             rewards=np.array([one.rewards for one in found]),
         )
 

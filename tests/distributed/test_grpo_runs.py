@@ -191,6 +191,27 @@ def test_resumed_run_repeats_every_figure_and_completion(training: str, step: in
     assert (figures(training, "one"), table(training, "one", "completions.jsonl")) == before
 
 
+@pytest.mark.slow
+def test_the_mean_reward_rises() -> None:
+    """Shorter completions are better: the model learns to stop."""
+    words = [*flags("rloo", "one", output="short"), "--overlong_filter", "true"]
+    start = words.index("--external_plugins")
+    del words[start : words.index("0.5") + 1]
+    words[words.index("--train_iters") + 1], words[words.index("--save_steps") + 1] = "16", "16"
+    words += ["--reward_funcs", "soft_overlong", "--soft_cache_length", "10"]
+    run_distributed(train_all, 1, [words])
+    lines = [json.loads(line) for line in (folder() / "short" / "logging.jsonl").read_text().splitlines()]
+    rewards = [line["reward"] for line in lines]
+    assert statistics.mean(rewards[-4:]) > statistics.mean(rewards[:4]) + 0.2
+    for number, line in enumerate(lines):
+        rows = (
+            (folder() / "short" / "completions.jsonl").read_text().splitlines()[8 * number : 8 * number + 8]
+        )
+        tokens = [json.loads(row)["tokens"] for row in rows]
+        cut = round(8 * line["completions/clipped_ratio"])
+        assert line["loss_tokens"] == sum(tokens) - 10 * cut, "what was cut off carries no loss"
+
+
 def failure(rank: int, world_size: int, words: list[str]) -> str:
     """Return how a run ends that cannot go well."""
     try:
