@@ -54,6 +54,8 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "dp2": (2, ()),
     "tp2": (2, ("--tensor_model_parallel_size", "2", "--sequence_parallel", "true")),
     "pp2": (2, ("--pipeline_model_parallel_size", "2")),
+    "vpp2": (2, ("--pipeline_model_parallel_size", "2", "--virtual_pipeline_model_parallel_size", "2")),
+    "ep2": (2, ("--expert_model_parallel_size", "2")),
 }
 ON_TWO = [
     ("grpo", "dp2"),
@@ -62,6 +64,7 @@ ON_TWO = [
     ("lora", "tp2"),
     ("twice", "pp2"),
     ("rloo", "dp2"),
+    ("rloo", "vpp2"),
 ]
 TIMED = ("step_time_s", "tokens_per_s", "model_tflops_per_s", "memory_gib")
 
@@ -100,7 +103,7 @@ def trained(ranks: int) -> None:
 
 
 def table(training: str, layout: str, name: str) -> list[dict[str, Any]]:
-    """Return the lines of a file of a run; its folders are left out of sources."""
+    """Return the lines of a file of a run."""
     trained(LAYOUTS[layout][0])
     return [json.loads(line) for line in (folder() / f"{training} {layout}" / name).read_text().splitlines()]
 
@@ -120,6 +123,21 @@ def test_layout_generates_and_trains_like_one_rank(training: str, layout: str) -
         for name, value in one.items():
             tolerance = NORM_TOLERANCE if name == "grad_norm" else LOSS_TOLERANCE
             assert line[name] == pytest.approx(value, rel=tolerance, abs=LOSS_TOLERANCE), name
+
+
+@pytest.mark.slow
+@pytest.mark.ranks(2)
+def test_experts_spread_over_ranks_generate_and_train_like_one_rank() -> None:
+    model, _ = make_tiny_run(temporary_folder(), name="qwen3_moe")
+    for layout in ("one", "ep2"):
+        words = flags("rloo", layout, output=f"experts {layout}")
+        words[words.index("--model") + 1] = str(model)
+        run_distributed(train_all, LAYOUTS[layout][0], [words])
+    found, expected = (table("experts", where, "completions.jsonl") for where in ("ep2", "one"))
+    assert [row["completion"] for row in found] == [row["completion"] for row in expected]
+    for line, one in zip(figures("experts", "ep2"), figures("experts", "one"), strict=True):
+        assert line["loss"] == pytest.approx(one["loss"], rel=LOSS_TOLERANCE, abs=LOSS_TOLERANCE)
+        assert line["grad_norm"] == pytest.approx(one["grad_norm"], rel=NORM_TOLERANCE)
 
 
 @pytest.mark.slow
