@@ -49,7 +49,6 @@ from megaswift.training.loop import Callback, Progress, train_loop
 from megaswift.training.optimizer import build_optimizer, shards_optimizer, wrap_chunks
 from megaswift.training.reference import References, frozen_copy, needs_copy
 from megaswift.training.reporters import JsonLines, PlainLines, ProgressBar, Reporter, TensorBoard
-from megaswift.training.rollout_feed import rollout_feed
 from megaswift.training.schedule import build_schedule
 from megaswift.training.setup import (
     TOKENISED,
@@ -188,6 +187,8 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
     if sets.rows is None:
         feed = TrainFeed(sets.train, dp_rank=dp_rank, dp=layout.dp, ahead=run.data.dataloader_num_workers > 0)
     else:
+        from megaswift.training.rollout_feed import rollout_feed  # transformers' models: seconds
+
         feed = rollout_feed(
             run,
             meta,
