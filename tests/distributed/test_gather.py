@@ -35,7 +35,9 @@ def folder(model: str) -> Path:
     return save_tiny(model, temporary_folder())
 
 
-def differences(rank: int, world_size: int, cases: list[tuple[Path, dict[str, Any]]]) -> list[list[str] | None]:
+def differences(
+    rank: int, world_size: int, cases: list[tuple[Path, dict[str, Any]]]
+) -> list[list[str] | None]:
     """Return the tensors that differ from the file, for every case; None on a rank that keeps none."""
     found: list[list[str] | None] = []
     for model, parallel in cases:
