@@ -93,10 +93,10 @@ def _without_ones(shape: Sequence[int]) -> tuple[int, ...]:
 
 def rows_of(matrix_NC: torch.Tensor, stripe: Stripe) -> torch.Tensor:
     """Return the stripe of a matrix whose rows may lie apart, as a view [runs, width, C]."""
-    row = matrix_NC.stride(0)
+    row, column = matrix_NC.stride()
     size = (stripe.runs, stripe.width, matrix_NC.shape[1])
     return matrix_NC.as_strided(
-        size, (stripe.pitch * row, row, 1), matrix_NC.storage_offset() + stripe.start * row
+        size, (stripe.pitch * row, row, column), matrix_NC.storage_offset() + stripe.start * row
     )
 
 

@@ -14,8 +14,8 @@ usage: megaswift data [file.yaml] --dataset ROWS... [--model MODEL] [--flag valu
 
 Shows which layouts were recognised and every bad row with file, line and reason; with --model also three rendered
 samples with the trained tokens coloured, the lengths and how well they pack. All flags of `megaswift sft` are
-understood; those about data, templates and packing matter here. With --rlhf_type rows are read as preference pairs, or
-as judged answers (kto).
+understood; those about data, templates and packing matter here. With --rlhf_type rows are read as preference pairs, as
+judged answers (kto), or as prompts (grpo).
 """
 
 

@@ -1,4 +1,4 @@
-"""`megaswift rlhf`: learn from preferences."""
+"""`megaswift rlhf`: learn from preferences, or from rewards."""
 
 from megaswift.cli.train import run_task
 

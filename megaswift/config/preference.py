@@ -11,14 +11,17 @@ PAIRED = ("dpo", "orpo", "simpo", "cpo", "rm")  # whose rows hold two answers to
 class PreferenceConfig:
     """Which preference loss trains the model, and against which reference (`megaswift rlhf`)."""
 
-    rlhf_type: str = setting("dpo", "what to optimise", choices=("dpo", "orpo", "simpo", "cpo", "kto", "rm"))
+    rlhf_type: str = setting(
+        "dpo", "what to optimise", choices=("dpo", "orpo", "simpo", "cpo", "kto", "rm", "grpo")
+    )
     loss_type: str | None = setting(
         None,
         "form of the loss: sigmoid, ipo, hinge, robust or sigmoid_norm for dpo, sigmoid, hinge or ipo for cpo, "
-        "kto or apo_zero_unpaired for kto; default: the first",
+        "kto or apo_zero_unpaired for kto, grpo, bnpo, dr_grpo or dapo for grpo; default: the first",
     )
     beta: float | None = setting(
-        None, "strength of the preference against the reference; default 0.1, for simpo 2"
+        None,
+        "strength of the preference against the reference; default 0.1, for simpo 2, for grpo 0.04 (0: no reference)",
     )
     label_smoothing: float = setting(
         0.0, "share of pairs whose answers may be swapped (dpo sigmoid and robust, cpo, simpo)"

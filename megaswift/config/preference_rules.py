@@ -15,6 +15,7 @@ LOSS_TYPES: dict[str, tuple[str, ...]] = {
     "cpo": ("sigmoid", "hinge", "ipo"),
     "kto": ("kto", "apo_zero_unpaired"),
     "rm": (),
+    "grpo": ("grpo", "bnpo", "dr_grpo", "dapo"),
 }
 # setting -> the rlhf_types that read it
 BELONGS: dict[str, tuple[str, ...]] = {
@@ -27,10 +28,11 @@ BELONGS: dict[str, tuple[str, ...]] = {
     "undesirable_weight": ("kto",),
     "calculate_kl": ("kto",),
     "center_rewards_coefficient": ("rm",),
-    "ref_model": ("dpo", "kto"),
+    "ref_model": ("dpo", "kto", "grpo"),
     "precompute_ref_log_probs": ("dpo", "kto"),
 }
-NEEDS_REFERENCE = ("dpo", "kto")
+NEEDS_REFERENCE = ("dpo", "kto", "grpo")
+DEFAULT_BETA = {"simpo": 2.0, "grpo": 0.04}  # others 0.1
 
 
 def preferences_are_for_rlhf(run: RunConfig) -> None:
@@ -70,7 +72,7 @@ def the_loss_type_is_known(run: RunConfig) -> None:
 def preference_numbers_are_in_range(run: RunConfig) -> None:
     """Strengths are positive, and fewer than half of the labels are wrong."""
     chosen = run.preference
-    if chosen.beta is not None and chosen.beta <= 0:
+    if chosen.beta is not None and (chosen.beta < 0 or (chosen.beta == 0 and chosen.rlhf_type != "grpo")):
         raise ConfigError(f"beta={chosen.beta:g} is too small. Give more than 0.")
     if not 0 <= chosen.label_smoothing < 0.5:
         raise ConfigError(f"label_smoothing={chosen.label_smoothing:g} is not from 0 to below 0.5.")
@@ -100,7 +102,7 @@ def preference_settings_have_defaults(case: Case) -> Case | None:
     kind, forms = chosen.rlhf_type, LOSS_TYPES[chosen.rlhf_type]
     filled: dict[str, Any] = {"loss_type": chosen.loss_type or (forms[0] if forms else None)}
     if chosen.beta is None and kind != "rm":
-        filled["beta"] = 2.0 if kind == "simpo" else 0.1
+        filled["beta"] = DEFAULT_BETA.get(kind, 0.1)
     if chosen.cpo_alpha is None and kind in BELONGS["cpo_alpha"]:
         filled["cpo_alpha"] = 1.0 if kind == "cpo" else 0.0
     if filled["loss_type"] == "apo_zero_unpaired":

@@ -7,7 +7,8 @@ from megaswift.config.run import RunConfig
 def compares(run: RunConfig) -> bool:
     """Whether the task needs log-probabilities under a reference model."""
     settings = run.preference
-    return run.task == "rlhf" and settings.rlhf_type in NEEDS_REFERENCE and not settings.reference_free
+    needs = settings.rlhf_type in NEEDS_REFERENCE and not settings.reference_free and settings.beta != 0
+    return run.task == "rlhf" and needs
 
 
 def needs_copy(run: RunConfig) -> bool:

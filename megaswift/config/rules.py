@@ -7,6 +7,7 @@ from megaswift.config import context_rules as context
 from megaswift.config import layout_rules as layout
 from megaswift.config import precision_rules as precision
 from megaswift.config import preference_rules as preference
+from megaswift.config import rollout_rules as rollout
 from megaswift.config import training_rules as training
 from megaswift.config.case import Case, Rule
 from megaswift.config.run import RunConfig
@@ -25,6 +26,10 @@ REQUEST_RULES = (
     preference.preference_numbers_are_in_range,
     preference.reward_models_train_in_full,
     preference.answers_may_be_spread_over_ranks,
+    rollout.rollouts_are_for_grpo,
+    rollout.rewards_are_named,
+    rollout.rollout_numbers_are_in_range,
+    rollout.what_rollouts_do_not_reach,
 )
 
 RULES: tuple[Rule, ...] = (
@@ -66,6 +71,9 @@ RULES: tuple[Rule, ...] = (
     preference.preference_settings_have_defaults,
     preference.the_reference_is_not_the_adapted_model,
     preference.pairs_are_whole_documents,
+    rollout.groups_are_whole,
+    rollout.completions_have_room,
+    rollout.rollout_settings_have_defaults,
 )
 
 

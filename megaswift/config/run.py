@@ -12,6 +12,7 @@ from megaswift.config.optimizer import OptimizerConfig
 from megaswift.config.parallel import ParallelConfig
 from megaswift.config.precision import PrecisionConfig
 from megaswift.config.preference import PreferenceConfig
+from megaswift.config.rollout import RolloutConfig
 from megaswift.config.training import TrainingConfig
 from megaswift.config.tuner import TunerConfig
 
@@ -29,6 +30,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     tuner: TunerConfig = field(default_factory=TunerConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)

@@ -59,6 +59,9 @@ class MicroBatch:
     )
     targets: torch.Tensor | None = None  # float32 [rows]: what the rows say beside their text; nan: nothing
     references: torch.Tensor | None = None  # float64 [documents]: log-probability under the reference model
+    # float32 [B, S], of the labels of completions: log-probability when they were generated, and under the reference model
+    old_logps: torch.Tensor | None = None
+    reference_logps: torch.Tensor | None = None
     mismatched: "MicroBatch | None" = None  # the same rows, with each prompt answered for another row
 
 
@@ -67,7 +70,7 @@ class TrainData:
 
     def __init__(self, encoded: EncodedSet, settings: BatchSettings, *, pad_id: int = 0) -> None:
         """Form the items; every rank does so alike. Raises DataError for a sample that no pack can hold."""
-        self.settings = settings
+        self.encoded, self.settings = encoded, settings
         self._rows = _RowBuilder(encoded, settings, pad_id)
         self.num_items = self._rows.num_items
         self._order: tuple[int, np.ndarray] | None = None  # the epoch used last and its order

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from megaswift.data.forms import CONVERSATIONS, Form
+from megaswift.data.prompts import encode_prompts
 from megaswift.data.report import BadRow, Report, stop_at
 from megaswift.data.sample import RowError, Sample
 from megaswift.data.template import Template
@@ -176,7 +177,7 @@ def _encode_chunk(samples: Sequence[Sample], template: Template, form: Form, chu
     bad: list[BadRow] = []
     rows = [_documents(samples[index], form) for index in chunk]
     documents = [document for row in rows if not isinstance(row, RowError) for document in row]
-    outcomes = iter(template.encode_batch(documents))
+    outcomes = iter(encode_prompts(template, documents) if form.asks else template.encode_batch(documents))
     for index, row in zip(chunk, rows, strict=True):
         encoded = [row] if isinstance(row, RowError) else [next(outcomes) for _ in row]
         error = next((one for one in encoded if isinstance(one, RowError)), None)

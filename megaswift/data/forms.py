@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megaswift.data.sample import RowError, Sample
+from megaswift.data.sample import Message, RowError, Sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,6 +14,7 @@ class Form:
     documents: Callable[[Sample], tuple[Sample, ...]]  # raises RowError for a row that the task cannot use
     per_row: int  # how many they are
     target: Callable[[Sample], float | None]  # what the row says beside its text; None: nothing
+    asks: bool = False  # documents are prompts that the model is to answer: no token carries loss
 
 
 def _itself(sample: Sample) -> tuple[Sample, ...]:
@@ -35,6 +36,20 @@ def _judged(sample: Sample) -> tuple[Sample, ...]:
     return (sample,)
 
 
+def _prompt(sample: Sample) -> tuple[Sample, ...]:
+    """Return the conversation without its answer, if it has one: that is left to the rewards."""
+    asked = asked_of(sample.messages)
+    if not asked or asked[-1]["role"] == "system":
+        raise RowError("no prompt", f"a row of layout {sample.layout} has no turn to answer")
+    return (dataclasses.replace(sample, messages=asked),)
+
+
+def asked_of(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """Return the conversation up to where the assistant has to speak last."""
+    asked = [number for number, message in enumerate(messages) if message["role"] != "assistant"]
+    return messages[: asked[-1] + 1] if asked else ()
+
+
 CONVERSATIONS = Form(documents=_itself, per_row=1, target=lambda sample: None)
 PAIRS = Form(documents=_pair, per_row=2, target=lambda sample: sample.margin)
 JUDGEMENTS = Form(
@@ -43,9 +58,11 @@ JUDGEMENTS = Form(
     target=lambda sample: float(sample.label),  # type: ignore[arg-type]  # seen by _judged
 )
 
+PROMPTS = Form(documents=_prompt, per_row=1, target=lambda sample: None, asks=True)
+
 
 def form_for(rlhf_type: str | None) -> Form:
     """Return what rows must hold for a kind of preference training; None: for fine-tuning or pre-training."""
     if rlhf_type is None:
         return CONVERSATIONS
-    return JUDGEMENTS if rlhf_type == "kto" else PAIRS
+    return {"kto": JUDGEMENTS, "grpo": PROMPTS}.get(rlhf_type, PAIRS)

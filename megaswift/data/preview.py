@@ -15,6 +15,7 @@ from rich.text import Text
 from megaswift.data.encode import encode_samples
 from megaswift.data.forms import CONVERSATIONS, Form
 from megaswift.data.packing import pack
+from megaswift.data.prompts import encode_prompts
 from megaswift.data.read import ReadData, ReadSet
 from megaswift.data.report import BadRow, Report
 from megaswift.data.sample import RowError, Sample
@@ -96,14 +97,17 @@ def _examples(samples: Sequence[Sample], template: Template, form: Form) -> tupl
         if len(found) >= NUM_EXAMPLES * form.per_row:
             break
         try:
-            found += [_example(document, template) for document in form.documents(samples[index])]
+            found += [_example(document, template, form) for document in form.documents(samples[index])]
         except RowError:
             continue  # it is in the report of bad rows
     return tuple(found)
 
 
-def _example(sample: Sample, template: Template) -> Example:
-    encoded = template.encode(sample)[0]
+def _example(sample: Sample, template: Template, form: Form) -> Example:
+    outcome = encode_prompts(template, [sample])[0] if form.asks else template.encode(sample)
+    if isinstance(outcome, RowError):
+        raise outcome
+    encoded = outcome[0]
     weights = encoded.loss_weights
     cuts = [0, *(np.flatnonzero(np.diff(weights)) + 1).tolist(), len(weights)]
     parts = tuple(

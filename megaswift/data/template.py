@@ -193,14 +193,15 @@ class Template:
             messages.insert(0, {"role": "system", "content": self.system})
         return messages
 
-    def prompt_ids(self, messages: Sequence[Message], *, tools: Sequence[dict[str, Any]] = ()) -> np.ndarray:
-        """Return the ids of a conversation that waits for the assistant's answer, int32 [tokens]."""
-        plain = [_for_template(message) for message in messages]
-        if self.uses_chat_template:
-            text = self._apply(plain, list(tools) or None, self.variables, True)
-        else:
-            text = "".join(message["content"] for message in plain)
-        return token_ids(self.encoder.encode([text])[0])
+    def prompt(self, sample: Sample) -> str:
+        """Return the text of a conversation that waits for the assistant's answer. Raises RowError."""
+        if sample.images or sample.videos or sample.audios:
+            raise RowError("media", "the row has images, videos or audios, and the model reads text only")
+        plain = [_for_template(message) for message in self.messages(sample)]
+        if not self.uses_chat_template:
+            return "".join(message["content"] for message in plain)
+        variables = {**self.variables, **sample.template_kwargs}
+        return self._apply(plain, list(sample.tools) or None, variables, True)
 
     def _apply(
         self,

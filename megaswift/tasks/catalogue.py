@@ -5,12 +5,14 @@ from typing import Any
 
 from megaswift.config.preference import PreferenceConfig
 from megaswift.config.reference import compares
+from megaswift.config.rollout_rules import generates
 from megaswift.config.run import RunConfig
 from megaswift.data.forms import Form, form_for
 from megaswift.data.tokenizer import load_tokenizer, pad_id_of
 from megaswift.metadata.meta import ModelMeta
 from megaswift.tasks import cpo, dpo, orpo
 from megaswift.tasks.answers import Answers, Outcome
+from megaswift.tasks.grpo import Grpo, at_temperature
 from megaswift.tasks.preference import Kto, Preference
 from megaswift.tasks.rm import RewardModel, as_reward_model
 from megaswift.tasks.sft import NextToken
@@ -31,7 +33,10 @@ def form_of(run: RunConfig) -> Form:
 
 
 def trained_model(run: RunConfig, meta: ModelMeta) -> ModelMeta:
-    """Return the facts of the model that the task trains: a reward model has another head. Raises UserError."""
+    """Return the facts of the model that the task trains: a reward model has another head, and GRPO's logits are divided by
+    the temperature at which it samples. Raises UserError."""
+    if generates(run):
+        return at_temperature(meta, run.rollout.temperature)
     if run.task != "rlhf" or run.preference.rlhf_type != "rm":
         return meta
     tokenizer = load_tokenizer(str(meta.folder), trust_remote_code=run.model.trust_remote_code)
@@ -56,6 +61,8 @@ def make_task(
     settings = run.preference
     if settings.rlhf_type == "kto":
         return Kto(settings, reference=reference, run=run_model)
+    if settings.rlhf_type == "grpo":
+        return Grpo(settings, run.rollout, run=run_model)
     if settings.rlhf_type == "rm":
         return RewardModel(settings, pad_id=int(str(meta.raw["pad_token_id"])), run=run_model)
     loss, metrics = PAIR_LOSSES[settings.rlhf_type]

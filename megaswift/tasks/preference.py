@@ -114,18 +114,20 @@ def answer_logps(batch: MicroBatch, losses_BS: torch.Tensor) -> torch.Tensor:
     return answers_of(batch, losses_BS).logps_N
 
 
-def rows_loss(outcome: Outcome, *, loss_tokens: torch.Tensor) -> Loss:
+def rows_loss(outcome: Outcome, *, loss_tokens: torch.Tensor, by_tokens: bool = False) -> Loss:
     """Return the sum of the rows' losses, the number of rows, and the log: Megatron divides by the rows of the global batch.
+
+    With `by_tokens` it divides by the loss tokens.
 
     All cp ranks have the same rows: the first one counts them.
     """
     losses_R = outcome.losses_R
     counts = int(parallel_state.get_context_parallel_rank() == 0)
-    num_rows = torch.tensor(counts * losses_R.numel(), dtype=torch.int32, device=losses_R.device)
+    number = loss_tokens if by_tokens else torch.full_like(loss_tokens, losses_R.numel())
     log = {name: counts * _sum_and_number(values) for name, values in outcome.metrics.items()}
-    log["loss"] = counts * _sum_and_number(losses_R.detach())
+    log["loss"] = counts * torch.stack([losses_R.detach().sum(), number])
     log["loss_tokens"] = counts * torch.stack([loss_tokens, loss_tokens])
-    return losses_R.sum().float(), num_rows, log
+    return losses_R.sum().float(), (counts * number).int(), log
 
 
 def _sum_and_number(values: torch.Tensor) -> torch.Tensor:

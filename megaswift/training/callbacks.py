@@ -37,6 +37,7 @@ class Log:
         line = step_line(
             step, self._window, epoch=self._feed.epoch(consumed), memory_gib=peak_memory_gib(self._device)
         )
+        line |= self._feed.figures()
         if self._with_samples:
             line["sample_ids"] = self._feed.sample_ids(consumed - self._feed.items_per_step)
         for reporter in self._reporters:

@@ -1,13 +1,16 @@
 """What one rank is fed: its micro batches of a global batch, built ahead of time where asked."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 from megaswift.data.batches import MicroBatch, TrainData, ValidationData
 
 
 class TrainFeed:
     """This data-parallel rank's share of the endless training stream."""
+
+    phase, patient = "reading its batch", False  # what a rank does in batch(), and whether it may take long
 
     def __init__(self, data: TrainData, *, dp_rank: int, dp: int, ahead: bool = False) -> None:
         """`ahead` builds the next global batch in a thread while the current one computes."""
@@ -37,6 +40,14 @@ class TrainFeed:
         if packs is None:
             return [int(item) for item in items]
         return [int(entry) for item in items for entry in packs[int(item)]]
+
+    def figures(self) -> dict[str, float]:
+        """Return what is logged about the newest batch beside what training finds."""
+        return {}
+
+    def writers(self) -> dict[str, Callable[[Path], None]]:
+        """Return what a checkpoint must hold of the feed, by the names of its folders; every rank writes."""
+        return {}
 
     def _build(self, consumed: int) -> list[MicroBatch]:
         return list(self.data.micro_batches(consumed, dp_rank=self._dp_rank, dp=self._dp))

@@ -82,7 +82,7 @@ def train_loop(
     progress, stop = start, start.step >= total_steps
     while not stop:
         began = perf_counter()
-        pulse.move(progress.step + 1, "reading its batch")
+        pulse.move(progress.step + 1, feed.phase, patient=feed.patient)
         batches = feed.batch(progress.consumed_samples)
         pulse.move(progress.step + 1, "training")
         result = engine.train_step(batches, interrupted=interrupt.seen)

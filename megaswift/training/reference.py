@@ -24,6 +24,7 @@ from megaswift.models.build import build_model
 from megaswift.parallel.agreement import agree, agree_on_first, alike
 from megaswift.parallel.layout import Layout
 from megaswift.platforms.platform import Platform
+from megaswift.tasks.catalogue import trained_model
 from megaswift.tasks.preference import answer_logps
 from megaswift.tasks.task import look, run_model
 
@@ -60,7 +61,7 @@ def _reference_meta(run: RunConfig, meta: ModelMeta) -> ModelMeta:
             f"ref_model={name} has vocab_size={reference.vocab_size} and the trained model {meta.vocab_size}: they do not read "
             "the same tokens. Choose a reference with the same tokenizer."
         )
-    return reference
+    return trained_model(run, reference)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,11 +26,11 @@ class Reporter(Protocol):
 
 
 class JsonLines:
-    """logging.jsonl: one JSON object a line, appended; floats keep every bit."""
+    """logging.jsonl or another file: one JSON object a line, appended; floats keep every bit."""
 
-    def __init__(self, output_dir: Path, *, resumed_step: int) -> None:
+    def __init__(self, output_dir: Path, *, resumed_step: int, name: str = LOG_FILE) -> None:
         """Cut off what an interrupted run logged after `resumed_step`: those steps are made again."""
-        self._path = output_dir / LOG_FILE
+        self._path = output_dir / name
         output_dir.mkdir(parents=True, exist_ok=True)
         _cut_back(self._path, resumed_step)
         self._file = self._path.open("a", encoding="utf-8")
@@ -114,6 +114,7 @@ class ProgressBar:
 FIGURES = (
     ("loss", "loss {:.4f}"),
     ("eval_loss", "eval_loss {:.4f}"),
+    ("reward", "reward {:.3f}"),
     ("grad_norm", "grad_norm {:.3f}"),
     ("lr", "lr {:.3g}"),
     ("tokens_per_s", "{:.0f} tokens/s"),

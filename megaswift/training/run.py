@@ -171,7 +171,8 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
         world_size=dist.get_world_size(),
         patience_s=run.launch.hang_timeout_seconds or 0.0,
     )
-    task = make_task(run, meta, reference=reference, run_model=heartbeat.during("a forward pass", run_model))
+    forward = heartbeat.during("a forward pass", run_model)
+    task = make_task(run, meta, reference=reference, run_model=forward)
     engine = Engine(
         wrapped,
         optimizer,
@@ -186,7 +187,22 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
         logger.info("resumed from %s at step %d", checkpoint.folder, start.step)
 
     dp_rank = parallel_state.get_data_parallel_rank()
-    feed = TrainFeed(sets.train, dp_rank=dp_rank, dp=layout.dp, ahead=run.data.dataloader_num_workers > 0)
+    if sets.rows is None:
+        feed = TrainFeed(sets.train, dp_rank=dp_rank, dp=layout.dp, ahead=run.data.dataloader_num_workers > 0)
+    else:
+        from megaswift.training.rollout_feed import rollout_feed  # transformers' models: seconds
+
+        feed = rollout_feed(
+            run,
+            meta,
+            layout,
+            engine,
+            sets,
+            checkpoint=checkpoint,
+            reference=reference,
+            run_model=forward,
+            group=patient,
+        )
     reporters = _reporters(run, output_dir, start=start, total_steps=total_steps)
     dtype = asked.model.torch_dtype or meta.dtype
     saver = Saver(
@@ -195,7 +211,7 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
         layout=layout,
         store=store,
         engine=engine,
-        writers=export_writers(run, meta, layout, chunks, dtype=dtype),
+        writers={**export_writers(run, meta, layout, chunks, dtype=dtype), **feed.writers()},
     )
     callbacks: list[Callback] = [
         Log(
@@ -330,7 +346,7 @@ def _total_steps(run: RunConfig, sets: Sets, start: Progress) -> int:
         return run.training.train_iters
     epochs = 1.0 if run.training.num_train_epochs is None else run.training.num_train_epochs
     size = sets.train.settings.global_batch_size
-    whole = sets.train.num_steps(epochs)
+    whole = sets.train.num_steps(epochs * run.rollout.num_iterations)
     # The global batch may have changed since the checkpoint: count on from the samples that it has seen.
     return start.step + max(0, whole - start.consumed_samples // size)
 

@@ -19,6 +19,7 @@ from megaswift.checkpoint.state import loss_scale, model_tensors, optimizer_tens
 from megaswift.checkpoint.store import Checkpoint, Manifest, Store
 from megaswift.config.dump import dump_run
 from megaswift.config.precision import token_multiple
+from megaswift.config.rollout_rules import generates
 from megaswift.config.run import RunConfig
 from megaswift.converters.adapters import save_peft
 from megaswift.converters.export import export_hf
@@ -26,6 +27,7 @@ from megaswift.data.batches import BatchSettings, MicroBatch, TrainData, Validat
 from megaswift.data.encode import EncodedSet
 from megaswift.data.load import load_data
 from megaswift.data.mismatched import mismatched_answers
+from megaswift.data.prompts import PromptRows, save_rows
 from megaswift.data.tokenizer import load_tokenizer, pad_id_of
 from megaswift.errors import CheckpointError
 from megaswift.logs import get_logger
@@ -52,6 +54,8 @@ class Sets:
     train: TrainData
     val: ValidationData | None
     lengths: np.ndarray  # tokens of every training entry
+    settings: BatchSettings  # of batches of samples, or of completions where the samples are prompts
+    rows: PromptRows | None = None  # behind the prompts
 
 
 def share_folder(output_dir: Path) -> None:
@@ -102,7 +106,7 @@ def load_sets(
         data = load_data(
             run.data,
             tokenizer,
-            max_length=run.data.max_length,
+            max_length=_room(run),
             seed=run.training.seed,
             use_hf=run.model.use_hf,
             stop_ids=meta.eos_token_ids,
@@ -114,6 +118,8 @@ def load_sets(
                 others = mismatched_answers(encoded, max_length=run.data.max_length)
                 encoded = replace(encoded, mismatched=others)
             encoded.save(folder / name)
+        if generates(run):
+            save_rows(folder, data.read.train)
         return list(sets)
 
     names = agree_on_first(encode, group=group)
@@ -135,21 +141,39 @@ def load_sets(
         encoded = references.of(encoded, settings, pad_id=pad_id)
 
     def form_items() -> Sets:
+        if generates(run):
+            asked = settings.global_batch_size // run.rollout.num_generations
+            of_prompts = replace(settings, global_batch_size=asked, micro_batch_size=1)
+            prompts = TrainData(encoded[0], of_prompts, pad_id=pad_id)
+            lengths, rows = encoded[0].lengths, PromptRows(folder)
+            return Sets(train=prompts, val=None, lengths=lengths, settings=settings, rows=rows)
         val = ValidationData(encoded[1], settings, pad_id=pad_id) if len(encoded) > 1 else None
         train = TrainData(encoded[0], settings, pad_id=pad_id)
-        return Sets(train=train, val=val, lengths=encoded[0].lengths)
+        return Sets(train=train, val=val, lengths=encoded[0].lengths, settings=settings)
 
     return agree(form_items)
+
+
+def _room(run: RunConfig) -> int | None:
+    """Return the tokens that a row may have: a prompt leaves room for its completion."""
+    longest = run.data.max_length
+    return longest - run.rollout.max_completion_length if generates(run) and longest is not None else longest
 
 
 def measurer(
     run: RunConfig, meta: ModelMeta, lengths: np.ndarray
 ) -> Callable[[MicroBatch], tuple[int, float]]:
-    """Return what tells the tokens of a micro batch, padding left out, and its model FLOPs."""
+    """Return what tells the tokens of a micro batch, padding left out, and its model FLOPs.
+
+    `lengths` are those of the training entries. Those of completions, which are none, stand in the micro batch.
+    """
     cost = step_cost(meta, run.tuner)
 
     def measure(batch: MicroBatch) -> tuple[int, float]:
-        own = [int(length) for length in lengths[list(batch.sample_ids)]]
+        if generates(run) and batch.cu_seqlens is not None:
+            own = batch.cu_seqlens.diff().tolist()[: len(batch.sample_ids)]
+        else:
+            own = [int(length) for length in lengths[list(batch.sample_ids)]]
         return sum(own), cost.of(lengths=own, loss_tokens=int((batch.loss_mask != 0).sum()))
 
     return measure

@@ -18,6 +18,7 @@ from megaswift.checkpoint.resume import load_checkpoint
 from megaswift.checkpoint.store import Store
 from megaswift.config.precision import token_multiple
 from megaswift.config.reference import needs_copy
+from megaswift.config.rollout_rules import generates
 from megaswift.config.rules import resolve
 from megaswift.config.run import RunConfig
 from megaswift.converters.export import export_hf
@@ -34,6 +35,7 @@ from megaswift.parallel.context import pad_multiple
 from megaswift.parallel.layout import Layout
 from megaswift.platforms.platform import select_platform
 from megaswift.tasks.catalogue import make_task
+from megaswift.tasks.grpo import at_temperature
 from megaswift.tasks.rm import as_reward_model
 from megaswift.training.context import context_share, place_context
 from megaswift.training.engine import Engine
@@ -136,6 +138,8 @@ def _prepare(folder: Path, case: Case, encoded: EncodedSet | None) -> Trained:
         encoded = synthetic_judged(run.preference.rlhf_type) if run.task == "rlhf" else synthetic_set()
     if run.task == "rlhf" and run.preference.rlhf_type == "rm":
         meta = as_reward_model(meta, pad_id=0)
+    elif generates(run):
+        meta = at_temperature(meta, run.rollout.temperature)
     layout = place_context(
         run,
         meta,

@@ -54,7 +54,7 @@ def test_a_pack_holds_both_answers_of_a_pair() -> None:
         ("--rlhf_type orpo --loss_type sigmoid", "loss_type=sigmoid: rlhf_type=orpo has one form"),
         ("--loss_type sigmoyd", "loss_type=sigmoyd is not built for rlhf_type=dpo. Did you mean sigmoid?"),
         ("--rlhf_type simpo --rpo_alpha 1", "rpo_alpha=1.0 is for rlhf_type dpo, not simpo"),
-        ("--rlhf_type orpo --ref_model m", "ref_model=m is for rlhf_type dpo and kto, not orpo"),
+        ("--rlhf_type orpo --ref_model m", "ref_model=m is for rlhf_type dpo and kto and grpo, not orpo"),
         ("--beta 0", "beta=0 is too small"),
         ("--loss_type robust --label_smoothing 0.5", "label_smoothing=0.5 is not from 0 to below 0.5"),
         (

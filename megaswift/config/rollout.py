@@ -1,0 +1,59 @@
+"""Settings: learning from rewards of the model's own completions."""
+
+from dataclasses import dataclass
+
+from megaswift.config.field import setting
+
+REWARDS = ("accuracy", "format", "repetition", "soft_overlong")  # rollout/rewards.py has them
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """How completions are sampled, rewarded and weighted (`megaswift rlhf --rlhf_type grpo`)."""
+
+    num_generations: int = setting(
+        8, "completions of each prompt: a group; they share out --global_batch_size"
+    )
+    max_completion_length: int = setting(512, "tokens of a completion")
+    temperature: float = setting(0.9, "the logits are divided by it, when sampling and in the loss")
+    top_p: float = setting(1.0, "sample from the likeliest tokens that have this probability together")
+    top_k: int = setting(-1, "sample from so many of the likeliest tokens; -1: from all")
+    reward_funcs: list[str] = setting(
+        [],
+        f"reward functions: {', '.join(REWARDS)}, or functions of --external_plugins",
+    )
+    reward_weights: list[str] = setting([], "a number for each reward function; default: 1 each")
+    external_plugins: list[str] = setting([], "Python files with reward functions")
+    advantage_estimator: str = setting(
+        "grpo",
+        "what a completion is compared with: the mean of its group (grpo), or of the others in it (rloo)",
+        choices=("grpo", "rloo"),
+    )
+    scale_rewards: str | None = setting(
+        None,
+        "divide advantages by the standard deviation of the rewards of a group, of the batch, or not; default: group, none for "
+        "rloo and for loss_type dr_grpo",
+        choices=("group", "batch", "none"),
+    )
+    kl_in_reward: bool = setting(
+        False,
+        "subtract beta times the log-ratio to the reference from the rewards instead of adding a term to the loss",
+    )
+    importance_sampling_level: str = setting(
+        "token", "ratio of each token, or of the whole completion (GSPO)", choices=("token", "sequence")
+    )
+    epsilon: float = setting(0.2, "ratios are clipped below 1 - epsilon")
+    epsilon_high: float | None = setting(None, "and above 1 + epsilon_high; default: --epsilon")
+    overlong_filter: bool = setting(False, "completions that were cut off at their longest carry no loss")
+    num_iterations: int = setting(1, "optimizer steps on each batch of completions")
+    repetition_n_grams: int = setting(3, "words in the sequences that the repetition reward counts")
+    repetition_max_penalty: float = setting(
+        -1.0, "repetition reward of a completion of one repeated sequence"
+    )
+    soft_max_length: int | None = setting(
+        None, "soft_overlong: tokens from which the reward is -1; default: --max_completion_length"
+    )
+    soft_cache_length: int | None = setting(
+        None, "soft_overlong: tokens before that over which the reward falls; default: a fifth of them"
+    )
+    log_completions: bool = setting(False, "write every completion with its rewards to completions.jsonl")

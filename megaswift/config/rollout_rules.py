@@ -1,0 +1,160 @@
+"""Rules of `megaswift rlhf --rlhf_type grpo`: which settings belong together, and what they are when not given."""
+
+from math import ceil
+from typing import Any
+
+from megaswift.config.case import Case
+from megaswift.config.rollout import REWARDS, RolloutConfig
+from megaswift.config.run import RunConfig
+from megaswift.errors import ConfigError, nearest
+
+SOFT_PART = 5  # DAPO (arXiv 2503.14476, section 4.1): the last 4096 of 20480 tokens
+
+
+def generates(run: RunConfig) -> bool:
+    """Whether the task learns from the model's own completions."""
+    return run.task == "rlhf" and run.preference.rlhf_type == "grpo"
+
+
+def rollouts_are_for_grpo(run: RunConfig) -> None:
+    """Settings of completions and rewards mean nothing to other tasks."""
+    if generates(run):
+        return
+    blank = RolloutConfig()
+    for name, value in vars(run.rollout).items():
+        if value != getattr(blank, name):
+            text = " ".join(value) if isinstance(value, list) else value
+            raise ConfigError(f"{name}={text} is for `megaswift rlhf --rlhf_type grpo`. Leave it out.")
+
+
+def rewards_are_named(run: RunConfig) -> None:
+    """There is something to learn from, and a weight for each."""
+    if not generates(run):
+        return
+    chosen = run.rollout
+    if not chosen.reward_funcs:
+        raise ConfigError(
+            f"reward_funcs is not set. Name reward functions: {', '.join(REWARDS)}, or functions of --external_plugins."
+        )
+    if len(set(chosen.reward_funcs)) < len(chosen.reward_funcs):
+        raise ConfigError(f"reward_funcs={' '.join(chosen.reward_funcs)} names a function twice.")
+    if not chosen.external_plugins:
+        for name in chosen.reward_funcs:
+            if name not in REWARDS:
+                raise ConfigError(
+                    f"reward_funcs={name} is not built in.{nearest(name, REWARDS)} Functions of your own need "
+                    "--external_plugins file.py."
+                )
+    reward_weights(chosen)
+
+
+def reward_weights(chosen: RolloutConfig) -> list[float]:
+    """Return the weight of every reward function; raises ConfigError where numbers and functions differ."""
+    if not chosen.reward_weights:
+        return [1.0] * len(chosen.reward_funcs)
+    if len(chosen.reward_weights) != len(chosen.reward_funcs):
+        raise ConfigError(
+            f"reward_weights has {len(chosen.reward_weights)} numbers for {len(chosen.reward_funcs)} reward_funcs. Give one each."
+        )
+    try:
+        return [float(word) for word in chosen.reward_weights]
+    except ValueError:
+        raise ConfigError(f"reward_weights={' '.join(chosen.reward_weights)} are not numbers.") from None
+
+
+def rollout_numbers_are_in_range(run: RunConfig) -> None:
+    """Groups have several members, and probabilities are probabilities."""
+    chosen = run.rollout
+    for name, value, least in (
+        ("num_generations", chosen.num_generations, 2),
+        ("max_completion_length", chosen.max_completion_length, 1),
+        ("num_iterations", chosen.num_iterations, 1),
+        ("repetition_n_grams", chosen.repetition_n_grams, 1),
+    ):
+        if value < least:
+            raise ConfigError(f"{name}={value} is too small. Give {least} or more.")
+    if chosen.temperature <= 0:
+        raise ConfigError(f"temperature={chosen.temperature:g} is too small. Give more than 0.")
+    if not 0 < chosen.top_p <= 1:
+        raise ConfigError(f"top_p={chosen.top_p:g} is not above 0 and up to 1.")
+    if chosen.top_k < 1 and chosen.top_k not in (-1, 0):
+        raise ConfigError(f"top_k={chosen.top_k} is not 1 or more, or -1 for all tokens.")
+    if not 0 < chosen.epsilon < 1:
+        raise ConfigError(f"epsilon={chosen.epsilon:g} is not between 0 and 1.")
+    if chosen.epsilon_high is not None and chosen.epsilon_high <= 0:
+        raise ConfigError(f"epsilon_high={chosen.epsilon_high:g} is too small. Give more than 0.")
+    if chosen.repetition_max_penalty > 0:
+        raise ConfigError(
+            f"repetition_max_penalty={chosen.repetition_max_penalty:g} is a reward. Give 0 or less."
+        )
+
+
+def what_rollouts_do_not_reach(run: RunConfig) -> None:
+    """Completions are rows of the step's own: not packed, not validated, not spread over ranks."""
+    if not generates(run):
+        return
+    data = run.data
+    for asked, what, instead in (
+        (
+            data.packing,
+            "packing=true",
+            "The completions of a micro batch lie end to end anyway. Leave it out.",
+        ),
+        (not data.padding_free, "padding_free=false", "Leave it out."),
+        (bool(data.val_dataset), "val_dataset", "Leave it out; rewards are logged at every step."),
+        (
+            data.split_dataset_ratio > 0,
+            "split_dataset_ratio",
+            "Leave it out; rewards are logged at every step.",
+        ),
+        (
+            data.truncation_strategy != "delete",
+            f"truncation_strategy={data.truncation_strategy}",
+            "Prompts that leave no room for a completion are reported and left out.",
+        ),
+        (
+            run.parallel.cp > 1,
+            f"context_parallel_size={run.parallel.cp}",
+            "Use --tensor_model_parallel_size or --pipeline_model_parallel_size.",
+        ),
+    ):
+        if asked:
+            raise ConfigError(f"{what} is not built for rlhf_type=grpo. {instead}")
+
+
+def groups_are_whole(case: Case) -> None:
+    """A step learns from all completions of its prompts."""
+    size, group = case.run.training.global_batch_size, case.run.rollout.num_generations
+    if not generates(case.run) or size is None or size % group == 0:
+        return
+    raise ConfigError(
+        f"global_batch_size={size} counts completions and is not a multiple of num_generations={group}. "
+        f"Choose {max(1, size // group) * group}, or another number of generations."
+    )
+
+
+def completions_have_room(case: Case) -> None:
+    """A sample is a prompt and its completion."""
+    length, longest = case.run.rollout.max_completion_length, case.run.data.max_length
+    if generates(case.run) and longest is not None and length >= longest:
+        raise ConfigError(
+            f"max_completion_length={length} leaves no room for a prompt in max_length={longest}, which counts both. Lower it."
+        )
+
+
+def rollout_settings_have_defaults(case: Case) -> Case | None:
+    """Fill what depends on other settings; Dr. GRPO and RLOO do not scale rewards."""
+    chosen = case.run.rollout
+    if not generates(case.run):
+        return None
+    unscaled = chosen.advantage_estimator == "rloo" or case.run.preference.loss_type == "dr_grpo"
+    longest = chosen.soft_max_length or chosen.max_completion_length
+    filled: dict[str, Any] = {
+        "epsilon_high": chosen.epsilon if chosen.epsilon_high is None else chosen.epsilon_high,
+        "scale_rewards": chosen.scale_rewards or ("none" if unscaled else "group"),
+        "soft_max_length": longest,
+        "soft_cache_length": chosen.soft_cache_length or ceil(longest / SOFT_PART),
+    }
+    if chosen.kl_in_reward and not case.run.preference.beta:
+        raise ConfigError("kl_in_reward=true needs beta above 0. Leave one of them out.")
+    return case.change("rollout", **filled)

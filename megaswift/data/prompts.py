@@ -1,0 +1,80 @@
+"""Prompts: conversations that wait for an answer, and the rows behind them, kept on disk for the ranks that reward."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megaswift.data.forms import asked_of
+from megaswift.data.sample import Message, RowError, Sample
+from megaswift.data.template import Encoded, Template
+from megaswift.data.tokenizer import token_ids
+
+FILE, STARTS = "rows.jsonl", "rows.npy"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptRow:
+    """What a reward function may read about a prompt."""
+
+    source: str  # "file:line"
+    messages: tuple[Message, ...]  # the conversation without its answer
+    columns: dict[str, Any]  # every column of the row that is no part of the conversation
+
+
+class PromptRows:
+    """Rows by number; a rank reads the lines that it needs."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open what `save_rows` wrote."""
+        self._starts = np.load(folder / STARTS)
+        self._file = (folder / FILE).open("rb")
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, number: int) -> PromptRow:
+        self._file.seek(self._starts[number])
+        row = json.loads(self._file.readline())
+        return PromptRow(source=row["source"], messages=tuple(row["messages"]), columns=row["columns"])
+
+
+def encode_prompts(template: Template, samples: Sequence[Sample]) -> list[list[Encoded] | RowError]:
+    """Tokenise conversations that wait for the assistant's answer; no token carries loss."""
+    texts = [_text_or_error(template, sample) for sample in samples]
+    encodings = iter(
+        template.encoder.encode_without_offsets([text for text in texts if isinstance(text, str)])
+    )
+    bos, limit = [] if template.uses_chat_template else template.encoder.bos, template.max_length
+    outcomes: list[list[Encoded] | RowError] = []
+    for text in texts:
+        if isinstance(text, RowError):
+            outcomes.append(text)
+            continue
+        ids = np.concatenate([bos, token_ids(next(encodings))]).astype(np.int32)
+        if limit is not None and len(ids) > limit:
+            outcomes.append(RowError("too long", f"{len(ids)} tokens, and a prompt has room for {limit}"))
+        else:
+            outcomes.append([Encoded(input_ids=ids, loss_weights=np.zeros(len(ids), np.float32))])
+    return outcomes
+
+
+def _text_or_error(template: Template, sample: Sample) -> str | RowError:
+    try:
+        return template.prompt(sample)
+    except RowError as error:
+        return error
+
+
+def save_rows(folder: Path, samples: Iterable[Sample]) -> None:
+    """Write one line a sample, and where each begins. Values that JSON does not know become their text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    starts = [0]
+    with (folder / FILE).open("wb") as file:
+        for sample in samples:
+            row = {"source": sample.source, "messages": asked_of(sample.messages), "columns": sample.extras}
+            starts.append(starts[-1] + file.write(json.dumps(row, default=str).encode() + b"\n"))
+    np.save(folder / STARTS, np.array(starts, np.int64))

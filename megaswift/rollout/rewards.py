@@ -1,0 +1,166 @@
+"""Reward functions: built-in ones, and plain Python functions out of files.
+
+A function takes `completions`, a list of texts, and as keywords what belongs to each of them: `prompts` (the messages),
+`completion_ids`, and every other column of the row. It returns as many numbers.
+"""
+
+import importlib.util
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from megaswift.config.rollout import RolloutConfig
+from megaswift.data.prompts import PromptRow
+from megaswift.errors import ConfigError, DataError, TrainingError, nearest
+
+RewardFunction = Callable[..., Sequence[float]]
+
+# The form that DeepSeek-R1 was taught (arXiv 2501.12948, table 1): thoughts, then the answer, and nothing around them.
+THOUGHTFUL = re.compile(r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*", re.DOTALL)
+ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
+NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+
+
+def load_rewards(chosen: RolloutConfig) -> dict[str, RewardFunction]:
+    """Return the reward functions of a resolved run by name, in their order; raises ConfigError."""
+    built_in: dict[str, RewardFunction] = {
+        "accuracy": accuracy,
+        "format": thoughtful,
+        "repetition": _repetition(chosen),
+        "soft_overlong": _soft_overlong(chosen),
+    }
+    own: dict[str, RewardFunction] = {}
+    for path in chosen.external_plugins:
+        own |= _functions_of(Path(path).expanduser())
+    for name in chosen.reward_funcs:
+        if name not in own and name not in built_in:
+            raise ConfigError(
+                f"reward_funcs={name} is neither built in nor in {' '.join(chosen.external_plugins)}.{nearest(name, [*own, *built_in])}"
+            )
+    return {name: own.get(name) or built_in[name] for name in chosen.reward_funcs}
+
+
+def _functions_of(path: Path) -> dict[str, RewardFunction]:
+    spec = importlib.util.spec_from_file_location(f"megaswift_plugin_{path.stem}", path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise ConfigError(f"external_plugins={path} is not a Python file. Give a .py file that exists.")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever a person's file raises is his to mend
+        raise ConfigError(
+            f"external_plugins={path} fails: {type(error).__name__}: {error}. Mend it."
+        ) from error
+    return {
+        name: value for name, value in vars(module).items() if callable(value) and not name.startswith("_")
+    }
+
+
+def rewards_of(
+    functions: dict[str, RewardFunction], row: PromptRow, texts: list[str], ids: list[list[int]]
+) -> list[list[float]]:
+    """Return each function's reward of every completion of one row [functions, completions].
+
+    Raises DataError or TrainingError, which name the function and the row.
+    """
+    columns = {name: [value] * len(texts) for name, value in row.columns.items()}
+    columns |= {"prompts": [list(row.messages)] * len(texts), "completion_ids": ids}
+    found = []
+    for name, function in functions.items():
+        try:
+            values = function(texts, **columns)
+        except DataError as error:
+            raise DataError(f"reward_funcs={name} at {row.source}: {error}") from error
+        except Exception as error:  # whatever a person's function raises is his to mend
+            raise TrainingError(
+                f"reward_funcs={name} fails at {row.source}: {type(error).__name__}: {error}. Mend the function or the row."
+            ) from error
+        found.append(_numbers(name, values, row, len(texts)))
+    return found
+
+
+def _numbers(name: str, values: Any, row: PromptRow, wanted: int) -> list[float]:
+    try:
+        numbers = [float(value) for value in values]
+    except (TypeError, ValueError):
+        numbers = []
+    if len(numbers) != wanted or not all(map(math.isfinite, numbers)):
+        raise TrainingError(
+            f"reward_funcs={name} returned {values!r} at {row.source}, not {wanted} finite numbers: one for each completion. "
+            "Mend the function."
+        )
+    return numbers
+
+
+def accuracy(completions: list[str], solution: Sequence[Any] | None = None, **columns: Any) -> list[float]:
+    """1 where the final answer is that of the column `solution`: what is boxed or tagged as answer, or else the last number."""
+    if solution is None:
+        raise DataError(
+            "accuracy compares with the column solution, which the row lacks. Rename one with --columns."
+        )
+    return [
+        float(same_answer(final_answer(text), final_answer(str(truth))))
+        for text, truth in zip(completions, solution, strict=True)
+    ]
+
+
+def final_answer(text: str) -> str:
+    """Return what a text ends up saying."""
+    for pattern in (ANSWER, BOXED):
+        marked = pattern.findall(text)
+        if marked:
+            text = marked[-1]
+    numbers = NUMBER.findall(text)
+    return numbers[-1] if numbers else text.strip()
+
+
+def same_answer(given: str, truth: str) -> bool:
+    """Whether two answers are the same number, or the same words."""
+    numbers = [_number(answer) for answer in (given, truth)]
+    if None not in numbers:
+        return numbers[0] == numbers[1]
+    return given.casefold() == truth.casefold()
+
+
+def _number(answer: str) -> float | None:
+    above, _, below = answer.replace(",", "").partition("/")
+    try:
+        return float(above) / float(below or 1)
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def thoughtful(completions: list[str], **columns: Any) -> list[float]:
+    """1 where a completion is <think>...</think><answer>...</answer> and nothing else."""
+    return [float(THOUGHTFUL.fullmatch(text) is not None) for text in completions]
+
+
+def _repetition(chosen: RolloutConfig) -> RewardFunction:
+    """max_penalty * the share of n-grams of words that were there before (Yeo et al. 2025, arXiv 2502.03373, appendix)."""
+    size, worst = chosen.repetition_n_grams, chosen.repetition_max_penalty
+
+    def repetition(completions: list[str], **columns: Any) -> list[float]:
+        found = []
+        for text in completions:
+            words = text.lower().split()
+            grams = [tuple(words[start : start + size]) for start in range(len(words) - size + 1)]
+            found.append(worst * (1 - len(set(grams)) / len(grams)) if grams else 0.0)
+        return found
+
+    return repetition
+
+
+def _soft_overlong(chosen: RolloutConfig) -> RewardFunction:
+    """0 up to a length, -1 beyond another, falling between: Yu et al. 2025, DAPO (arXiv 2503.14476), eq. 13."""
+    longest, falling = chosen.soft_max_length, chosen.soft_cache_length
+    assert longest is not None and falling is not None, "resolved"
+
+    def soft_overlong(
+        completions: list[str], completion_ids: Sequence[Sequence[int]], **columns: Any
+    ) -> list[float]:
+        return [min(0.0, max(-1.0, (longest - falling - len(ids)) / falling)) for ids in completion_ids]
+
+    return soft_overlong

@@ -1,0 +1,114 @@
+"""Completions of the prompts of one step with what the loss needs to know, in flat arrays that are the same on every rank.
+
+Letters: N completions, those of a prompt next to each other; T tokens of all prompts with their completions; F reward functions.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megaswift.data.batches import BatchSettings, MicroBatch, TrainData
+from megaswift.data.encode import EncodedSet
+
+FILE = "rollout.npz"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """The prompts and completions of one generation."""
+
+    position: int  # of the first prompt in the endless stream of prompts
+    group: int  # completions of a prompt
+    input_ids: np.ndarray  # int32 [T]
+    starts: np.ndarray  # int64 [N + 1]
+    prompt_lengths: np.ndarray  # int64 [N]
+    stopped: np.ndarray  # bool [N]: ended by itself
+    trains_cut: bool = True  # completions that were cut off carry loss
+    rewards: np.ndarray  # float64 [N, F]
+    advantages: np.ndarray | None = None  # float32 [N]
+    old_logps: np.ndarray | None = None  # float32 [T], of the completions' tokens, 0 elsewhere
+    reference_logps: np.ndarray | None = None  # the same under the reference model
+
+    def __len__(self) -> int:
+        return len(self.prompt_lengths)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of the completions, int64 [N]."""
+        return np.diff(self.starts) - self.prompt_lengths
+
+    @cached_property
+    def encoded(self) -> EncodedSet:
+        """The documents; completions carry loss, and advantages are their targets."""
+        weights = np.zeros(len(self.input_ids), np.uint8)
+        for number in np.flatnonzero(self.stopped | self.trains_cut):
+            weights[self.starts[number] + self.prompt_lengths[number] : self.starts[number + 1]] = 1
+        return EncodedSet(
+            input_ids=self.input_ids,
+            loss_weights=weights,
+            starts=self.starts,
+            samples=np.arange(len(self)),
+            targets=self.advantages,
+        )
+
+    def micro_batches(
+        self, settings: BatchSettings, *, dp_rank: int, dp: int, pad_id: int
+    ) -> Iterator[MicroBatch]:
+        """Yield the micro batches of one data-parallel rank; `settings.global_batch_size` is N."""
+        data = TrainData(self.encoded, replace(settings, shuffle=False), pad_id=pad_id)
+        for batch in data.micro_batches(0, dp_rank=dp_rank, dp=dp):
+            yield replace(
+                batch,
+                old_logps=self._of_labels(batch, self.old_logps),
+                reference_logps=self._of_labels(batch, self.reference_logps),
+            )
+
+    def _of_labels(self, batch: MicroBatch, values_T: np.ndarray | None) -> torch.Tensor | None:
+        """Return values of tokens at the places of the labels of a micro batch, float32 [1, S]."""
+        if values_T is None:
+            return None
+        assert batch.cu_seqlens is not None, "checked by config/rollout_rules.py"
+        found = torch.zeros(batch.input_ids.shape)
+        for number, begin in zip(batch.sample_ids, batch.cu_seqlens.tolist(), strict=False):
+            labels = values_T[self.starts[number] + 1 : self.starts[number + 1]]
+            found[0, begin : begin + len(labels)] = torch.from_numpy(np.ascontiguousarray(labels))
+        return found
+
+    def figures(self, names: Sequence[str], weights: Sequence[float]) -> dict[str, float]:
+        """Return what is logged, under TRL's names; `names` and `weights` are those of the reward functions."""
+        total_PG = (self.rewards @ np.array(weights)).reshape(-1, self.group)
+        spread_P = total_PG.std(1, ddof=1)
+        each = {
+            f"rewards/{name}/{what}": float(value)
+            for name, column in zip(names, self.rewards.T, strict=True)
+            for what, value in (("mean", column.mean()), ("std", column.std(ddof=1)))
+        }
+        return {
+            "reward": float(total_PG.mean()),
+            "reward_std": float(spread_P.mean()),
+            "frac_reward_zero_std": float((spread_P == 0).mean()),
+            **each,
+            "completions/mean_length": float(self.lengths.mean()),
+            "completions/max_length": float(self.lengths.max()),
+            "completions/clipped_ratio": float(1 - self.stopped.mean()),
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write the arrays into `folder`."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        np.savez(folder / FILE, **{name: value for name, value in values.items() if value is not None})
+
+    @classmethod
+    def load(cls, folder: Path) -> "Rollout | None":
+        """Read what save() wrote; None where there is nothing."""
+        if not (folder / FILE).is_file():
+            return None
+        with np.load(folder / FILE) as arrays:
+            values = dict(arrays)
+        position, group = int(values.pop("position")), int(values.pop("group"))
+        trains_cut = bool(values.pop("trains_cut"))
+        return cls(position=position, group=group, trains_cut=trains_cut, **values)

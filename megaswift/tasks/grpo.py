@@ -1,0 +1,155 @@
+"""Group relative policy optimisation and its kin: each prompt is answered G times, and better answers than the others' gain.
+
+With A the advantage of a completion o, r_t = pi(o_t|..)/pi_old(o_t|..) the ratio of a token, and c(r) = min(r A, clip(r, 1-e, 1+e_high) A):
+token loss     -c(r_t) + beta * k3_t        Shao et al. 2024 (arXiv 2402.03300), eq. 3; e_high apart: Yu et al. 2025, DAPO (2503.14476), eq. 8
+  sequence     -c(s), s = (pi(o)/pi_old(o))^(1/|o|)  Zheng et al. 2025, GSPO (arXiv 2507.18071), eq. 5 and 7
+k3             pi_ref/pi - log(pi_ref/pi) - 1   the unbiased estimate of KL(pi || pi_ref): Shao et al., eq. 4
+A              (r - mean r) / std r over the group   Shao et al., section 4.1.2; without the division: Liu et al. 2025, Dr. GRPO (2503.20783)
+  rloo         r - mean r of the others     Ahmadian et al. 2024 (arXiv 2402.14740), as is kl_in_reward: r - beta log(pi_old/pi_ref)
+--loss_type    how token losses become one: grpo, the mean over each completion, then over completions (Shao et al., eq. 3); dapo and bnpo,
+               the mean over the tokens of the global batch (Yu et al., eq. 8; a micro batch, by which TRL's bnpo divides, is a matter of
+               the layout here); dr_grpo, the sum over completions / (completions * max_completion_length) (Liu et al., section 3).
+
+Letters: B batch, S sequence, N completions of a micro batch, T their tokens end to end, P prompts, G completions of a prompt.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from megaswift.config.preference import PreferenceConfig
+from megaswift.config.rollout import RolloutConfig
+from megaswift.data.batches import MicroBatch
+from megaswift.metadata.meta import ModelMeta
+from megaswift.tasks.answers import Outcome, document_sums
+from megaswift.tasks.preference import rows_loss
+from megaswift.tasks.task import Loss, RunModel, run_model
+
+METRICS = ("kl", "clip_ratio/low_mean", "clip_ratio/high_mean")
+TINY = 1e-4  # beside a standard deviation, as in TRL 1.16
+BY_TOKENS = ("dapo", "bnpo")  # losses that are divided by tokens, not by completions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completions:
+    """What the loss is computed from; float64 but for the lengths."""
+
+    logps_T: torch.Tensor  # log pi of every token, the only one that carries gradients
+    lengths_N: torch.Tensor  # int64, tokens of each completion
+    advantages_N: torch.Tensor
+    old_T: torch.Tensor | None = None  # log pi_old; None: pi is what it was when it generated
+    references_T: torch.Tensor | None = None  # log pi_ref
+
+
+class Grpo:
+    """The task of `megaswift rlhf --rlhf_type grpo`; the completions come with the batches (training/rollout_feed.py)."""
+
+    metrics: Sequence[str] = METRICS
+
+    def __init__(
+        self, settings: PreferenceConfig, rollout: RolloutConfig, *, run: RunModel = run_model
+    ) -> None:
+        self._settings, self._rollout, self._run = settings, rollout, run
+
+    def prepare(self, batches: list[MicroBatch], chunks: Sequence[Any]) -> list[MicroBatch]:
+        """Return the batches as they are."""
+        return batches
+
+    def forward_step(self, data_iterator: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Any]:
+        """Run one micro batch of prompts with their completions."""
+        batch = next(data_iterator)
+        return self._run(batch, model), partial(self._loss, batch)
+
+    def summary(self, means: dict[str, float]) -> dict[str, float]:
+        """Return the means as they are."""
+        return means
+
+    def _loss(self, batch: MicroBatch, losses_BS: torch.Tensor) -> Loss:
+        completions = completions_of(batch, losses_BS)
+        outcome = grpo_loss(completions, self._settings, self._rollout)
+        tokens = completions.lengths_N.sum()
+        return rows_loss(
+            outcome, loss_tokens=tokens.double(), by_tokens=self._settings.loss_type in BY_TOKENS
+        )
+
+
+def completions_of(batch: MicroBatch, losses_BS: torch.Tensor) -> Completions:
+    """Return the completions of a micro batch, given each token's cross-entropy on the last pipeline stage."""
+    device = losses_BS.device
+    chosen_BS = (batch.loss_mask != 0).to(device, non_blocking=True)
+
+    def chosen(values_BS: torch.Tensor | None) -> torch.Tensor | None:
+        return None if values_BS is None else values_BS.to(device, non_blocking=True)[chosen_BS].double()
+
+    assert batch.targets is not None, "completions come with advantages"
+    return Completions(
+        logps_T=-losses_BS[chosen_BS].double(),
+        lengths_N=document_sums(chosen_BS, batch).long(),
+        advantages_N=batch.targets.to(device, torch.float64, non_blocking=True),
+        old_T=chosen(batch.old_logps),
+        references_T=chosen(batch.reference_logps),
+    )
+
+
+def grpo_loss(completions: Completions, settings: PreferenceConfig, rollout: RolloutConfig) -> Outcome:
+    """Return the loss of every completion: to be summed, and divided by completions or by tokens (BY_TOKENS)."""
+    logps_T, lengths_N = completions.logps_T, completions.lengths_N
+    assert settings.beta is not None and rollout.epsilon_high is not None, "resolved"
+    old_T = logps_T.detach() if completions.old_T is None else completions.old_T
+    log_ratio_T = logps_T - old_T
+    if rollout.importance_sampling_level == "sequence":
+        means_N = sums_of(log_ratio_T, lengths_N) / lengths_N.clamp(min=1)
+        log_ratio_T = means_N.repeat_interleave(lengths_N)
+    advantages_T = completions.advantages_N.repeat_interleave(lengths_N)
+    ratio_T = log_ratio_T.exp()
+    clipped_T = ratio_T.clamp(1 - rollout.epsilon, 1 + rollout.epsilon_high)
+    losses_T = -torch.minimum(ratio_T * advantages_T, clipped_T * advantages_T)
+    low_T = (ratio_T < 1 - rollout.epsilon) & (advantages_T < 0)
+    high_T = (ratio_T > 1 + rollout.epsilon_high) & (advantages_T > 0)
+    metrics = {"clip_ratio/low_mean": low_T.double(), "clip_ratio/high_mean": high_T.double()}
+    if completions.references_T is not None:
+        lead_T = completions.references_T - logps_T
+        divergence_T = lead_T.exp() - lead_T - 1
+        metrics["kl"] = divergence_T.detach()
+        if not rollout.kl_in_reward:
+            losses_T = losses_T + settings.beta * divergence_T
+    losses_N = sums_of(losses_T, lengths_N)
+    if settings.loss_type == "grpo":
+        losses_N = losses_N / lengths_N.clamp(min=1)
+    elif settings.loss_type == "dr_grpo":
+        losses_N = losses_N / rollout.max_completion_length
+    return Outcome(losses_R=losses_N, metrics=metrics)
+
+
+def sums_of(values_T: torch.Tensor, lengths_N: torch.Tensor) -> torch.Tensor:
+    """Return the sum over each completion [N]; piece by piece, so that a GPU adds in a fixed order."""
+    pieces = values_T.split(lengths_N.tolist())
+    return torch.stack([piece.sum() for piece in pieces]) if pieces else values_T.new_zeros(0)
+
+
+def at_temperature(meta: ModelMeta, temperature: float) -> ModelMeta:
+    """Return the facts of the model whose logits are divided by `temperature`: log-probabilities are then those of its samples.
+
+    A soft cap is c * tanh(x / c) of logits x; divided by t it is (c/t) * tanh((x/t) / (c/t)).
+    """
+    logits, cap = meta.multipliers.logits, meta.multipliers.logits_softcap
+    cooled = replace(
+        meta.multipliers,
+        logits=logits / temperature,
+        logits_softcap=None if cap is None else cap / temperature,
+    )
+    return replace(meta, multipliers=cooled)
+
+
+def advantages(rewards_PG: torch.Tensor, rollout: RolloutConfig) -> torch.Tensor:
+    """Return the advantage of every completion over its group [P, G], float64."""
+    size = rewards_PG.shape[1]
+    found_PG = rewards_PG - rewards_PG.mean(1, keepdim=True)
+    if rollout.advantage_estimator == "rloo":
+        found_PG = found_PG * (size / (size - 1))  # a mean without the completion itself
+    if rollout.scale_rewards == "group":
+        return found_PG / (rewards_PG.std(1, keepdim=True) + TINY)
+    return found_PG / (rewards_PG.std() + TINY) if rollout.scale_rewards == "batch" else found_PG

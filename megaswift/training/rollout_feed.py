@@ -1,0 +1,336 @@
+"""What one rank is fed when the model writes its own training data: completions of prompts, rewarded and compared.
+
+A generation: one rank of each data-parallel copy of the model gathers the weights (converters/gather.py), answers its share of
+the prompts and rewards the answers; then every rank has all of them. Sampling and order depend on seed and position in the
+stream of prompts alone.
+
+Letters: N completions, T tokens of all prompts with their completions.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megaswift.checkpoint.store import Checkpoint
+from megaswift.config.rollout_rules import reward_weights
+from megaswift.config.run import RunConfig
+from megaswift.converters.gather import gather_model
+from megaswift.converters.live import TORCH_DTYPES
+from megaswift.converters.tensor_files import DTYPE_NAMES
+from megaswift.data.batches import BatchSettings, MicroBatch, TrainData
+from megaswift.data.prompts import PromptRow, PromptRows
+from megaswift.data.tokenizer import load_tokenizer, pad_id_of
+from megaswift.metadata.meta import ModelMeta
+from megaswift.models.lora import adapters_off
+from megaswift.parallel.agreement import agree
+from megaswift.parallel.layout import Layout
+from megaswift.rollout.generate import chances, complete, generating_model
+from megaswift.rollout.rewards import load_rewards, rewards_of
+from megaswift.rollout.rollout import Rollout
+from megaswift.tasks.grpo import advantages
+from megaswift.tasks.task import RunModel, look
+from megaswift.training.engine import Engine
+from megaswift.training.feed import TrainFeed
+from megaswift.training.reporters import JsonLines
+from megaswift.training.setup import Sets
+
+COMPLETIONS = "completions.jsonl"  # below the run's folder
+KEPT = "rollout"  # the folder of a checkpoint with completions that are not used up
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Completion:
+    """What one rank tells the others about a completion."""
+
+    place: int  # among those of the generation
+    ids: list[int]
+    text: str
+    rewards: list[float]
+
+
+class RolloutFeed(TrainFeed):
+    """This data-parallel rank's share of the completions of each step's prompts; every rank of the world calls it alike."""
+
+    phase, patient = "generating completions", True
+
+    def __init__(
+        self,
+        data: TrainData,
+        roller: "Roller",
+        *,
+        settings: BatchSettings,
+        dp_rank: int,
+        dp: int,
+        kept: Rollout | None = None,
+    ) -> None:
+        """`data` are the prompts, `settings` those of batches of completions; `kept` may be what a checkpoint was amidst."""
+        super().__init__(data, dp_rank=dp_rank, dp=dp)
+        self._roller, self._settings, self._rollout = roller, settings, kept
+        self._uses = roller.run.rollout.num_iterations
+
+    def batch(self, consumed: int) -> list[MicroBatch]:
+        """Return the micro batches of the step that follows `consumed` prompts, each counted as often as it is used."""
+        use = consumed // self.items_per_step % self._uses
+        position = (consumed - use * self.items_per_step) // self._uses
+        size = self._settings.global_batch_size
+        if self._rollout is None or (self._rollout.position, len(self._rollout)) != (position, size):
+            step = consumed // self.items_per_step + 1
+            self._rollout = self._roller.roll(self.data.items(position), position=position, step=step)
+        return list(
+            self._rollout.micro_batches(
+                self._settings, dp_rank=self._dp_rank, dp=self._dp, pad_id=self._roller.pad_id
+            )
+        )
+
+    def epoch(self, consumed: int) -> float:
+        """Return how often the prompts were seen."""
+        return super().epoch(consumed) / self._uses
+
+    def sample_ids(self, consumed: int) -> list[int]:
+        """Return the prompts of the step that follows `consumed`."""
+        return super().sample_ids(consumed // self.items_per_step // self._uses * self.items_per_step)
+
+    def figures(self) -> dict[str, float]:
+        """Return rewards and lengths of the newest completions."""
+        assert self._rollout is not None, "asked after a step"
+        return self._rollout.figures(list(self._roller.rewards), self._roller.weights)
+
+    def writers(self) -> dict[str, Callable[[Path], None]]:
+        """Return what writes the completions that later steps use again."""
+        return {KEPT: self._save} if self._uses > 1 else {}
+
+    def _save(self, folder: Path) -> None:
+        if self._rollout is not None and dist.get_rank() == 0:
+            self._rollout.save(folder)
+
+
+@dataclass(kw_only=True)
+class Roller:
+    """Makes rollouts. `group` holds all ranks and is patient; `reference` are the chunks of a frozen model, where there is one."""
+
+    run: RunConfig
+    meta: ModelMeta
+    layout: Layout
+    engine: Engine
+    prompts: TrainData
+    rows: PromptRows
+    settings: BatchSettings
+    run_model: RunModel
+    group: Any
+    reference: Sequence[Any] | None
+    table: JsonLines | None  # of completions; rank 0's, where they are logged
+
+    def __post_init__(self) -> None:
+        self.rewards = agree(lambda: load_rewards(self.run.rollout), group=self.group)
+        self.weights = reward_weights(self.run.rollout)
+        folder, trust = str(self.meta.folder), self.run.model.trust_remote_code
+        self.tokenizer = load_tokenizer(folder, trust_remote_code=trust)
+        self.pad_id = pad_id_of(self.tokenizer)
+        self.chunks = [chunk.module for chunk in self.engine.chunks]
+        # Experts may lie on ranks of other data-parallel copies: then all ranks send, and every copy listens.
+        spread = self.layout.ep * self.layout.etp > 1
+        self.holders = dist.group.WORLD if spread else parallel_state.get_model_parallel_group()
+        first = (
+            parallel_state.get_tensor_model_parallel_rank(),
+            parallel_state.get_pipeline_model_parallel_rank(),
+        )
+        self.generates = first == (0, 0)
+
+    def roll(self, entries: np.ndarray, *, position: int, step: int) -> Rollout:
+        """Return rewarded completions of these prompts; every rank of the world calls it. Raises UserError."""
+        with self.engine.settled_parameters():
+            found = self._gathered_completions(entries, position)
+            rollout = self._joined(entries, position, found)
+            rollout = self._with_logps(rollout)
+        rollout = self._with_advantages(rollout)
+        if self.table is not None:
+            self._write(entries, found, rollout, step)
+        return rollout
+
+    def _gathered_completions(self, entries: np.ndarray, position: int) -> list[_Completion]:
+        tensors = gather_model(
+            self.chunks,
+            self.meta,
+            self.layout,
+            dist.get_rank(),
+            group=self.holders,
+            dtype=TORCH_DTYPES[DTYPE_NAMES[self.run.model.torch_dtype or self.meta.dtype]],
+            keep=self.generates,
+        )
+        mine = agree(lambda: self._answer(tensors, entries, position), group=self.group)
+        shares: list[list[_Completion]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(shares, mine, group=self.group)
+        return sorted((one for share in shares for one in share), key=lambda one: one.place)
+
+    def _answer(
+        self, tensors: dict[str, torch.Tensor], entries: np.ndarray, position: int
+    ) -> list[_Completion]:
+        """Return this rank's share of the completions, with rewards; the model that wrote them is gone then."""
+        dp_rank, chosen = parallel_state.get_data_parallel_rank(), self.run.rollout
+        own = range(dp_rank, len(entries), self.layout.dp)
+        if not self.generates or not own:
+            return []
+        places = [
+            prompt * chosen.num_generations + k for prompt in own for k in range(chosen.num_generations)
+        ]
+        model = generating_model(self.meta, tensors, trust_remote_code=self.run.model.trust_remote_code)
+        tensors.clear()
+        devices = [model.device] if model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):  # dropout must stay alike on all tp ranks
+            ids = complete(
+                model,
+                [self._prompt(entries[place // chosen.num_generations]) for place in places],
+                [self._chances(place, position) for place in places],
+                chosen,
+                stop_ids=self.stop_ids,
+                pad_id=self.pad_id,
+            )
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        found = []
+        for start in range(0, len(places), chosen.num_generations):
+            some = slice(start, start + chosen.num_generations)
+            row = self._row(entries[places[start] // chosen.num_generations])
+            rewards = zip(*rewards_of(self.rewards, row, texts[some], ids[some]), strict=True)
+            found += [
+                _Completion(place=place, ids=one, text=text, rewards=list(each))
+                for place, one, text, each in zip(places[some], ids[some], texts[some], rewards, strict=True)
+            ]
+        return found
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """The tokens at which a completion ends."""
+        eos = self.tokenizer.eos_token_id
+        return sorted({*self.meta.eos_token_ids, *([] if eos is None else [eos])})
+
+    def _prompt(self, entry: int) -> np.ndarray:
+        encoded = self.prompts.encoded
+        return np.asarray(encoded.input_ids[encoded.starts[entry] : encoded.starts[entry + 1]])
+
+    def _row(self, entry: int) -> PromptRow:
+        return self.rows[int(self.prompts.encoded.samples[entry])]
+
+    def _chances(self, place: int, position: int) -> np.ndarray:
+        prompt, generation = divmod(place, self.run.rollout.num_generations)
+        length = self.run.rollout.max_completion_length
+        return chances(
+            seed=self.run.training.seed, position=position + prompt, generation=generation, length=length
+        )
+
+    def _joined(self, entries: np.ndarray, position: int, found: list[_Completion]) -> Rollout:
+        group = self.run.rollout.num_generations
+        prompts = [self._prompt(entry) for entry in entries]
+        documents = [np.concatenate([prompts[one.place // group], one.ids]).astype(np.int32) for one in found]
+        stops = set(self.stop_ids)
+        return Rollout(
+            position=position,
+            group=group,
+            input_ids=np.concatenate(documents),
+            starts=np.cumsum([0, *map(len, documents)]),
+            prompt_lengths=np.array([len(prompts[one.place // group]) for one in found]),
+            stopped=np.array([one.ids[-1] in stops for one in found]),
+            trains_cut=not self.run.rollout.overlong_filter,
+            rewards=np.array([one.rewards for one in found]),
+        )
+
+    def _with_logps(self, rollout: Rollout) -> Rollout:
+        """Add what the loss and the rewards compare with, as far as they do."""
+        chosen, compares = self.run.rollout, bool(self.run.preference.beta)
+        old = reference = None
+        if chosen.num_iterations > 1 or chosen.kl_in_reward:
+            old = self._logps(rollout, self.engine.chunks)
+        if compares and self.reference is not None:
+            reference = self._logps(rollout, self.reference)
+        elif compares:
+            with adapters_off(self.engine.chunks):
+                reference = self._logps(rollout, self.engine.chunks)
+        return replace(rollout, old_logps=old, reference_logps=reference)
+
+    def _logps(self, rollout: Rollout, chunks: Sequence[Any]) -> np.ndarray:
+        """Return the log-probability of every completion's tokens, float32 [T]; every rank of the world calls it."""
+        dp_rank = parallel_state.get_data_parallel_rank()
+        batches = list(
+            rollout.micro_batches(self.settings, dp_rank=dp_rank, dp=self.layout.dp, pad_id=self.pad_id)
+        )
+        table_T = torch.zeros(len(rollout.input_ids), device=next(chunks[0].parameters()).device)
+        counts = parallel_state.get_tensor_model_parallel_rank() == 0
+        for batch, logps_S in look(chunks, batches, lambda batch, out: (batch, -out[0]), run=self.run_model):
+            for number, begin in zip(
+                batch.sample_ids if counts else (), batch.cu_seqlens.tolist(), strict=False
+            ):
+                first, last = rollout.starts[number] + 1, rollout.starts[number + 1]
+                table_T[first:last] = logps_S[begin : begin + last - first]
+        dist.all_reduce(table_T)
+        return table_T.cpu().numpy()
+
+    def _with_advantages(self, rollout: Rollout) -> Rollout:
+        totals_N = rollout.rewards @ np.array(self.weights)
+        if self.run.rollout.kl_in_reward:
+            assert rollout.old_logps is not None and rollout.reference_logps is not None
+            lead_T = rollout.old_logps.astype(np.float64) - rollout.reference_logps
+            totals_N = totals_N - self.run.preference.beta * np.add.reduceat(lead_T, rollout.starts[:-1])
+        found_PG = advantages(torch.from_numpy(totals_N).view(-1, rollout.group), self.run.rollout)
+        return replace(rollout, advantages=found_PG.flatten().float().numpy())
+
+    def _write(self, entries: np.ndarray, found: list[_Completion], rollout: Rollout, step: int) -> None:
+        assert self.table is not None and rollout.advantages is not None
+        for one, advantage in zip(found, rollout.advantages.tolist(), strict=True):
+            row = self._row(entries[one.place // rollout.group])
+            self.table.report(
+                {
+                    "step": step,
+                    "source": row.source,
+                    "prompt": row.messages,
+                    "completion": one.text,
+                    "tokens": len(one.ids),
+                    "rewards": dict(zip(self.rewards, one.rewards, strict=True)),
+                    "advantage": advantage,
+                }
+            )
+
+
+def rollout_feed(
+    run: RunConfig,
+    meta: ModelMeta,
+    layout: Layout,
+    engine: Engine,
+    sets: Sets,
+    *,
+    checkpoint: Checkpoint | None,
+    reference: Sequence[Any] | None,
+    run_model: RunModel,
+    group: Any,
+) -> RolloutFeed:
+    """Return the feed of a resolved run; `checkpoint` is the one that it goes on from. Every rank calls it; raises UserError."""
+    assert sets.rows is not None, "the rows are prompts"
+    table = None
+    if run.rollout.log_completions and dist.get_rank() == 0:
+        done = 0 if checkpoint is None else checkpoint.manifest.step
+        table = JsonLines(Path(run.checkpoint.output_dir), resumed_step=done, name=COMPLETIONS)
+    roller = Roller(
+        run=run,
+        meta=meta,
+        layout=layout,
+        engine=engine,
+        prompts=sets.train,
+        rows=sets.rows,
+        settings=sets.settings,
+        run_model=run_model,
+        group=group,
+        reference=reference,
+        table=table,
+    )
+    return RolloutFeed(
+        sets.train,
+        roller,
+        settings=sets.settings,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp=layout.dp,
+        kept=None if checkpoint is None else Rollout.load(checkpoint.folder / KEPT),
+    )

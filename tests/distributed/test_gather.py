@@ -1,0 +1,75 @@
+"""The model gathered from its shards is the file it was read from, bit for bit, whatever the layout."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from megaswift.converters.gather import gather_model
+from megaswift.metadata.read import get_model_meta
+from megaswift.rollout.generate import generating_model
+from tests.harness.distributed import run_distributed
+from tests.harness.tiny import save_tiny
+from tests.harness.training import Case, prepared, temporary_folder
+
+# model, parallel settings; tp=2 pads the vocabulary of all, and the heads of one
+ONE = [("llama", {}), ("gpt_oss", {})]
+TWO = [
+    ("llama", {"tp": 2}),
+    ("llama", {"pp": 2, "vpp": 2}),
+    ("llama-odd-heads", {"tp": 2}),
+    ("llama-tied", {"pp": 2}),
+    ("qwen3_moe", {"ep": 2}),
+    ("gpt_oss", {"ep": 2}),
+]
+
+
+@cache
+def folder(model: str) -> Path:
+    return save_tiny(model, temporary_folder())
+
+
+def differences(
+    rank: int, world_size: int, cases: list[tuple[Path, dict[str, Any]]]
+) -> list[list[str] | None]:
+    """Return the tensors that differ from the file, for every case; None on a rank that keeps none."""
+    found: list[list[str] | None] = []
+    for model, parallel in cases:
+        with prepared(model, Case(name="gather", settings={"parallel": parallel})) as trained:
+            spread = "ep" in parallel
+            group = dist.group.WORLD if spread else parallel_state.get_model_parallel_group()
+            keep = spread or rank == 0
+            tensors = gather_model(
+                [chunk.module for chunk in trained.engine.chunks], trained.meta, trained.layout, rank,
+                group=group, dtype=torch.float32, keep=keep,
+            )  # fmt: skip
+            expected = load_file(model / "model.safetensors") if keep else {}
+            assert tensors.keys() == expected.keys()
+            faults = [name for name, value in expected.items() if not torch.equal(value, tensors[name])]
+            found.append(faults if keep else None)
+    return found
+
+
+@pytest.mark.parametrize("cases", [ONE, TWO], ids=["one rank", "two ranks"])
+def test_gathered_tensors_are_those_of_the_file(cases: list[tuple[str, dict[str, Any]]]) -> None:
+    folders = [(folder(model), parallel) for model, parallel in cases]
+    world = 1 if cases is ONE else 2
+    for rank, found in enumerate(run_distributed(differences, world, folders)):
+        for (model, parallel), faults in zip(cases, found, strict=True):
+            assert not faults, f"{model} {parallel}"
+            assert (faults is None) == (rank > 0 and "ep" not in parallel)
+
+
+@pytest.mark.parametrize("model", ["qwen3_moe", "gpt_oss", "llama-tied"])
+def test_transformers_opens_the_tensors_as_it_opens_the_file(model: str) -> None:
+    tensors = load_file(folder(model) / "model.safetensors")
+    found = generating_model(get_model_meta(folder(model)), tensors).state_dict()
+    expected = AutoModelForCausalLM.from_pretrained(folder(model), dtype=torch.float32).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())

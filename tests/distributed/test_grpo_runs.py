@@ -1,0 +1,252 @@
+"""Whole runs of `megaswift rlhf --rlhf_type grpo` in miniature: completions and losses of every layout are those of one rank,
+stopping changes nothing, and rewards that fail say where."""
+
+import json
+import re
+import statistics
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from megaswift.config.parse import parse_run
+from megaswift.data.tokenizer import load_tokenizer
+from megaswift.errors import UserError
+from megaswift.rollout.generate import chances, complete
+from tests.distributed.test_rlhf_runs import train_all
+from tests.harness.distributed import run_distributed
+from tests.harness.tiny_run import make_tiny_run
+from tests.harness.training import temporary_folder
+
+# float32 sums in another order, a few Adam steps apart.
+LOSS_TOLERANCE, NORM_TOLERANCE = 1e-5, 1e-4
+STEPS = 3
+PLUGIN = '''
+def brief(completions, **columns):
+    """Fewer words are better."""
+    return [-0.1 * len(text.split()) for text in completions]
+
+
+def near(completions, goal, **columns):
+    """As many letters e as the row asks for."""
+    return [-abs(text.count("e") - wanted) for text, wanted in zip(completions, goal)]
+
+
+def broken(completions, goal, **columns):
+    return [wanted / 0 for wanted in goal]
+'''
+LORA = ("--tuner_type", "lora", "--lora_dropout", "0", "--adam_eps", "1e-3")
+# what is trained -> flags
+TRAININGS: dict[str, tuple[str, ...]] = {
+    "grpo": (),
+    "lora": LORA,
+    "twice": ("--num_iterations", "2", "--kl_in_reward", "true", "--importance_sampling_level", "sequence"),
+    "rloo": ("--advantage_estimator", "rloo", "--beta", "0", "--loss_type", "dapo", "--temperature", "0.7", "--top_k", "40"),
+}  # fmt: skip
+# layout -> (ranks, flags)
+LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "one": (1, ()),
+    "dp2": (2, ()),
+    "tp2": (2, ("--tensor_model_parallel_size", "2", "--sequence_parallel", "true")),
+    "pp2": (2, ("--pipeline_model_parallel_size", "2")),
+    "vpp2": (2, ("--pipeline_model_parallel_size", "2", "--virtual_pipeline_model_parallel_size", "2")),
+    "ep2": (2, ("--expert_model_parallel_size", "2")),
+}
+ON_TWO = [
+    ("grpo", "dp2"),
+    ("grpo", "tp2"),
+    ("grpo", "pp2"),
+    ("lora", "tp2"),
+    ("twice", "pp2"),
+    ("rloo", "dp2"),
+    ("rloo", "vpp2"),
+]
+TIMED = ("step_time_s", "tokens_per_s", "model_tflops_per_s", "memory_gib")
+
+
+@cache
+def folder() -> Path:
+    """A model that often stops early, prompts with a column for rewards, and a file of reward functions."""
+    folder = temporary_folder()
+    model, rows = make_tiny_run(folder, rows=12)
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, *range(20, 50)]}))
+    with (folder / "prompts.jsonl").open("w") as file:
+        for number, line in enumerate(rows.read_text().splitlines()):
+            messages = json.loads(line)["messages"]
+            file.write(json.dumps({"messages": messages[: 1 + number % 2], "goal": number % 4}) + "\n")
+    (folder / "plugin.py").write_text(PLUGIN)
+    return folder
+
+
+def flags(training: str, layout: str, *more: str, output: str | None = None) -> list[str]:
+    return [
+        "--rlhf_type", "grpo", "--model", str(folder() / "model"), "--dataset", str(folder() / "prompts.jsonl"),
+        "--output_dir", str(folder() / (output or f"{training} {layout}")), "--train_iters", str(STEPS),
+        "--global_batch_size", "8", "--num_generations", "4", "--micro_batch_size", "2", "--max_completion_length", "10",
+        "--learning_rate", "1e-2", "--lr_decay_style", "constant", "--save_steps", "1", "--logging_steps", "1",
+        "--report_to", "none", "--log_completions", "true", "--external_plugins", str(folder() / "plugin.py"),
+        "--reward_funcs", "near", "brief", "--reward_weights", "1", "0.5",
+        *TRAININGS[training], *LAYOUTS[layout][1], *more,
+    ]  # fmt: skip
+
+
+@cache
+def trained(ranks: int) -> None:
+    """Make every run of so many ranks."""
+    cases = [(training, "one") for training in TRAININGS] if ranks == 1 else ON_TWO
+    run_distributed(train_all, ranks, [flags(training, layout) for training, layout in cases])
+
+
+def table(training: str, layout: str, name: str) -> list[dict[str, Any]]:
+    """Return the lines of a file of a run."""
+    trained(LAYOUTS[layout][0])
+    return [json.loads(line) for line in (folder() / f"{training} {layout}" / name).read_text().splitlines()]
+
+
+def figures(training: str, layout: str) -> list[dict[str, Any]]:
+    lines = table(training, layout, "logging.jsonl")
+    return [{name: value for name, value in line.items() if name not in TIMED} for line in lines]
+
+
+@pytest.mark.slow
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize(("training", "layout"), ON_TWO)
+def test_layout_generates_and_trains_like_one_rank(training: str, layout: str) -> None:
+    found, expected = (table(training, where, "completions.jsonl") for where in (layout, "one"))
+    assert [row["completion"] for row in found] == [row["completion"] for row in expected]
+    for line, one in zip(figures(training, layout), figures(training, "one"), strict=True):
+        for name, value in one.items():
+            tolerance = NORM_TOLERANCE if name == "grad_norm" else LOSS_TOLERANCE
+            assert line[name] == pytest.approx(value, rel=tolerance, abs=LOSS_TOLERANCE), name
+
+
+@pytest.mark.slow
+@pytest.mark.ranks(2)
+def test_experts_spread_over_ranks_generate_and_train_like_one_rank() -> None:
+    model, _ = make_tiny_run(temporary_folder(), name="qwen3_moe")
+    for layout in ("one", "ep2"):
+        words = flags("rloo", layout, output=f"experts {layout}")
+        words[words.index("--model") + 1] = str(model)
+        run_distributed(train_all, LAYOUTS[layout][0], [words])
+    found, expected = (table("experts", where, "completions.jsonl") for where in ("ep2", "one"))
+    assert [row["completion"] for row in found] == [row["completion"] for row in expected]
+    for line, one in zip(figures("experts", "ep2"), figures("experts", "one"), strict=True):
+        assert line["loss"] == pytest.approx(one["loss"], rel=LOSS_TOLERANCE, abs=LOSS_TOLERANCE)
+        assert line["grad_norm"] == pytest.approx(one["grad_norm"], rel=NORM_TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", TRAININGS)
+def test_table_and_figures_tell_the_same(training: str) -> None:
+    """Groups lie together, goals come from the rows, and nothing is logged that the completions do not show."""
+    rows, lines = table(training, "one", "completions.jsonl"), figures(training, "one")
+    uses = 2 if training == "twice" else 1
+    assert len(rows) == 8 * -(-STEPS // uses)
+    assert len({row["completion"] for row in rows[:4]}) == 4, "a group's completions differ"
+    assert len({row["tokens"] for row in rows}) > 3, "lengths differ, or packing would be easy"
+    goals = [json.loads(line)["goal"] for line in (folder() / "prompts.jsonl").read_text().splitlines()]
+    for row in rows:
+        goal = goals[int(row["source"].rpartition(":")[2]) - 1]
+        brief = -0.1 * len(row["completion"].split())
+        assert row["rewards"] == {"near": -abs(row["completion"].count("e") - goal), "brief": brief}
+    for number, line in enumerate(lines):
+        own = rows[number // uses * 8 :][:8]
+        rewards = [row["rewards"]["near"] + 0.5 * row["rewards"]["brief"] for row in own]
+        assert line["reward"] == pytest.approx(statistics.mean(rewards))
+        assert line["rewards/near/std"] == pytest.approx(
+            statistics.stdev(row["rewards"]["near"] for row in own)
+        )
+        assert line["completions/mean_length"] == statistics.mean(row["tokens"] for row in own)
+        assert line["loss_tokens"] == sum(row["tokens"] for row in own)
+        assert sum(row["advantage"] for row in own[:4]) == pytest.approx(0, abs=1e-5)
+    assert lines[-1]["loss"] != lines[0]["loss"]
+    assert lines[0]["grad_norm"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", ["grpo", "lora", "rloo"])
+def test_completions_are_those_of_the_exported_model(training: str) -> None:
+    """What the shards of step 2 generated for step 3 is what transformers samples from the export of step 2."""
+    rows = table(training, "one", "completions.jsonl")[-8:]
+    newest = folder() / f"{training} one" / f"checkpoint-{STEPS - 1}"
+    if training == "lora":
+        base = AutoModelForCausalLM.from_pretrained(folder() / "model", dtype=torch.float32)
+        model = PeftModel.from_pretrained(base, str(newest / "adapter")).merge_and_unload().eval()
+    else:
+        model = AutoModelForCausalLM.from_pretrained(newest / "hf", dtype=torch.float32).eval()
+    run = parse_run("rlhf", flags(training, "one"))
+    tokenizer = load_tokenizer(folder() / "model")
+    prompts = [
+        tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True).input_ids for row in rows
+    ]
+    draws = [
+        chances(
+            seed=run.training.seed, position=(STEPS - 1) * 2 + place // 4, generation=place % 4, length=10
+        )
+        for place in range(8)
+    ]
+    ids = complete(
+        model, [np.array(one) for one in prompts], draws, run.rollout, stop_ids=[2, *range(20, 50)], pad_id=0
+    )
+    assert tokenizer.batch_decode(ids, skip_special_tokens=True) == [row["completion"] for row in rows]
+    first = table(training, "one", "completions.jsonl")[:8]
+    assert [row["completion"] for row in first] != [row["completion"] for row in rows]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("training", "step"), [("grpo", 2), ("lora", 2), ("twice", 1)])
+def test_resumed_run_repeats_every_figure_and_completion(training: str, step: int) -> None:
+    """`twice` goes on amid completions that it has used once."""
+    before = figures(training, "one"), table(training, "one", "completions.jsonl")
+    for later in range(step + 1, STEPS + 1):
+        (folder() / f"{training} one" / f"checkpoint-{later}" / "manifest.json").unlink()
+    run_distributed(train_all, 1, [flags(training, "one")])
+    assert (figures(training, "one"), table(training, "one", "completions.jsonl")) == before
+
+
+@pytest.mark.slow
+def test_the_mean_reward_rises() -> None:
+    """Shorter completions are better: the model learns to stop."""
+    words = [*flags("rloo", "one", output="short"), "--overlong_filter", "true"]
+    start = words.index("--external_plugins")
+    del words[start : words.index("0.5") + 1]
+    words[words.index("--train_iters") + 1], words[words.index("--save_steps") + 1] = "16", "16"
+    words += ["--reward_funcs", "soft_overlong", "--soft_cache_length", "10"]
+    run_distributed(train_all, 1, [words])
+    lines = [json.loads(line) for line in (folder() / "short" / "logging.jsonl").read_text().splitlines()]
+    rewards = [line["reward"] for line in lines]
+    assert statistics.mean(rewards[-4:]) > statistics.mean(rewards[:4]) + 0.2
+    for number, line in enumerate(lines):
+        rows = (
+            (folder() / "short" / "completions.jsonl").read_text().splitlines()[8 * number : 8 * number + 8]
+        )
+        tokens = [json.loads(row)["tokens"] for row in rows]
+        cut = round(8 * line["completions/clipped_ratio"])
+        assert line["loss_tokens"] == sum(tokens) - 10 * cut, "what was cut off carries no loss"
+
+
+def failure(rank: int, world_size: int, words: list[str]) -> str:
+    """Return how a run ends that cannot go well."""
+    try:
+        train_all(rank, world_size, [words])
+    except UserError as error:
+        return str(error)
+    except SystemExit as left:
+        return f"exit code {left.code}"
+    return "nothing was wrong"
+
+
+@pytest.mark.slow
+@pytest.mark.ranks(2)
+def test_reward_that_fails_names_the_function_and_the_row_once() -> None:
+    words = flags("grpo", "dp2", output="broken")
+    words[words.index("near")] = "broken"
+    found = sorted(run_distributed(failure, 2, words))
+    assert found[0] == "exit code 2"
+    assert re.match(r"reward_funcs=broken fails at .*prompts.jsonl:\d+: ZeroDivisionError: ", found[1])
+    assert not list((folder() / "broken").glob("checkpoint-*"))

@@ -1,0 +1,60 @@
+"""Rows as prompts: what is asked, what is left to the rewards, and what is turned away."""
+
+from pathlib import Path
+
+from megaswift.config.data import DataConfig
+from megaswift.data.encode import encode_samples
+from megaswift.data.forms import PROMPTS
+from megaswift.data.prompts import PromptRows, save_rows
+from megaswift.data.read import read_datasets
+from tests.unit.test_data_pairs import encoded_rows, text
+
+SYSTEM = {"role": "system", "content": "be brief"}
+USER, ANSWER = {"role": "user", "content": "3+4?"}, {"role": "assistant", "content": "8"}
+
+
+def test_a_prompt_waits_for_the_answer_and_carries_no_loss(tmp_path: Path) -> None:
+    rows = [
+        {"messages": [SYSTEM, USER], "solution": "7"},
+        {"messages": [SYSTEM, USER, ANSWER], "solution": "7"},
+        {"query": "3+4?", "solution": "7"},
+        {"prompt": [USER], "solution": "7", "level": 2},
+    ]
+    encoded, report, template = encoded_rows(tmp_path, rows, PROMPTS)
+    assert report.kept == len(encoded) == 4
+    assert not encoded.loss_weights.any()
+    prompts = [text(encoded, entry, template) for entry in range(4)]
+    assert prompts[0] == prompts[1], "an answer of the row is no part of the prompt"
+    assert prompts[2] == prompts[3]
+    assert prompts[2].endswith("<|im_start|>user\n3+4?<|im_end|>\n<|im_start|>assistant\n")
+    assert "be brief" in prompts[0]
+
+
+def test_rows_keep_every_other_column_for_the_rewards(tmp_path: Path) -> None:
+    rows = [
+        {"messages": [USER, ANSWER], "solution": "7", "tags": ["sum"]},
+        {"query": "3+4?", "solution": "7", "level": 2},
+    ]
+    encoded_rows(tmp_path, rows, PROMPTS)
+    samples = read_datasets(DataConfig(dataset=[str(tmp_path / "rows.jsonl")])).train
+    save_rows(tmp_path / "saved", samples)
+    kept = PromptRows(tmp_path / "saved")
+    assert len(kept) == 2
+    assert kept[1].columns == {"solution": "7", "level": 2}
+    assert kept[0].columns == {"solution": "7", "tags": ["sum"]}
+    assert kept[0].messages == kept[1].messages == (USER,)
+    assert kept[1].source.endswith("rows.jsonl:2")
+
+
+def test_rows_without_a_question_or_too_long_are_reported(tmp_path: Path) -> None:
+    rows = [{"messages": [USER]}, {"text": "no question"}, {"messages": [{**USER, "content": "long " * 90}]}]
+    encoded, report, template = encoded_rows(tmp_path, rows, PROMPTS, max_length=60)
+    assert len(encoded) == 1
+    assert [(row.source.rpartition(":")[2], row.kind) for row in report.bad] == [
+        ("2", "no prompt"),
+        ("3", "too long"),
+    ]
+    again, _ = encode_samples(
+        read_datasets(DataConfig(dataset=[str(tmp_path / "rows.jsonl")])).train, template, form=PROMPTS
+    )
+    assert again.samples.tolist() == [0]

@@ -1,0 +1,191 @@
+"""GRPO's losses and advantages against the formulas of their papers, in plain float64 arithmetic: values, and gradients by differences."""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from megaswift.config.preference import PreferenceConfig
+from megaswift.config.rollout import RolloutConfig
+from megaswift.tasks.answers import Outcome
+from megaswift.tasks.grpo import BY_TOKENS, METRICS, Completions, advantages, grpo_loss
+
+# Losses and gradients are of order 1. Central differences of step 1e-5 are wrong by 1e-10 times a third derivative.
+TOLERANCE, STEP = 1e-6, 1e-5
+LONGEST = 7
+
+Tokens = Sequence[Sequence[float]]
+# Three completions: log pi, log pi_old and log pi_ref of each token. Ratios lie below, within and above the clipped range.
+LOGPS: Tokens = ((-1.2, -0.7, -2.0), (-0.3, -1.9), (-2.2, -0.4, -1.1, -0.6, -3.0))
+OLD: Tokens = ((-1.6, -0.72, -1.5), (-0.9, -1.88), (-1.9, -0.1, -1.12, -1.3, -2.95))
+REF: Tokens = ((-1.1, -0.9, -2.3), (-0.5, -1.5), (-2.0, -0.7, -1.3, -0.2, -2.5))
+ADVANTAGES = (1.3, -0.8, 0.4)
+LOW, HIGH, BETA = 0.2, 0.28, 0.3
+
+
+def clipped(ratio: float, advantage: float) -> float:
+    """The objective that PPO clips, which GRPO's eq. 3 takes over."""
+    return min(ratio * advantage, min(max(ratio, 1 - LOW), 1 + HIGH) * advantage)
+
+
+def k3(logp: float, ref: float) -> float:
+    return math.exp(ref - logp) - (ref - logp) - 1
+
+
+def token_losses(logps: Tokens, old: Tokens, *, beta: float, sequence: bool) -> list[list[float]]:
+    losses = []
+    for row, (mine, before, ref, advantage) in enumerate(zip(logps, old, REF, ADVANTAGES, strict=True)):
+        ratios = [math.exp(a - b) for a, b in zip(mine, before, strict=True)]
+        if sequence:
+            whole = math.prod(ratios) ** (1 / len(ratios))
+            ratios = [whole] * len(ratios)
+        objectives = [clipped(ratio, advantage) for ratio in ratios]
+        losses.append([-one + beta * k3(a, r) for one, a, r in zip(objectives, mine, ref, strict=True)])
+        assert len(losses[row]) == len(mine)
+    return losses
+
+
+def per_completion(losses: list[list[float]]) -> float:
+    return sum(sum(row) / len(row) for row in losses) / len(losses)
+
+
+def per_token(losses: list[list[float]]) -> float:
+    return sum(map(sum, losses)) / sum(map(len, losses))
+
+
+def by_longest(losses: list[list[float]]) -> float:
+    return sum(map(sum, losses)) / (len(losses) * LONGEST)
+
+
+# name -> (loss_type, settings of the rollout, beta, how the token losses become one)
+CASES: dict[str, tuple[str, dict[str, Any], float, Callable[[list[list[float]]], float]]] = {
+    "grpo": ("grpo", {}, BETA, per_completion),
+    "grpo without a reference": ("grpo", {}, 0.0, per_completion),
+    "dapo": ("dapo", {}, 0.0, per_token),
+    "bnpo": ("bnpo", {}, BETA, per_token),
+    "dr_grpo": ("dr_grpo", {}, 0.0, by_longest),
+    "gspo": ("grpo", {"importance_sampling_level": "sequence"}, 0.0, per_completion),
+    "gspo by tokens": ("dapo", {"importance_sampling_level": "sequence"}, BETA, per_token),
+}
+
+
+def flat(values: Tokens) -> torch.Tensor:
+    return torch.tensor([value for row in values for value in row], dtype=torch.float64)
+
+
+def completions(*, old: bool = True, reference: bool = True) -> Completions:
+    return Completions(
+        logps_T=flat(LOGPS).requires_grad_(),
+        lengths_N=torch.tensor([len(row) for row in LOGPS]),
+        advantages_N=torch.tensor(ADVANTAGES, dtype=torch.float64),
+        old_T=flat(OLD) if old else None,
+        references_T=flat(REF) if reference else None,
+    )
+
+
+def settings_of(name: str) -> tuple[PreferenceConfig, RolloutConfig]:
+    loss_type, more, beta, _ = CASES[name]
+    rollout = RolloutConfig(epsilon=LOW, epsilon_high=HIGH, max_completion_length=LONGEST, **more)
+    return PreferenceConfig(rlhf_type="grpo", loss_type=loss_type, beta=beta), rollout
+
+
+def total(outcome: Outcome, loss_type: str, given: Completions) -> torch.Tensor:
+    """What Megatron's schedule makes of it: the sum by completions, or by tokens."""
+    number = int(given.lengths_N.sum()) if loss_type in BY_TOKENS else len(given.lengths_N)
+    return outcome.losses_R.sum() / number
+
+
+def moved(values: Tokens, row: int, token: int, by: float) -> Tokens:
+    return [
+        [value + by * (i == row and j == token) for j, value in enumerate(line)]
+        for i, line in enumerate(values)
+    ]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_loss_and_gradient_are_those_of_the_paper(name: str) -> None:
+    loss_type, more, beta, reduce = CASES[name]
+    sequence = more.get("importance_sampling_level") == "sequence"
+
+    def paper(logps: Tokens) -> float:
+        return reduce(token_losses(logps, OLD, beta=beta, sequence=sequence))
+
+    given = completions(reference=beta > 0)
+    loss = total(grpo_loss(given, *settings_of(name)), loss_type, given)
+    assert float(loss) == pytest.approx(paper(LOGPS), abs=TOLERANCE)
+    loss.backward()
+    slopes = [
+        (paper(moved(LOGPS, row, token, STEP)) - paper(moved(LOGPS, row, token, -STEP))) / (2 * STEP)
+        for row, line in enumerate(LOGPS)
+        for token in range(len(line))
+    ]
+    assert given.logps_T.grad is not None
+    assert given.logps_T.grad.tolist() == pytest.approx(slopes, abs=TOLERANCE)
+    assert any(slopes), "a gradient of zero would say little"
+
+
+def test_some_ratios_are_clipped_on_either_side_and_counted() -> None:
+    outcome = grpo_loss(completions(), *settings_of("grpo"))
+    assert set(outcome.metrics) == set(METRICS)
+    ratios = [[math.exp(a - b) for a, b in zip(*rows, strict=True)] for rows in zip(LOGPS, OLD, strict=True)]
+    pairs = [(ratio, advantage) for row, advantage in zip(ratios, ADVANTAGES, strict=True) for ratio in row]
+    low = [float(ratio < 1 - LOW and advantage < 0) for ratio, advantage in pairs]
+    high = [float(ratio > 1 + HIGH and advantage > 0) for ratio, advantage in pairs]
+    assert outcome.metrics["clip_ratio/low_mean"].tolist() == low
+    assert outcome.metrics["clip_ratio/high_mean"].tolist() == high
+    assert any(high)
+    assert float(outcome.metrics["kl"].mean()) == pytest.approx(
+        statistics.mean(k3(a, r) for rows in zip(LOGPS, REF, strict=True) for a, r in zip(*rows, strict=True))
+    )
+    assert not any(values.requires_grad for values in outcome.metrics.values())
+
+
+def test_fresh_completions_have_the_gradient_of_the_plain_policy_gradient() -> None:
+    """Where pi is still pi_old, the ratio is 1 and its gradient that of log pi."""
+    given = completions(old=False, reference=False)
+    loss = total(grpo_loss(given, *settings_of("dapo")), "dapo", given)
+    loss.backward()
+    tokens = sum(map(len, LOGPS))
+    slopes = [-advantage / tokens for row, advantage in zip(LOGPS, ADVANTAGES, strict=True) for _ in row]
+    assert given.logps_T.grad is not None
+    assert given.logps_T.grad.tolist() == pytest.approx(slopes, abs=TOLERANCE)
+
+
+def test_a_divergence_in_the_reward_is_not_in_the_loss() -> None:
+    settings, rollout = settings_of("grpo")
+    in_reward = RolloutConfig(**{**vars(rollout), "kl_in_reward": True})
+    plain = grpo_loss(completions(reference=False), settings, rollout)
+    outcome = grpo_loss(completions(), settings, in_reward)
+    assert torch.equal(outcome.losses_R, plain.losses_R)
+    assert "kl" in outcome.metrics
+
+
+REWARDS = ((1.0, 0.0, 0.5, 0.25), (2.0, 2.0, 2.0, 2.0))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "paper"),
+    [
+        (
+            {"scale_rewards": "group"},
+            lambda r, group: (r - statistics.mean(group)) / (statistics.stdev(group) + 1e-4),
+        ),
+        ({"scale_rewards": "none"}, lambda r, group: r - statistics.mean(group)),
+        (
+            {"scale_rewards": "batch"},
+            lambda r, group: (r - statistics.mean(group)) / (statistics.stdev(sum(REWARDS, ())) + 1e-4),
+        ),
+        (
+            {"scale_rewards": "none", "advantage_estimator": "rloo"},
+            lambda r, group: r - (sum(group) - r) / (len(group) - 1),
+        ),
+    ],
+    ids=["grpo", "dr_grpo", "batch", "rloo"],
+)
+def test_advantages_are_those_of_the_paper(chosen: dict[str, str], paper: Callable[..., float]) -> None:
+    found = advantages(torch.tensor(REWARDS, dtype=torch.float64), RolloutConfig(**chosen))
+    expected = [[paper(reward, group) for reward in group] for group in REWARDS]
+    assert found.tolist() == [pytest.approx(row, abs=1e-12) for row in expected]

@@ -1,0 +1,100 @@
+"""Settings of `megaswift rlhf --rlhf_type grpo`: defaults, and what does not belong together."""
+
+import pytest
+
+from megaswift.config.dump import dump_run
+from megaswift.config.parse import parse_saved
+from megaswift.config.rules import ResolvedRun
+from megaswift.errors import ConfigError
+from tests.unit.test_config_rules import dense, resolved
+
+GRPO = "--rlhf_type grpo --reward_funcs accuracy "
+
+
+def grpo(words: str = "", *, world: int = 1) -> ResolvedRun:
+    return resolved(GRPO + words, dense(), task="rlhf", world=world)
+
+
+@pytest.mark.parametrize(
+    ("words", "loss_type", "beta", "scale"),
+    [
+        ("", "grpo", 0.04, "group"),
+        ("--loss_type dapo --beta 0", "dapo", 0.0, "group"),
+        ("--loss_type dr_grpo", "dr_grpo", 0.04, "none"),
+        ("--advantage_estimator rloo", "grpo", 0.04, "none"),
+        ("--advantage_estimator rloo --scale_rewards batch", "grpo", 0.04, "batch"),
+    ],
+)
+def test_each_form_has_its_defaults(words: str, loss_type: str, beta: float, scale: str) -> None:
+    run = grpo(words).config
+    assert (run.preference.loss_type, run.preference.beta, run.rollout.scale_rewards) == (
+        loss_type,
+        beta,
+        scale,
+    )
+
+
+def test_lengths_and_clips_follow_each_other() -> None:
+    chosen = grpo("--max_completion_length 100 --epsilon 0.1").config.rollout
+    assert (chosen.epsilon_high, chosen.soft_max_length, chosen.soft_cache_length) == (0.1, 100, 20)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--use_vllm true", "use_vllm=true asks for completions by vLLM, which is not built. Leave it out: the trained model generates"),
+        ("--vllm_mode server", "vllm_mode=server asks for"),
+        ("--steps_per_generation 2", "steps_per_generation=2 asks for"),
+        ("--multi_turn_scheduler x", "multi_turn_scheduler=x asks for"),
+        ("--loss_type cispo", "loss_type=cispo is not built for rlhf_type=grpo"),
+        ("--advantage_estimator reinforce_plus_plus", "advantage_estimator=reinforce_plus_plus is not one of"),
+        ("--reward_funcs acuracy", "reward_funcs=acuracy is not built in. Did you mean accuracy"),
+        ("--reward_funcs format format", "names a function twice"),
+        ("--reward_weights 1 2", "reward_weights has 2 numbers for 1 reward_funcs"),
+        ("--reward_weights much", "reward_weights=much are not numbers"),
+        ("--num_generations 1", "num_generations=1 is too small"),
+        ("--temperature 0", "temperature=0 is too small"),
+        ("--top_p 0", "top_p=0 is not above 0"),
+        ("--top_k -2", "top_k=-2 is not 1 or more"),
+        ("--epsilon 1", "epsilon=1 is not between"),
+        ("--global_batch_size 12", "global_batch_size=12 counts completions and is not a multiple of num_generations=8. Choose 8,"),
+        ("--max_length 512", "max_completion_length=512 leaves no room for a prompt in max_length=512"),
+        ("--packing", "packing=true is not built for rlhf_type=grpo"),
+        ("--padding_free false", "padding_free=false is not built"),
+        ("--val_dataset v.jsonl", "val_dataset is not built"),
+        ("--split_dataset_ratio 0.1", "split_dataset_ratio is not built"),
+        ("--truncation_strategy left", "truncation_strategy=left is not built"),
+        ("--context_parallel_size 2", "context_parallel_size=2 is not built"),
+        ("--precompute_ref_log_probs", "precompute_ref_log_probs=True is for rlhf_type dpo and kto, not grpo"),
+        ("--kl_in_reward --beta 0", "kl_in_reward=true needs beta above 0"),
+        ("--rpo_alpha 1", "rpo_alpha=1.0 is for rlhf_type dpo, not grpo"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused(words: str, message: str) -> None:
+    given = words if words.startswith("--reward_funcs") else f"--reward_funcs accuracy {words}"
+    with pytest.raises(ConfigError) as caught:
+        resolved(f"--rlhf_type grpo {given}", dense(), task="rlhf", world=2 if "context" in words else 1)
+    assert message in str(caught.value)
+
+
+def test_rewards_must_be_named() -> None:
+    with pytest.raises(ConfigError, match="reward_funcs is not set"):
+        resolved("--rlhf_type grpo", dense(), task="rlhf")
+
+
+@pytest.mark.parametrize(("task", "words"), [("sft", ""), ("rlhf", "--rlhf_type dpo ")])
+def test_other_tasks_have_no_completions(task: str, words: str) -> None:
+    with pytest.raises(ConfigError, match="num_generations=4 is for `megaswift rlhf --rlhf_type grpo`"):
+        resolved(f"{words}--num_generations 4", dense(), task=task)
+
+
+def test_other_losses_still_need_a_strength() -> None:
+    with pytest.raises(ConfigError, match="beta=0 is too small"):
+        resolved("--rlhf_type dpo --beta 0", dense(), task="rlhf")
+
+
+def test_saved_settings_resolve_to_themselves(tmp_path) -> None:
+    run = grpo("--reward_weights 0.5 --epsilon_high 0.28 --max_length 1000").config
+    (tmp_path / "run.yaml").write_text(dump_run(run))
+    assert parse_saved(tmp_path / "run.yaml").rollout == run.rollout
+    assert resolved(f"--config {tmp_path / 'run.yaml'}", dense(), task="rlhf").config.rollout == run.rollout
