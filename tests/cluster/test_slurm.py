@@ -7,6 +7,7 @@ that outlives its time limit on node3, one that dies again and again on two of n
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -73,7 +74,7 @@ def sft(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def jobs(cluster: SlurmCluster, sft: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
     """Hand all jobs in; the one with the short time limit gets the machine to itself until it trains."""
     folder = tmp_path_factory.mktemp("jobs")
-    (folder / "empty.jsonl").write_text("")
+    shutil.copy(sft[3], folder / "emptied.jsonl")
     (folder / "matrix.yaml").write_text("seed: [1, 2]\n")
     ids = {}
     long = ["--tp", "2", "--output_dir", "long", "--train_iters", str(LONG_STEPS), "--save_steps", "100000"]
@@ -106,8 +107,9 @@ def jobs(cluster: SlurmCluster, sft: list[str], tmp_path_factory: pytest.TempPat
     scripts = {"one-node": (1, 2), "srun": (2, LONG_STEPS), "torchrun": (1, 2)}
     for name, (ranks, steps) in scripts.items():
         ids[f"{name}.sbatch"] = submit_script(cluster, sft, folder, name, ranks=ranks, steps=steps)
-    words = ["--val_dataset", "empty.jsonl", "--nproc_per_node", "2", "--output_dir", "wrong"]
-    ids["wrong"] = submit(cluster, folder, *sft, *rest, *words)
+    # An error that only the job can meet: submit has looked into the set before.
+    words = ["--val_dataset", "emptied.jsonl", "--nproc_per_node", "2", "--output_dir", "wrong"]
+    ids["wrong"] = submit(cluster, folder, *sft, *rest, *words, "--setup", ": > emptied.jsonl")
     words = ["--train_iters", "2", "--output_dir", "array", "--matrix", "matrix.yaml"]
     ids["array"] = submit(cluster, folder, *sft, *rest, *words)
     with ThreadPoolExecutor(1) as pool:
