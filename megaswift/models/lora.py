@@ -231,7 +231,8 @@ class _AddProduct(torch.autograd.Function):
         grad_TF, low_TR = grad.flatten(0, -2), low.flatten(0, -2)
         grad_low_RT = torch.mm(b_FR.t(), grad_TF.t()).mul_(ctx.scale)
         grad_b_RF = torch.mm(low_TR.t(), grad_TF).mul_(ctx.scale)
-        return grad, grad_low_RT.t().reshape(low.shape), grad_b_RF.t(), None
+        # Contiguous, both of them: Megatron's sum over tp forgets its result otherwise (mappings.py, _reduce, 0.16.1).
+        return grad, grad_low_RT.t().contiguous().view(low.shape), grad_b_RF.t().contiguous(), None
 
 
 class AdaptedLinear:
