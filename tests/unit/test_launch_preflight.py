@@ -154,9 +154,9 @@ def test_room_for_all_planned_checkpoints_is_asked_for(
     check(save_total_limit=2)
 
 
-MOUNTS = "/dev/sda1 / ext4 rw 0 0\nfs@tcp:/work /work lustre rw 0 0\nnas:/home /home nfs4 rw 0 0\n"
+MOUNTS = "/dev/sda1 / ext4 rw 0 0\nfs@tcp:/lustre /lustre lustre rw 0 0\nnas:/home /home nfs4 rw 0 0\n"
 # What the two commands print (lfs-quota(1), quota(1)): name, KiB used, soft and hard limit, grace, files, ...
-LFS = "/work 2097152* 1048576 4194304 6d23h 5 0 0 -\n"
+LFS = "/lustre 2097152* 1048576 4194304 6d23h 5 0 0 -\n"
 QUOTA = (
     "Disk quotas for user u (uid 1000): \n     Filesystem  blocks   quota   limit   grace\n"
     "      nas:/home 1048576       0 3145728           10       0       0\n"
@@ -164,13 +164,13 @@ QUOTA = (
 
 
 def test_a_quota_counts_where_there_is_one(tmp_path: Path) -> None:
-    work, home = mount_of(Path("/work/u/out"), MOUNTS), mount_of(Path("/home/u"), MOUNTS)
-    assert work == Mount(device="fs@tcp:/work", point="/work", kind="lustre")
+    work, home = mount_of(Path("/lustre/u/out"), MOUNTS), mount_of(Path("/home/u"), MOUNTS)
+    assert work == Mount(device="fs@tcp:/lustre", point="/lustre", kind="lustre")
     assert home is not None and home.point == "/home"
-    assert mount_of(Path("/workshop"), MOUNTS) == Mount(device="/dev/sda1", point="/", kind="ext4")
+    assert mount_of(Path("/lustre2"), MOUNTS) == Mount(device="/dev/sda1", point="/", kind="ext4")
     assert work is not None and quota_left(LFS, work) == 0  # over the soft limit
     assert quota_left(LFS.replace("2097152*", "524288"), work) == GIB // 2
     assert quota_left(QUOTA, home) == 2 * GIB
-    assert quota_left("/work 5 0 0 - 5 0 0 -\n", work) is None  # no limit
+    assert quota_left("/lustre 5 0 0 - 5 0 0 -\n", work) is None  # no limit
     assert quota_left(QUOTA, work) is None and quota_left("lfs: error\n", work) is None
     assert 0 < writable_bytes(tmp_path)
