@@ -28,5 +28,5 @@ def _deny_missing_te_linear() -> None:
 
 
 def _turn_in_one_pass() -> None:
-    # 0.16-0.19: without Transformer Engine a query is copied some eight times to be turned, in the type of the weights.
+    # 0.16-0.19: without Transformer Engine a query is copied several times to be turned, in the type of the weights.
     attention.apply_rotary_pos_emb = apply_rotary
