@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megaswift.launch.heartbeat import Heartbeat
 from megaswift.training.allocation import measure_links
 from megaswift.training.engine import StepResult
+from megaswift.training.feed import TrainFeed
 from megaswift.training.loop import Progress, train_loop
 from megaswift.training.stragglers import Stragglers, places_of_ranks
 from tests.harness.distributed import run_distributed
@@ -42,7 +43,7 @@ class Sleeper:
 class Feed:
     """A feed without rows."""
 
-    items_per_step = 1
+    phase, patient, items_per_step = TrainFeed.phase, TrainFeed.patient, 1
 
     def batch(self, consumed: int) -> list[Any]:
         return []
