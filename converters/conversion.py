@@ -10,8 +10,7 @@ import os
 import shutil
 import time
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 import xxhash
 
-from megaswift.converters.copying import Literal, Span, write_file
+from megaswift.converters.copying import Literal, Span, SpanWriter
 from megaswift.converters.folders import check_output, check_space, growing_name, publish, sync
 from megaswift.converters.tensor_files import TensorInfo
 from megaswift.errors import CheckpointError
@@ -31,27 +30,28 @@ REPORT = "conversion.json"
 _PLAN = "plan.json"
 _SUMS = ".sums"
 POLL_S = 0.1
-THREADS = max(2, os.cpu_count() or 1)  # beside the one that writes; one of them may wait for the disk
+THREADS = min(4, len(os.sched_getaffinity(0)))  # each holds a buffer, or an expert that has to be computed
+SYNC_BYTES = 256 << 20
 CHECKSUM_BYTES = 1 << 19
 STALL_S = 600.0  # without a byte written by anyone; the slowest parts take some minutes on a busy file system
 
 
 @dataclass(frozen=True, kw_only=True)
-class Summed:
-    """A tensor of the Hugging Face side whose checksum the writer of a part takes."""
+class Stretch:
+    """Bytes of a part, and the tensors of the Hugging Face side whose checksums are taken once these are written."""
 
-    info: TensorInfo  # with a relative file: a tensor of this very part
-    after: int = 0  # spans of the part, which have to be written before
+    num_bytes: int
+    spans: tuple[Span, ...]
+    summed: tuple[TensorInfo, ...]  # with a relative file: a tensor that these spans fill
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One large file of the output."""
+    """One large file of the output; what no stretch fills is zero."""
 
     name: str  # below the output folder
     num_bytes: int
-    spans: tuple[Span, ...]
-    summed: tuple[Summed, ...]  # in the order of `after`
+    stretches: tuple[Stretch, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,14 +68,15 @@ class Conversion:
             {
                 source
                 for part in self.parts
-                for span in part.spans
+                for stretch in part.stretches
+                for span in stretch.spans
                 if not isinstance(span, Literal)
                 for source in span.sources
             }
         )
         stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sources]
         text = repr(
-            (dict(self.facts), [(part.name, part.num_bytes, part.spans) for part in self.parts], stats)
+            (dict(self.facts), [(part.name, part.num_bytes, part.stretches) for part in self.parts], stats)
         )
         return zlib.crc32(text.encode()) << 32 | zlib.adler32(text.encode())
 
@@ -134,55 +135,57 @@ def _prepare(conversion: Conversion, output: Path, growing: Path, source: Path, 
 
 
 def _write_parts(parts: tuple[Part, ...], growing: Path) -> None:
-    """Write those parts that are not there; meanwhile threads take checksums and bring what is written to the disk."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        sealing: list[Future[None]] = []
-        for part in parts:
-            path = growing / part.name
-            if not path.exists():
-                partial = path.with_name(path.name + ".partial")
-                sums: dict[str, Future[str]] = {}
-                write_file(partial, num_bytes=part.num_bytes, spans=_summing(part, partial, pool, sums))
-                synced = pool.submit(sync, partial)
-                # The pool takes work in this order, so that a task which waits for earlier ones blocks nothing.
-                sealing.append(pool.submit(_seal, part, synced, sums, path))
-        for one in sealing:
-            one.result()
+    """Write those parts that are not there: threads write a part each, one more brings them to the disk and names them.
 
-
-def _summing(
-    part: Part, partial: Path, pool: ThreadPoolExecutor, sums: dict[str, Future[str]]
-) -> Iterator[Span]:
-    """Yield the spans of a part to its writer; when it asks for the next one, the checksums that can be taken are begun.
-
-    The disk, too, begins before the whole part is written.
+    Two threads in one file would wait for each other: the kernel lets one write at a time.
     """
-    waiting, synced = deque(part.summed), None
-    for done in range(len(part.spans) + 1):
-        if done and (synced is None or synced.done()):
-            synced = pool.submit(sync, partial)
-        while waiting and waiting[0].after <= done:
-            info = waiting.popleft().info
-            sums[info.name] = pool.submit(_checksum, info.file if info.file.is_absolute() else partial, info)
-        if done < len(part.spans):
-            yield part.spans[done]
+    with ThreadPoolExecutor(1) as disk, ThreadPoolExecutor(THREADS) as writers:
+        writing = [
+            writers.submit(_write, part, growing / part.name, disk)
+            for part in parts
+            if not (growing / part.name).exists()
+        ]
+        try:
+            for sealing in [one.result() for one in writing]:
+                sealing.result()
+        except BaseException:
+            writers.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
-def _seal(part: Part, synced: Future[None], sums: Mapping[str, Future[str]], path: Path) -> None:
-    """Note the checksums of a part, and give it its name."""
-    synced.result()
-    noted = {
-        info.name: {"dtype": info.dtype, "shape": list(info.shape), "bytes": info.num_bytes, "xxh3_128": sums[info.name].result()}
-        for info in (one.info for one in part.summed)
-    }  # fmt: skip
+def _write(part: Part, path: Path, disk: ThreadPoolExecutor) -> Future[None]:
+    """Write a part, and return the task in which `disk` seals it; its bytes begin to go there before it is whole."""
+    partial = path.with_name(path.name + ".partial")
+    noted, unsynced = {}, 0
+    syncs: list[Future[None]] = []
+    with SpanWriter(partial, part.num_bytes) as writer:
+        for stretch in part.stretches:
+            writer.write(stretch.spans)
+            for info in stretch.summed:  # read or written a moment ago, so out of the page cache
+                checksum = _checksum(info.file if info.file.is_absolute() else partial, info)
+                noted[info.name] = {"dtype": info.dtype, "shape": list(info.shape), "bytes": info.num_bytes, "xxh3_128": checksum}  # fmt: skip
+            unsynced += stretch.num_bytes
+            if unsynced >= SYNC_BYTES:
+                syncs.append(disk.submit(sync, partial))
+                unsynced = 0
+    return disk.submit(_seal, partial, path, noted, syncs)
+
+
+def _seal(partial: Path, path: Path, noted: Mapping[str, Any], syncs: Sequence[Future[None]]) -> None:
+    """Wait until a part is on the disk, note its checksums, and give it its name; `syncs` came before, in the same thread."""
+    for earlier in syncs:
+        earlier.result()  # a failed write is told once
+    sync(partial)
     _write_json(path.with_name(path.name + _SUMS), noted)
-    path.with_name(path.name + ".partial").rename(path)
+    partial.rename(path)
 
 
 def _checksum(path: Path, info: TensorInfo) -> str:
     """Return the XXH3 of a tensor's bytes, 128 bits as hexadecimal digits: ten times as fast as a CRC without instructions for it."""
     digest, left = xxhash.xxh3_128(), info.num_bytes
-    buffer = memoryview(bytearray(CHECKSUM_BYTES))  # one for all reads, and small enough for the processor's cache
+    buffer = memoryview(
+        bytearray(CHECKSUM_BYTES)
+    )  # one for all reads, and small enough for the processor's cache
     with path.open("rb", buffering=0) as file:
         file.seek(info.begin)
         while left and (count := file.readinto(buffer[:left])):

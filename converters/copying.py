@@ -69,26 +69,33 @@ class Computed(Protocol):
 Span = Literal | Copy | Computed
 
 
-def write_file(path: Path, *, num_bytes: int, spans: Iterable[Span]) -> None:
-    """Write a file of `num_bytes`; what no span covers is zero. Raises OSError."""
-    sources: dict[Path, int] = {}
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-    try:
-        os.ftruncate(descriptor, num_bytes)
+class SpanWriter:
+    """Writes spans into a new file of `num_bytes`; what no span fills is zero."""
+
+    def __init__(self, path: Path, num_bytes: int) -> None:
+        self._sources: dict[Path, int] = {}
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        os.ftruncate(self._file, num_bytes)
+
+    def __enter__(self) -> "SpanWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for opened in (self._file, *self._sources.values()):
+            os.close(opened)
+
+    def write(self, spans: Iterable[Span]) -> None:
+        """Write some spans; raises OSError, or CheckpointError where a source is too short."""
         for span in spans:
             if isinstance(span, Literal):
-                write_at(descriptor, memoryview(span.data), span.at)
-                continue
-            if not isinstance(span, Copy):
+                write_at(self._file, memoryview(span.data), span.at)
+            elif isinstance(span, Copy):
+                if span.source not in self._sources:
+                    self._sources[span.source] = os.open(span.source, os.O_RDONLY)
+                _copy(span, self._sources[span.source], self._file)
+            else:
                 for at, data in span.chunks():
-                    write_at(descriptor, data, at)
-                continue
-            if span.source not in sources:
-                sources[span.source] = os.open(span.source, os.O_RDONLY)
-            _copy(span, sources[span.source], descriptor)
-    finally:
-        for opened in (descriptor, *sources.values()):
-            os.close(opened)
+                    write_at(self._file, data, at)
 
 
 def gather(copies: Sequence[Copy], *, num_bytes: int) -> npt.NDArray[np.uint8]:

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 from megaswift.converters.computed import Unpacked
-from megaswift.converters.conversion import Part, Summed
+from megaswift.converters.conversion import Part, Stretch
 from megaswift.converters.copying import Copy, Literal, Span
 from megaswift.converters.dcp_items import empty_object, wrap
 from megaswift.converters.dcp_metadata import StoredChunk, StoredItem, StoredTensor
@@ -21,9 +21,8 @@ class DcpWriter:
     def __init__(self, max_bytes: int, *, folder: str) -> None:
         self._max_bytes = max_bytes
         self._folder = folder
-        self._files: list[list[Span]] = []
+        self._files: list[list[Stretch]] = []
         self._ends: list[int] = []
-        self._summed: list[list[Summed]] = []
         self._chunks: dict[str, list[StoredChunk]] = defaultdict(list)
         self._kinds: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._found: list[Address] = []
@@ -52,16 +51,17 @@ class DcpWriter:
         data_bytes = parameter.elements * DTYPE_BYTES[dtype]
         begin = self._room(len(wrapping.before) + data_bytes + len(wrapping.after))
         at = begin + len(wrapping.before)
-        spans = self._files[-1]
-        spans.append(Literal(at=begin, data=wrapping.before))
-        for piece in parameter.pieces:
-            spans.append(into_parameter(piece, tensors[piece.tensor], at, dtype))
-        spans.append(Literal(at=at + data_bytes, data=wrapping.after))
+        spans: tuple[Span, ...] = (
+            Literal(at=begin, data=wrapping.before),
+            *(into_parameter(piece, tensors[piece.tensor], at, dtype) for piece in parameter.pieces),
+            Literal(at=at + data_bytes, data=wrapping.after),
+        )
         end = at + data_bytes + len(wrapping.after)
         self._ends[-1] = end
         new = [info for info in infos if info.name not in self._seen]  # experts share a packed one
-        self._summed[-1] += [Summed(info=part) for info in new for part in files_of(info)]
         self._seen |= {info.name for info in new}
+        summed = tuple(part for info in new for part in files_of(info))
+        self._files[-1].append(Stretch(num_bytes=end - begin, spans=spans, summed=summed))
         item = StoredItem(file=self._name(len(self._files) - 1), begin=begin, length=end - begin)
         for address in where:
             zeros = tuple(0 for _ in parameter.shape)
@@ -76,9 +76,9 @@ class DcpWriter:
         if not self._files or self._ends[-1] + num_bytes > self._max_bytes:
             self._files.append([])
             self._ends.append(0)
-            self._summed.append([])
             if len(self._files) == 1:  # the one object that all extra states are
-                self._files[0].append(Literal(at=0, data=self._object))
+                whole = Literal(at=0, data=self._object)
+                self._files[0].append(Stretch(num_bytes=len(self._object), spans=(whole,), summed=()))
                 self._ends[0] = len(self._object)
         return self._ends[-1]
 
@@ -89,15 +89,8 @@ class DcpWriter:
     def parts(self) -> tuple[Part, ...]:
         """Return the files."""
         return tuple(
-            Part(
-                name=f"{self._folder}/{self._name(number)}",
-                num_bytes=end,
-                spans=tuple(spans),
-                summed=tuple(summed),
-            )
-            for number, (spans, end, summed) in enumerate(
-                zip(self._files, self._ends, self._summed, strict=True)
-            )
+            Part(name=f"{self._folder}/{self._name(number)}", num_bytes=end, stretches=tuple(stretches))
+            for number, (stretches, end) in enumerate(zip(self._files, self._ends, strict=True))
         )
 
     @property

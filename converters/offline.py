@@ -16,7 +16,7 @@ from megaswift.converters.carried import CARRIED_FILE, carried_tensors
 from megaswift.converters.certificate import certify
 from megaswift.converters.check import check_files
 from megaswift.converters.computed import Fp8, Transposed
-from megaswift.converters.conversion import Conversion, Part, Summed
+from megaswift.converters.conversion import Conversion, Part, Stretch
 from megaswift.converters.copying import Literal, Span
 from megaswift.converters.dcp_items import saved_object
 from megaswift.converters.dcp_metadata import FILE as METADATA
@@ -36,7 +36,7 @@ from megaswift.converters.plan import (
     plan_chunk,
 )
 from megaswift.converters.quantised import files_of, read_model
-from megaswift.converters.shards import index_json, plan_files
+from megaswift.converters.shards import OutputFile, index_json, plan_files
 from megaswift.converters.stripes import block
 from megaswift.converters.tensor_files import DTYPE_NAMES, INDEX_FILE, TensorInfo
 from megaswift.errors import CheckpointError
@@ -97,12 +97,16 @@ def _carried_part(carried: Mapping[str, TensorInfo]) -> Iterator[Part]:
     """Yield the file that keeps the tensors which the model does not hold, for the way back, if there are any."""
     if carried:
         (file,) = plan_files(carried.values(), Path(MODEL_FILES), max_bytes=2**63, single=CARRIED_FILE)
-        spans = [
-            Literal(at=0, data=file.header),
-            *(_carry(carried[info.name], info) for info in file.tensors),
-        ]
-        summed = tuple(Summed(info=part) for info in carried.values() for part in files_of(info))
-        yield Part(name=str(file.path), num_bytes=file.num_bytes, spans=tuple(spans), summed=summed)
+        stretches = [_header(file)]
+        for info in file.tensors:
+            source = carried[info.name]
+            span = _carry(source, info)
+            stretches.append(Stretch(num_bytes=info.num_bytes, spans=(span,), summed=files_of(source)))
+        yield Part(name=str(file.path), num_bytes=file.num_bytes, stretches=tuple(stretches))
+
+
+def _header(file: OutputFile) -> Stretch:
+    return Stretch(num_bytes=len(file.header), spans=(Literal(at=0, data=file.header),), summed=())
 
 
 def _carry(source: TensorInfo, target: TensorInfo) -> Span:
@@ -139,21 +143,19 @@ def to_hf(
     weights = {scale_name(name): name for name in fp8}
     parts = []
     for file in files:
-        spans: list[Span] = [Literal(at=0, data=file.header)]
-        summed = []
+        stretches = [_header(file)]
         for info in file.tensors:
+            spans: tuple[Span, ...]
             if info.name in carried:
-                spans.append(_carry(carried[info.name], info))
+                spans = (_carry(carried[info.name], info),)
             elif info.name in weights:
-                spans.append(sources.fp8(weights[info.name], shapes, scales_at=info.begin))
+                spans = (sources.fp8(weights[info.name], shapes, scales_at=info.begin),)
             elif info.name in fp8:
-                spans.append(sources.fp8(info.name, shapes, values_at=info.begin))
+                spans = (sources.fp8(info.name, shapes, values_at=info.begin),)
             else:
-                spans += sources.spans(info)
-            summed.append(Summed(info=info, after=len(spans)))
-        parts.append(
-            Part(name=file.path.name, num_bytes=file.num_bytes, spans=tuple(spans), summed=tuple(summed))
-        )
+                spans = tuple(sources.spans(info))
+            stretches.append(Stretch(num_bytes=info.num_bytes, spans=spans, summed=(info,)))
+        parts.append(Part(name=file.path.name, num_bytes=file.num_bytes, stretches=tuple(stretches)))
 
     def finish(growing: Path) -> None:
         if len(files) > 1:

@@ -80,7 +80,7 @@ def measure(folder: Path, *, gigabytes: float, repeats: int) -> list[tuple[str, 
     """Return the rows of one size."""
     source, fused_bytes = make_checkpoint(folder / "source", num_bytes=int(gigabytes * 1e9))
     copy, mcore, back = folder / "copy", folder / "mcore", folder / "hf"
-    convert = [sys.executable, "-m", "megaswift.cli.main", "convert"]
+    convert = [sys.executable, "-m", "megaswift.cli.main", "convert", "--max_shard_size", str(SHARD_BYTES)]
     commands = {
         "cp": ["cp", "-r", str(source), str(copy)],
         "cp + sync": ["sh", "-c", f"cp -r '{source}' '{copy}' && sync -f '{copy}'"],

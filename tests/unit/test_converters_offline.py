@@ -32,8 +32,8 @@ from torch.distributed.checkpoint.metadata import (
 from megaswift.cli.main import main
 from megaswift.converters import conversion as conversion_module
 from megaswift.converters import copying
-from megaswift.converters.conversion import Conversion, Part, carry_out
-from megaswift.converters.copying import Copy, Literal, write_file
+from megaswift.converters.conversion import Conversion, Part, Stretch, carry_out
+from megaswift.converters.copying import Copy, Literal, SpanWriter
 from megaswift.converters.dcp_items import empty_object, find_data, wrap
 from megaswift.converters.dcp_metadata import read_metadata
 from megaswift.converters.dtypes import cast
@@ -234,7 +234,8 @@ def test_copies_land_where_they_should(
         run_bytes=run_bytes,
         runs=runs,
     )
-    write_file(tmp_path / "target", num_bytes=600_000, spans=[Literal(at=0, data=b"start"), copy])
+    with SpanWriter(tmp_path / "target", 600_000) as writer:
+        writer.write([Literal(at=0, data=b"start"), copy])
     assert np.array_equal(np.fromfile(tmp_path / "target", np.uint8), expected)
 
 
@@ -246,8 +247,8 @@ def test_source_that_ends_early_is_an_error(
         monkeypatch.delattr(os, "copy_file_range")
     (tmp_path / "source").write_bytes(b"short")
     copy = Copy(at=0, pitch=9, source=tmp_path / "source", source_at=0, source_pitch=9, run_bytes=9, runs=1)
-    with pytest.raises(CheckpointError, match="ends at byte 5"):
-        write_file(tmp_path / "target", num_bytes=9, spans=[copy])
+    with pytest.raises(CheckpointError, match="ends at byte 5"), SpanWriter(tmp_path / "target", 9) as writer:
+        writer.write([copy])
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -354,19 +355,20 @@ def test_complete_parts_are_not_written_again(
     )
     written: list[str] = []
 
-    def counting(path: Path, **rest: Any) -> None:
+    def counting(path: Path, num_bytes: int) -> SpanWriter:
         if len(written) == 3:
             raise OSError(28, "No space left on device")
         written.append(path.name)
-        write_file(path, **rest)
+        return SpanWriter(path, num_bytes)
 
-    monkeypatch.setattr(conversion_module, "write_file", counting)
+    monkeypatch.setattr(conversion_module, "THREADS", 1)
+    monkeypatch.setattr(conversion_module, "SpanWriter", counting)
     with pytest.raises(CheckpointError, match="No space left on device"):
         carry_out(conversion, tmp_path / "out", source=saved("qwen2"))
     monkeypatch.setattr(
         conversion_module,
-        "write_file",
-        lambda path, **rest: (written.append(path.name), write_file(path, **rest)),
+        "SpanWriter",
+        lambda path, num_bytes: (written.append(path.name), SpanWriter(path, num_bytes))[1],
     )
     carry_out(conversion, tmp_path / "out", source=saved("qwen2"))
     assert len(written) == len(set(written)) == len(conversion.parts) > 4
@@ -381,9 +383,8 @@ def test_complete_output_is_left_alone(saved: Callable[[str], Path], tmp_path: P
 
 def test_process_that_is_gone_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conversion_module, "STALL_S", 0.3)
-    parts = tuple(
-        Part(name=f"part-{i}", num_bytes=4, spans=(Literal(at=0, data=b"data"),), summed=()) for i in range(2)
-    )
+    stretch = Stretch(num_bytes=4, spans=(Literal(at=0, data=b"data"),), summed=())
+    parts = tuple(Part(name=f"part-{i}", num_bytes=4, stretches=(stretch,)) for i in range(2))
     with pytest.raises(CheckpointError, match="A process is gone"):
         carry_out(
             Conversion(parts=parts, facts={}, finish=lambda growing: None),
