@@ -75,6 +75,7 @@ def ask(
         global_batch=batch,
         trained=run.tuner.tuner_type,
         lora_rank=run.tuner.lora_rank,
+        lora_dropout=run.tuner.lora_dropout > 0,
         document_len=document_len,
         reference=needs_copy(run),
         answers=2 if pairs else 1,

@@ -17,6 +17,7 @@ class Job:
     global_batch: int  # rows in one optimizer step
     trained: str = "full"  # or "lora"
     lora_rank: int = 8
+    lora_dropout: bool = False  # every adapter's input is kept once more, with its mask
     document_len: int | None = None  # mean tokens of the documents in a pack; None: one document
     mtp_layers: int = 0  # multi-token-prediction layers that train
     reference: bool = False  # a frozen copy of the model is in memory too
@@ -45,6 +46,7 @@ def job_of(
     global_batch: int,
     trained: str = "full",
     lora_rank: int = 8,
+    lora_dropout: bool = False,
     document_len: int | None = None,
     mtp_layers: int = 0,
     reference: bool = False,
@@ -58,6 +60,7 @@ def job_of(
         global_batch=global_batch,
         trained=trained,
         lora_rank=lora_rank,
+        lora_dropout=lora_dropout,
         document_len=document_len,
         mtp_layers=mtp_layers,
         reference=reference,

@@ -165,12 +165,14 @@ def saved(
     whole += 0 if software.fused_norm else 2 * constants.eager_norm_bytes * hidden
     whole += 2 * hidden if software.dropout else 0  # one byte an element for each mask
     attention = _attention_bytes(job, element, software, constants)
+    masked = _mask_bytes(job, element, software)
+    whole += 2 * masked * hidden  # the norms' outputs with holes instead of whole, and where the holes are
     gates = 2 if meta.gated_mlp else 1
     dense_ffn = meta.ffn_hidden_size if kind.mlp else 0
     ffn = dense_ffn + (meta.moe.shared_ffn_hidden_size if meta.moe and kind.is_moe else 0)
     extra = 0 if software.fused_elementwise else gates - 1  # the activated gate, beside gate, up and product
     extra += gates - 1 if software.local_layers else 0
-    mlp = element * (gates + 1 + extra) * ffn
+    mlp = (element * (gates + 1 + extra) + masked) * ffn
     if candidate.recompute == "selective" and not kind.is_moe:
         mlp = 0
     if candidate.recompute == "alternate":
@@ -187,6 +189,13 @@ def saved(
     )
 
 
+def _mask_bytes(job: Job, element: int, software: Software) -> int:
+    """Return the bytes of one element of the mask that dropout keeps of an adapter's input: torch's CPU mask is of the input's dtype."""
+    if not (job.frozen and job.lora_dropout):
+        return 0
+    return element if software.local_layers else 1
+
+
 def _attention_bytes(job: Job, element: int, software: Software, constants: MemoryConstants) -> float:
     """Return what attention keeps of one token, over all heads: q, k, v, the output, and scores where they exist."""
     meta = job.meta
@@ -194,6 +203,11 @@ def _attention_bytes(job: Job, element: int, software: Software, constants: Memo
     width = element * (query + kept + value)
     width += element * (query + key) if meta.qk_norm else 0
     width += element * (query + key + value) if software.local_layers else 0
+    masked = _mask_bytes(job, element, software)
+    if (
+        masked
+    ):  # the output with holes: in place of the local layers' copy, or beside the one that attention keeps
+        width += masked * value + (0 if software.local_layers else element * value)
     if software.attention.startswith("flash"):
         return width + WIDE * meta.num_heads  # the log-sum-exp
     per_score = constants.scores_bytes if software.attention == "scores" else constants.scores_fused_bytes
@@ -227,6 +241,7 @@ def _routed_bytes(
     # The activated gate, the offset half, and the product before it is weighted for its token.
     activated += (2 * gates - 1) * ffn if software.local_layers else 0.0
     routed = element * rows * (hidden + gates * ffn + activated)
+    routed += _mask_bytes(job, element, software) * rows * (hidden + ffn)
     router = (
         3 * WIDE * moe.num_experts / candidate.sequence_shards
     )  # fp32 logits, probabilities and their gradient

@@ -31,6 +31,16 @@ MODELS = {
     "qwen3_moe": Model(
         kind="qwen3_moe", config={**WIDE, **EXPERTS, "moe_intermediate_size": 320}, seq_len=256
     ),
+    "llama lora": Model(kind="llama", config=WIDE, seq_len=256, tuner={"tuner_type": "lora"}),
+    "llama lora without dropout": Model(
+        kind="llama", config=WIDE, seq_len=256, tuner={"tuner_type": "lora", "lora_dropout": 0.0}
+    ),
+    "qwen3_moe lora": Model(
+        kind="qwen3_moe",
+        config={**WIDE, **EXPERTS, "moe_intermediate_size": 320},
+        seq_len=256,
+        tuner={"tuner_type": "lora"},
+    ),
     "llama full recompute": Model(
         kind="llama",
         config=WIDE,
@@ -63,7 +73,6 @@ def test_what_a_graph_keeps_is_what_the_planner_counts(name: str, tmp_path: Path
     (kept,) = run_distributed(kept_bytes, 1, folder, model)
     memory = predicted(model, folder)
     hidden, vocab = model.config["hidden_size"], model.config["vocab_size"]
-    head = (
-        4 * hidden * (3 * model.seq_len * model.micro_batch + vocab)
-    )  # norm in and out, and both gradients of the loss
+    rows = 0 if model.tuner else vocab  # whose gradient the loss keeps, beside that of its input
+    head = 4 * hidden * (3 * model.seq_len * model.micro_batch + rows)  # beside the norm's input and output
     assert memory.activations + memory.expert_tokens + head == pytest.approx(kept, rel=TOLERANCE)

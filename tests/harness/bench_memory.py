@@ -124,6 +124,7 @@ def predicted(model: Model, folder: Path) -> Memory:
         global_batch=training.global_batch_size or 1,
         trained=tuner.tuner_type,
         lora_rank=tuner.lora_rank,
+        lora_dropout=tuner.lora_dropout > 0,
     )
     candidate = Candidate(
         layout=resolved.layout,
