@@ -236,7 +236,6 @@ REFUSED: dict[str, Refused] = {
         lora_bias="none",
         lora_dtype="none",
         use_dora="false",
-        lorap_lr_ratio="none",
         init_weights="true",
         lora_ga_batch_size="2",
     ),

@@ -259,9 +259,13 @@ def adapters_need_lora(case: Case) -> None:
     tuner = case.run.tuner
     if tuner.tuner_type == "lora" and not tuner.target_modules:
         raise ConfigError("target_modules is empty. Name modules, or all-linear.")
-    if tuner.tuner_type != "lora" and (tuner.adapters or tuner.merge_lora):
-        name = "adapters" if tuner.adapters else "merge_lora"
-        raise ConfigError(f"{name} needs tuner_type=lora, not {tuner.tuner_type}.")
+    for name in ("adapters", "merge_lora", "lorap_lr_ratio"):
+        if tuner.tuner_type != "lora" and getattr(tuner, name):
+            raise ConfigError(f"{name} needs tuner_type=lora, not {tuner.tuner_type}.")
+    if tuner.lorap_lr_ratio is not None and tuner.lorap_lr_ratio <= 0:
+        raise ConfigError(
+            f"lorap_lr_ratio={tuner.lorap_lr_ratio} must be above 0; LoRA+ proposes 16 for most models."
+        )
     if len(tuner.adapters) > 1:
         raise ConfigError(
             f"adapters={' '.join(tuner.adapters)}: training starts from one adapter. Give one folder."

@@ -24,5 +24,8 @@ class TunerConfig:
     lora_alpha: int = setting(32, "the update is scaled by alpha / r")
     lora_dropout: float = setting(0.05, "dropout on the adapter's input")
     use_rslora: bool = setting(False, "scale by alpha / sqrt(r)")
+    lorap_lr_ratio: float | None = setting(
+        None, "learning rate of B over that of A (LoRA+, arXiv 2402.12354); default: the same"
+    )
     adapters: list[str] = setting([], "PEFT adapter folder to start from", aliases=("adapter_load",))
     merge_lora: bool = setting(False, "export the merged model as well as the adapter")

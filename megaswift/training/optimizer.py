@@ -8,7 +8,14 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
 from megaswift.config.run import RunConfig
 from megaswift.mcore.configs import DTYPES
@@ -62,7 +69,8 @@ def build_optimizer(chunks: list[DistributedDataParallel], run: RunConfig) -> Me
 
     Master weights are float32. Without apex or Transformer Engine it steps with torch.optim. Every rank calls it.
     """
-    optimizer = get_megatron_optimizer(_optimizer_config(run), chunks)
+    settings = _optimizer_config(run)
+    optimizer = get_megatron_optimizer(settings, chunks, _overrides(settings, run.tuner.lorap_lr_ratio))
     _step_with_one_kernel(optimizer)
     config = chunks[0].module.config
     config.finalize_model_grads_func = finalize_model_grads
@@ -95,6 +103,14 @@ def _optimizer_config(run: RunConfig) -> OptimizerConfig:
         use_distributed_optimizer=distributed,
         overlap_param_gather=run.parallel.overlap_param_gather and distributed,
     )
+
+
+def _overrides(settings: OptimizerConfig, b_ratio: float | None) -> dict[ParamKey, ParamGroupOverride] | None:
+    """Return what differs for some parameters: Megatron's own exceptions, and LoRA+'s learning rate of B."""
+    if b_ratio is None:
+        return None  # Megatron's own
+    rates = ParamGroupOverride(max_lr=settings.lr * b_ratio, min_lr=settings.min_lr * b_ratio)
+    return {**get_standard_config_overrides(settings), ParamKey(name="*.lora_b.weight"): rates}
 
 
 def torch_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:

@@ -39,7 +39,10 @@ class WallTime:
         )
         if late and not self._told:
             seconds = self._governor.save_s()
-            logger.warning("the job's time ends soon (%.0f s are set aside for saving): stopping after this step", seconds)
+            logger.warning(
+                "the job's time ends soon (%.0f s are set aside for saving): stopping after this step",
+                seconds,
+            )
             self._told = True
         return late or self._signals.seen
 

@@ -27,6 +27,7 @@ from megaswift.parallel.layout import Layout
 from megaswift.platforms.platform import select_platform
 from tests.harness.distributed import run_distributed
 from tests.harness.tiny import save_tiny
+from tests.harness.training import Case, prepared, steps
 
 LAYOUTS = {
     "one": Layout(),
@@ -295,3 +296,28 @@ def test_half_of_a_pair_is_refused(tmp_path: Path) -> None:
     save_file(tensors, path)
     with pytest.raises(WeightsError, match=r"layers\.1\.self_attn\.q_proj\.lora_A"):
         read_adapter(tmp_path / "peft", get_model_meta(folder))
+
+
+def first_moves(rank: int, world_size: int, folder: Path, ratio: float | None) -> dict[str, torch.Tensor]:
+    """Return how far the first step moves each matrix of the adapters."""
+    case = Case(
+        name="lora+",
+        settings={"tuner": {"tuner_type": "lora", "lora_dropout": 0.0, "lorap_lr_ratio": ratio}},
+    )
+    with prepared(folder, case) as trained:
+        (chunk,) = trained.engine.chunks
+        matrices = {name: weight for name, weight in chunk.named_parameters() if weight.requires_grad}
+        before = {name: weight.detach().clone() for name, weight in matrices.items()}
+        steps(trained, 0, 1)
+        return {name: weight.detach() - before[name] for name, weight in matrices.items()}
+
+
+def test_lora_plus_moves_b_so_many_times_as_far(tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path)
+    (plain,), (faster,) = (run_distributed(first_moves, 1, folder, ratio) for ratio in (None, 16.0))
+    for name, move in plain.items():
+        if name.endswith("lora_b.weight"):  # from zero: no weight decay yet
+            torch.testing.assert_close(faster[name], 16 * move, rtol=1e-5, atol=0)
+            assert move.any()
+        else:
+            assert torch.equal(faster[name], move)

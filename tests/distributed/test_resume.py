@@ -15,7 +15,13 @@ RUNS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "full": ("qwen2-tied", {}),
     "bfloat16": ("qwen3", {"model": {"torch_dtype": "bfloat16"}}),
     "sgd": ("llama", {"optimizer": {"optimizer": "sgd", "lr": 0.1}}),
-    "lora": ("llama", {"tuner": {"tuner_type": "lora", "lora_dropout": 0.0}, "optimizer": {"lr": 1e-2}}),
+    "lora": (
+        "llama",
+        {
+            "tuner": {"tuner_type": "lora", "lora_dropout": 0.0, "lorap_lr_ratio": 4.0},
+            "optimizer": {"lr": 1e-2},
+        },
+    ),
     "experts": ("qwen2_moe", {}),
     "odd heads": ("llama-odd-heads", {}),
     "hybrid": ("qwen3_5_text", {}),

@@ -111,6 +111,8 @@ def resolved(
         ("--truncation_strategy split", dense(), 1, "truncation_strategy=split is for `megaswift pt`, not sft"),
         ("--adapters a", dense(), 1, "adapters needs tuner_type=lora, not full"),
         ("--merge_lora", dense(), 1, "merge_lora needs tuner_type=lora"),
+        ("--lorap_lr_ratio 16", dense(), 1, "lorap_lr_ratio needs tuner_type=lora"),
+        ("--tuner_type lora --lorap_lr_ratio 0", dense(), 1, "lorap_lr_ratio=0.0 must be above 0"),
         ("--tuner_type lora --adapters a b", dense(), 1, "training starts from one adapter"),
         ("--tuner_type lora --target_modules", dense(), 1, "target_modules is empty"),
         ("--report_to wandb", dense(), 1, "report_to=wandb is not built"),
