@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ _PLAN = "plan.json"
 _SUMS = ".sums"
 POLL_S = 0.1
 THREADS = min(4, len(os.sched_getaffinity(0)))  # each holds a buffer, or an expert that has to be computed
-SYNC_BYTES = 256 << 20
+DISK_THREADS = 4  # they only wait
 CHECKSUM_BYTES = 1 << 19
 STALL_S = 600.0  # without a byte written by anyone; the slowest parts take some minutes on a busy file system
 
@@ -40,7 +40,6 @@ STALL_S = 600.0  # without a byte written by anyone; the slowest parts take some
 class Stretch:
     """Bytes of a part, and the tensors of the Hugging Face side whose checksums are taken once these are written."""
 
-    num_bytes: int
     spans: tuple[Span, ...]
     summed: tuple[TensorInfo, ...]  # with a relative file: a tensor that these spans fill
 
@@ -135,11 +134,11 @@ def _prepare(conversion: Conversion, output: Path, growing: Path, source: Path, 
 
 
 def _write_parts(parts: tuple[Part, ...], growing: Path) -> None:
-    """Write those parts that are not there: threads write a part each, one more brings them to the disk and names them.
+    """Write those parts that are not there: threads write a part each, others wait until it is on the disk and name it.
 
     Two threads in one file would wait for each other: the kernel lets one write at a time.
     """
-    with ThreadPoolExecutor(1) as disk, ThreadPoolExecutor(THREADS) as writers:
+    with ThreadPoolExecutor(DISK_THREADS) as disk, ThreadPoolExecutor(THREADS) as writers:
         writing = [
             writers.submit(_write, part, growing / part.name, disk)
             for part in parts
@@ -154,27 +153,20 @@ def _write_parts(parts: tuple[Part, ...], growing: Path) -> None:
 
 
 def _write(part: Part, path: Path, disk: ThreadPoolExecutor) -> Future[None]:
-    """Write a part, and return the task in which `disk` seals it; its bytes begin to go there before it is whole."""
+    """Write a part, and return the task in which `disk` seals it."""
     partial = path.with_name(path.name + ".partial")
-    noted, unsynced = {}, 0
-    syncs: list[Future[None]] = []
+    noted = {}
     with SpanWriter(partial, part.num_bytes) as writer:
         for stretch in part.stretches:
             writer.write(stretch.spans)
             for info in stretch.summed:  # read or written a moment ago, so out of the page cache
                 checksum = _checksum(info.file if info.file.is_absolute() else partial, info)
                 noted[info.name] = {"dtype": info.dtype, "shape": list(info.shape), "bytes": info.num_bytes, "xxh3_128": checksum}  # fmt: skip
-            unsynced += stretch.num_bytes
-            if unsynced >= SYNC_BYTES:
-                syncs.append(disk.submit(sync, partial))
-                unsynced = 0
-    return disk.submit(_seal, partial, path, noted, syncs)
+    return disk.submit(_seal, partial, path, noted)
 
 
-def _seal(partial: Path, path: Path, noted: Mapping[str, Any], syncs: Sequence[Future[None]]) -> None:
-    """Wait until a part is on the disk, note its checksums, and give it its name; `syncs` came before, in the same thread."""
-    for earlier in syncs:
-        earlier.result()  # a failed write is told once
+def _seal(partial: Path, path: Path, noted: Mapping[str, Any]) -> None:
+    """Wait until a part is on the disk, note its checksums, and give it its name."""
     sync(partial)
     _write_json(path.with_name(path.name + _SUMS), noted)
     partial.rename(path)

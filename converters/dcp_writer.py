@@ -61,7 +61,7 @@ class DcpWriter:
         new = [info for info in infos if info.name not in self._seen]  # experts share a packed one
         self._seen |= {info.name for info in new}
         summed = tuple(part for info in new for part in files_of(info))
-        self._files[-1].append(Stretch(num_bytes=end - begin, spans=spans, summed=summed))
+        self._files[-1].append(Stretch(spans=spans, summed=summed))
         item = StoredItem(file=self._name(len(self._files) - 1), begin=begin, length=end - begin)
         for address in where:
             zeros = tuple(0 for _ in parameter.shape)
@@ -78,7 +78,7 @@ class DcpWriter:
             self._ends.append(0)
             if len(self._files) == 1:  # the one object that all extra states are
                 whole = Literal(at=0, data=self._object)
-                self._files[0].append(Stretch(num_bytes=len(self._object), spans=(whole,), summed=()))
+                self._files[0].append(Stretch(spans=(whole,), summed=()))
                 self._ends[0] = len(self._object)
         return self._ends[-1]
 

@@ -101,12 +101,12 @@ def _carried_part(carried: Mapping[str, TensorInfo]) -> Iterator[Part]:
         for info in file.tensors:
             source = carried[info.name]
             span = _carry(source, info)
-            stretches.append(Stretch(num_bytes=info.num_bytes, spans=(span,), summed=files_of(source)))
+            stretches.append(Stretch(spans=(span,), summed=files_of(source)))
         yield Part(name=str(file.path), num_bytes=file.num_bytes, stretches=tuple(stretches))
 
 
 def _header(file: OutputFile) -> Stretch:
-    return Stretch(num_bytes=len(file.header), spans=(Literal(at=0, data=file.header),), summed=())
+    return Stretch(spans=(Literal(at=0, data=file.header),), summed=())
 
 
 def _carry(source: TensorInfo, target: TensorInfo) -> Span:
@@ -154,7 +154,7 @@ def to_hf(
                 spans = (sources.fp8(info.name, shapes, values_at=info.begin),)
             else:
                 spans = tuple(sources.spans(info))
-            stretches.append(Stretch(num_bytes=info.num_bytes, spans=spans, summed=(info,)))
+            stretches.append(Stretch(spans=spans, summed=(info,)))
         parts.append(Part(name=file.path.name, num_bytes=file.num_bytes, stretches=tuple(stretches)))
 
     def finish(growing: Path) -> None:

@@ -383,7 +383,7 @@ def test_complete_output_is_left_alone(saved: Callable[[str], Path], tmp_path: P
 
 def test_process_that_is_gone_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conversion_module, "STALL_S", 0.3)
-    stretch = Stretch(num_bytes=4, spans=(Literal(at=0, data=b"data"),), summed=())
+    stretch = Stretch(spans=(Literal(at=0, data=b"data"),), summed=())
     parts = tuple(Part(name=f"part-{i}", num_bytes=4, stretches=(stretch,)) for i in range(2))
     with pytest.raises(CheckpointError, match="A process is gone"):
         carry_out(
