@@ -1,6 +1,6 @@
 """A plan: one candidate with its memory and its time."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from megaswift.planner.costs import Costs
@@ -22,13 +22,18 @@ class Plan:
 
     candidate: Candidate
     memory: Memory  # of the fullest stage
-    time: StepTime
     fits: bool
+    costs: Costs = field(repr=False, compare=False)
 
     @property
     def memory_gib(self) -> float:
         """Memory of the fullest rank."""
         return self.memory.total / GIB
+
+    @cached_property
+    def time(self) -> StepTime:
+        """Time of the step; nobody asks for that of most plans that do not fit."""
+        return step_time(self.costs, self.candidate, self.costs.stages(self.candidate.layout))
 
     @cached_property
     def cost(self) -> float:
@@ -60,8 +65,8 @@ def evaluate(costs: Costs, candidate: Candidate) -> Plan:
     return Plan(
         candidate=candidate,
         memory=memory,
-        time=step_time(costs, candidate, stages),
         fits=memory.total <= memory_limit(costs.machine),
+        costs=costs,
     )
 
 

@@ -14,7 +14,6 @@ from megaswift.planner.plan import Plan, memory_limit
 from megaswift.planner.software import Software
 from megaswift.planner.splits import pipeline_splits
 from megaswift.planner.stages import Stage
-from megaswift.planner.steptime import step_time
 
 MICRO_BATCHES = (1, 2, 4, 8)
 MOST_TENSOR = 16  # ranks of tp, also where a link domain is larger: GEMMs become too narrow
@@ -88,8 +87,9 @@ def anything_fits(job: Job, machine: Machine, *, software: Software, space: Spac
     least = space.fixed.get("recompute", "full")
     for piece in (SHORT_PIECE, SHORTEST_PIECE) if space.context_parallel else (SHORT_PIECE,):
         for offload in (False, True) if space.offload and not job.frozen else (False,):
-            for candidate, stages in _candidates(costs, space, piece, offload):
-                if costs.memory(replace(candidate, recompute=str(least)), stages).total <= limit:
+            for smallest, *_ in _candidates(costs, space, piece, offload):
+                stages = costs.stages(smallest.layout)
+                if costs.memory(replace(smallest, recompute=str(least)), stages).total <= limit:
                     return True
     return False
 
@@ -98,8 +98,8 @@ def _search(costs: Costs, space: Space, *, piece: int, offload: bool, keep: int)
     best: list[tuple[float, int, Plan]] = []
     by_axis: dict[tuple[str, object], Plan] = {}
     tried = 0
-    for candidate, stages in _candidates(costs, space, piece, offload):
-        for plan in _lightest_recomputation(costs, candidate, stages, space):
+    for growing in _candidates(costs, space, piece, offload):
+        for plan in _lightest_recomputations(costs, growing, space):
             tried += 1
             for item in axis_values(plan.candidate).items():
                 if item not in by_axis or _better(plan, by_axis[item]):
@@ -119,70 +119,84 @@ def _better(one: Plan, other: Plan) -> bool:
     return one.cost < other.cost if one.fits else one.memory.total < other.memory.total
 
 
-def _lightest_recomputation(
-    costs: Costs, candidate: Candidate, stages: tuple[Stage, ...], space: Space
-) -> Iterator[Plan]:
-    """Yield the plan with the least recomputation that fits, and those with less that do not."""
+def _lightest_recomputations(costs: Costs, growing: list[Candidate], space: Space) -> Iterator[Plan]:
+    """Yield for every micro batch the plan with the least recomputation that fits, and those with less that do not.
+
+    What does not fit with a smaller micro batch is not tried with a larger one.
+    """
     limit, modules = memory_limit(costs.machine), recompute_modules(costs.job)
-    for recompute in ("none", "selective", "full"):
-        if not space.allows("recompute", recompute) or (recompute == "selective" and not modules):
-            continue
-        one = replace(candidate, recompute=recompute)
-        memory = costs.memory(one, stages)
-        fits = memory.total <= limit
-        if fits and recompute == "full" and candidate.layout.vpp == 1:
-            one = _fewest_layers(costs, one, stages, limit)
+    stages = costs.stages(growing[0].layout)
+    kinds = [
+        kind
+        for kind in ("none", "selective", "full")
+        if space.allows("recompute", kind) and (kind != "selective" or modules)
+    ]
+    for candidate in growing:
+        while kinds:
+            one = replace(candidate, recompute=kinds[0])
             memory = costs.memory(one, stages)
-        yield Plan(candidate=one, memory=memory, time=step_time(costs, one, stages), fits=fits)
-        if fits:
-            return
+            fits = memory.total <= limit
+            if fits and one.recompute == "full" and candidate.layout.vpp == 1:
+                one = _fewest_layers(costs, one, stages, limit)
+                memory = costs.memory(one, stages)
+            yield Plan(candidate=one, memory=memory, fits=fits, costs=costs)
+            if fits or len(kinds) == 1:  # the last kind shows how much is missing
+                break
+            del kinds[0]
 
 
 def _fewest_layers(costs: Costs, candidate: Candidate, stages: tuple[Stage, ...], limit: float) -> Candidate:
     """Return full recomputation of as few layers of a stage as fit (Megatron's recompute_method "block")."""
+
+    def total(layers: int) -> float:
+        return costs.memory(replace(candidate, recompute_layers=layers), stages).total
+
     low, high = 0, max(stage.layers for stage in stages)  # low does not fit, high does
-    while high - low > 1:
-        middle = (low + high) // 2
-        if costs.memory(replace(candidate, recompute_layers=middle), stages).total <= limit:
-            high = middle
+    most, least = total(low), total(high)
+    while high - low > 1:  # interpolated: memory falls in a line while one stage is the fullest
+        middle = low + math.ceil((most - limit) / (most - least) * (high - low))
+        middle = min(max(middle, low + 1), high - 1)
+        if (found := total(middle)) <= limit:
+            high, least = middle, found
         else:
-            low = middle
+            low, most = middle, found
     return replace(candidate, recompute_layers=high)
 
 
-def _candidates(
-    costs: Costs, space: Space, piece: int, offload: bool
-) -> Iterator[tuple[Candidate, tuple[Stage, ...]]]:
-    """Yield every candidate without recomputation whose weights alone leave room, and its stages."""
+def _candidates(costs: Costs, space: Space, piece: int, offload: bool) -> Iterator[list[Candidate]]:
+    """Yield candidates without recomputation whose weights alone leave room: those that differ in the micro batch, smallest first."""
     job, machine = costs.job, costs.machine
     limit = memory_limit(machine)
     for layout in layouts(job, machine, space, piece):
         if _least_bytes(job, layout, costs.software, offload) > limit:
             continue
-        per_rank = job.global_batch // layout.dp
         for split in pipeline_splits(job.meta.num_layers, layout):
-            if not space.allows("vpp", split.vpp):
+            sizes = _micro_batches(job.global_batch // layout.dp, split, space)
+            if not sizes or not space.allows("vpp", split.vpp):
                 continue
-            stages = costs.stages(split)
-            for micro_batch in MICRO_BATCHES:
-                count, rest = divmod(per_rank, micro_batch)
-                # The interleaved schedule works in rounds of pp micro batches (megatron-core, schedules.py).
-                if (
-                    rest
-                    or (split.vpp > 1 and count % split.pp)
-                    or not space.allows("micro_batch", micro_batch)
-                ):
-                    continue
-                for precision in space.precisions:
-                    for cp_comm in _context_kinds(job, layout, space):
-                        candidate = Candidate(
+            for precision in space.precisions:
+                for cp_comm in _context_kinds(job, layout, space):
+                    yield [
+                        Candidate(
                             layout=split,
-                            micro_batch=micro_batch,
+                            micro_batch=size,
                             precision=precision,
                             cp_comm=cp_comm,
                             offload_optimizer=offload,
                         )
-                        yield candidate, stages
+                        for size in sizes
+                    ]
+
+
+def _micro_batches(per_rank: int, layout: Layout, space: Space) -> list[int]:
+    """Return the sizes that divide a rank's rows; the interleaved schedule works in rounds of pp of them (megatron-core, schedules.py)."""
+    return [
+        size
+        for size in MICRO_BATCHES
+        if per_rank % size == 0
+        and (layout.vpp == 1 or per_rank // size % layout.pp == 0)
+        and space.allows("micro_batch", size)
+    ]
 
 
 def layouts(job: Job, machine: Machine, space: Space, piece: int = SHORT_PIECE) -> Iterator[Layout]:
