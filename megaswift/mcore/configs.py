@@ -4,11 +4,13 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import megatron.core
 import torch
 import torch.nn.functional as F
 from megatron.core.activations import squared_relu
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from packaging.version import Version
 
 from megaswift.config.run import RunConfig
 from megaswift.errors import ModelError
@@ -241,9 +243,10 @@ def _recompute(run: RunConfig) -> dict[str, Any]:
 
 def _experts(moe: MoEMeta, run: RunConfig, layout: Layout, platform: Platform) -> dict[str, Any]:
     # Megatron (0.16.1, router.py) weighs a rank's share of a router loss by that rank's tokens where it divides by tokens
-    # later: as many times too little as ranks share a sequence.
+    # later: as many times too little as ranks share a sequence. 0.19 weighs it right.
+    weighs_too_little = Version(megatron.core.__version__) < Version("0.19")
     parts = layout.cp * (layout.tp if layout.sequence_parallel else 1)
-    weight = parts if run.training.calculate_per_token_loss else 1
+    weight = parts if run.training.calculate_per_token_loss and weighs_too_little else 1
     if moe.scale_input and moe.topk > 1:
         raise ModelError(
             f"num_experts_per_tok={moe.topk} is not supported where experts are scaled at their input: Megatron scales one."
