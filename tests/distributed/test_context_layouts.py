@@ -14,7 +14,6 @@ from tests.harness.distributed import run_distributed
 from tests.harness.tiny import save_tiny
 from tests.harness.training import Case, curves, export_gradients, prepared, temporary_folder
 
-
 MODES = ("p2p", "a2a", "all_gather", "auto")
 SP = {"tp": 2, "sequence_parallel": True}
 
