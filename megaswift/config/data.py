@@ -19,6 +19,15 @@ class DataConfig:
     dataset_shuffle: bool = setting(
         True, "shuffle the training rows anew each epoch", aliases=("train_dataloader_shuffle",)
     )
+    interleave_prob: list[str] = setting(
+        [],
+        "one share for each --dataset: rows are drawn from the sets in these proportions, not set after set",
+    )
+    stopping_strategy: str = setting(
+        "first_exhausted",
+        "an interleaved epoch ends with the first set that runs out, or when all have and the others began again",
+        choices=("first_exhausted", "all_exhausted"),
+    )
     columns: dict[str, Any] = setting({}, 'rename columns: {"old": "new"}')
     strict: bool = setting(False, "stop at the first bad row instead of reporting and counting it")
     system: str | None = setting(None, "system message (text or a .txt file) for rows that have none")

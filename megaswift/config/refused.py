@@ -84,8 +84,6 @@ REFUSED: dict[str, Refused] = {
         "streaming rows",
         "Give files: they are memory-mapped, and --dataset path#N takes a sample.",
         streaming="false",
-        interleave_prob="none",
-        stopping_strategy="first_exhausted",
         shuffle_buffer_size="1000",
     ),
     **_refuse(

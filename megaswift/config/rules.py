@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from math import lcm
 
 from megaswift.config import context_rules as context
+from megaswift.config import data_rules as data
 from megaswift.config import layout_rules as layout
 from megaswift.config import precision_rules as precision
 from megaswift.config import preference_rules as preference
@@ -19,6 +20,7 @@ REQUEST_RULES = (
     training.a_model_is_named,
     training.rows_are_named,
     training.sizes_are_positive,
+    data.every_set_has_its_share,
     training.random_weights_are_for_pre_training,
     preference.preferences_are_for_rlhf,
     preference.preference_settings_belong_to_the_loss,

@@ -19,8 +19,18 @@ def shuffled(count: int, *, seed: int, stream: int) -> np.ndarray:
 
     Every index gets a 64-bit key from splitmix64 over (seed, stream, index); the order is that of the keys.
     """
-    start = _mix(
+    return np.argsort(_keys(0, count, seed=seed, stream=stream), kind="stable").astype(np.int64)
+
+
+def uniform(start: int, count: int, *, seed: int, stream: int) -> np.ndarray:
+    """Return numbers `start` to `start + count` of an endless sequence, float64 in [0, 1)."""
+    return (_keys(start, count, seed=seed, stream=stream) >> np.uint64(11)) * 2.0**-53  # what a float64 holds
+
+
+def _keys(start: int, count: int, *, seed: int, stream: int) -> np.ndarray:
+    origin = _mix(
         _mix(np.array([seed % 2**64], np.uint64) + GOLDEN_GAMMA) + np.array([stream % 2**64], np.uint64)
     )
-    keys = _mix(start + np.arange(1, count + 1, dtype=np.uint64) * GOLDEN_GAMMA)
-    return np.argsort(keys, kind="stable").astype(np.int64)
+    numbers = np.arange(start + 1, start + count + 1, dtype=np.uint64)
+    keys: np.ndarray = _mix(origin + numbers * GOLDEN_GAMMA)
+    return keys

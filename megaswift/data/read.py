@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 
 from megaswift.config.data import DataConfig
 from megaswift.data.layouts import to_sample
-from megaswift.data.order import shuffled
+from megaswift.data.mixture import draw, log_mixture, select
 from megaswift.data.report import BadRow, Report, merge, stop_at
+from megaswift.data.rows import Row
 from megaswift.data.sample import RowError, Sample
 from megaswift.data.sources import Source, open_source, parse_source
 from megaswift.errors import DataError
@@ -20,8 +22,6 @@ logger = get_logger(__name__)
 
 DEFAULT_NAME = "Swift"
 DEFAULT_AUTHOR = "the megaswift developers"
-SAMPLING_STREAM = -1  # streams of the order below 0 name purposes; epochs count from 0
-SPLIT_STREAM = -2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,45 +61,29 @@ def read_datasets(config: DataConfig, *, seed: int = 42, use_hf: bool = True) ->
     seed = config.data_seed if config.data_seed is not None else seed
     train_sets = [read_set(parse_source(name, use_hf=use_hf), config, seed=seed) for name in config.dataset]
     val_sets = [read_set(parse_source(name, use_hf=use_hf), config, seed=seed) for name in config.val_dataset]
-    train = [sample for read in train_sets for sample in read.samples]
-    val = [sample for read in val_sets for sample in read.samples]
-    held_back = round(config.split_dataset_ratio * len(train))
-    if config.split_dataset_ratio and not 0 < held_back < len(train):
-        raise DataError(
-            f"split_dataset_ratio={config.split_dataset_ratio} of {len(train)} rows leaves {len(train) - held_back} to "
-            f"train on and {held_back} to validate. Choose a ratio that leaves at least one row on each side."
-        )
-    if held_back:
-        chosen = set(shuffled(len(train), seed=seed, stream=SPLIT_STREAM)[:held_back].tolist())
-        val += [sample for i, sample in enumerate(train) if i in chosen]
-        train = [sample for i, sample in enumerate(train) if i not in chosen]
     sets = (*train_sets, *val_sets)
-    return ReadData(train=tuple(train), val=tuple(val), report=merge(read.report for read in sets), sets=sets)
+    samples = [sample for read in sets for sample in read.samples]
+    counts = [len(read.samples) for read in train_sets]
+    chosen = select(counts, [len(read.samples) for read in val_sets], config, seed=seed)
+    if config.interleave_prob:
+        log_mixture([read.name for read in train_sets], counts, chosen.train)
+    return ReadData(
+        train=tuple(samples[i] for i in chosen.train),
+        val=tuple(samples[i] for i in chosen.val),
+        report=merge(read.report for read in sets),
+        sets=sets,
+    )
 
 
 def read_set(source: Source, config: DataConfig, *, seed: int) -> ReadSet:
     """Read all rows of one source and draw the sample that it asks for."""
     rows, folder = open_source(source)
-    samples: list[Sample] = []
-    bad: list[BadRow] = []
-    for place, row in rows:
-        outcome = _sample_or_bad(place, row, config, folder)
-        if isinstance(outcome, Sample):
-            samples.append(outcome)
-            continue
-        if config.strict:
-            stop_at(outcome)
-        bad.append(outcome)
+    samples, bad = take_rows(rows, config, source=source, folder=folder)
     report = Report(read=len(samples) + len(bad), kept=len(samples), bad=tuple(bad))
     report.log(source.name)
     if not samples:
-        first = f" The first reason: {bad[0]}." if bad else ""
-        raise DataError(
-            f"dataset={source.name} has no usable row ({report.read} read).{first} Mend the file or name another."
-        )
+        raise no_usable_row(source.name, report)
     layouts = dict(Counter(sample.layout for sample in samples).most_common())
-    if source.is_self_cognition:
-        samples = [_named(sample, config) for sample in samples]
     if source.rows is not None:
         samples = [samples[i] for i in draw(len(samples), source.rows, seed=seed)]
     return ReadSet(name=source.name, samples=tuple(samples), report=report, layouts=layouts)
@@ -108,18 +92,32 @@ def read_set(source: Source, config: DataConfig, *, seed: int) -> ReadSet:
 def read_first(source: Source, config: DataConfig, *, count: int) -> tuple[list[Sample], list[BadRow]]:
     """Return what the first `count` rows of a source are, usable or not; raises DataError where it cannot be read at all."""
     rows, folder = open_source(source)
-    outcomes = [_sample_or_bad(place, row, config, folder) for place, row in islice(rows, count)]
-    samples = [one for one in outcomes if isinstance(one, Sample)]
-    if source.is_self_cognition:
-        samples = [_named(sample, config) for sample in samples]
-    return samples, [one for one in outcomes if isinstance(one, BadRow)]
+    return take_rows(islice(rows, count), config, source=source, folder=folder)
 
 
-def draw(count: int, wanted: int, *, seed: int) -> list[int]:
-    """Return `wanted` indices below `count` in rising order: whole repeats of the set, then a random rest."""
-    repeats, rest = divmod(wanted, count)
-    drawn = list(range(count)) * repeats
-    return drawn + sorted(shuffled(count, seed=seed, stream=SAMPLING_STREAM)[:rest].tolist())
+def take_rows(
+    rows: Iterable[Row], config: DataConfig, *, source: Source, folder: Path
+) -> tuple[list[Sample], list[BadRow]]:
+    """Return the Samples of raw rows and those that are none; with --strict raises DataError for the first of these."""
+    samples: list[Sample] = []
+    bad: list[BadRow] = []
+    for place, row in rows:
+        outcome = _sample_or_bad(place, row, config, folder)
+        if isinstance(outcome, Sample):
+            samples.append(_named(outcome, config) if source.is_self_cognition else outcome)
+            continue
+        if config.strict:
+            stop_at(outcome)
+        bad.append(outcome)
+    return samples, bad
+
+
+def no_usable_row(name: str, report: Report) -> DataError:
+    """Return the error of a set that has nothing to train on."""
+    first = f" The first reason: {report.bad[0]}." if report.bad else ""
+    return DataError(
+        f"dataset={name} has no usable row ({report.read} read).{first} Mend the file or name another."
+    )
 
 
 def _sample_or_bad(

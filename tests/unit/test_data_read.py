@@ -15,7 +15,8 @@ import pytest
 
 from megaswift.config.data import DataConfig
 from megaswift.data.encode import encode_samples
-from megaswift.data.read import draw, read_datasets
+from megaswift.data.mixture import draw
+from megaswift.data.read import read_datasets
 from megaswift.data.sources import Source, parse_source
 from megaswift.data.template import Template
 from megaswift.errors import DataError
