@@ -137,6 +137,11 @@ def _resume_only_model(name: str, raw: Raw) -> Translated:
     )
 
 
+def _cached_dataset(name: str, raw: Raw) -> Translated:
+    """A prepared folder is given as any other set."""
+    return _is("dataset", raw) if raw else NOTHING
+
+
 def _sequence_parallel_size(name: str, raw: Raw) -> Translated:
     return _is("context_parallel_size", text_of(name, raw))
 
@@ -155,6 +160,7 @@ TRANSLATIONS: dict[str, Callable[[str, Raw], Translated]] = {
     "truncation": _truncation,
     "finetune": _finetune,
     "resume_only_model": _resume_only_model,
+    "cached_dataset": _cached_dataset,
     "sequence_parallel_size": _sequence_parallel_size,
     "no_save_optim": _inverted("save_optim"),
     "save_only_model": _inverted("save_optim"),
@@ -190,8 +196,8 @@ ALWAYS_SO: dict[str, str] = {
     "load_safetensors": "weights are always read from safetensors",
     "packing_cache": "packs are computed at the start and need no cache",
     "packing_num_proc": "packs are computed in one process",
-    "load_from_cache_file": "rows are encoded anew at each start",
-    "overwrite_cache": "rows are encoded anew at each start",
+    "load_from_cache_file": "rows are encoded anew at each start; --prepared_dir finds those encoded before",
+    "overwrite_cache": "rows are encoded anew at each start; --prepared_dir finds those encoded before",
     "lazy_tokenize": "rows are encoded at the start, by --dataset_num_proc processes",
     "tensorboard_log_interval": "TensorBoard follows --logging_steps",
     "logging_first_step": "the first step is always logged",

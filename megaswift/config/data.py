@@ -28,6 +28,9 @@ class DataConfig:
         "an interleaved epoch ends with the first set that runs out, or when all have and the others began again",
         choices=("first_exhausted", "all_exhausted"),
     )
+    prepared_dir: str | None = setting(
+        None, "folder of `megaswift data --prepare`; the run's own sets are looked up there by what they hold"
+    )
     columns: dict[str, Any] = setting({}, 'rename columns: {"old": "new"}')
     strict: bool = setting(False, "stop at the first bad row instead of reporting and counting it")
     system: str | None = setting(None, "system message (text or a .txt file) for rows that have none")

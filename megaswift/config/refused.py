@@ -87,9 +87,8 @@ REFUSED: dict[str, Refused] = {
         shuffle_buffer_size="1000",
     ),
     **_refuse(
-        "data sets encoded beforehand",
-        "Give the rows as --dataset.",
-        cached_dataset="",
+        "a validation set encoded by itself",
+        "`megaswift data --prepare` takes --val_dataset too.",
         cached_val_dataset="",
     ),
     **_refuse(
@@ -325,8 +324,12 @@ REFUSED: dict[str, Refused] = {
         to_ollama="false",
     ),
     **_refuse(
-        "`megaswift export`",
+        "tokenising by `megaswift export`",
+        "Use `megaswift data --prepare FOLDER`.",
         to_cached_dataset="false",
+    ),
+    **_refuse(
+        "`megaswift export`",
         template_mode="train",
         quant_n_samples="256",
         quant_batch_size="1",

@@ -188,7 +188,9 @@ class _RowBuilder:
         if settings.packing:
             if settings.packing_length is None:
                 raise ConfigError("packing=true needs packing_length. Give --packing_length or --max_length.")
-            self.packs = pack(encoded.row_lengths, settings.packing_length)
+            ahead = encoded.packs
+            fits = ahead is not None and ahead.capacity == settings.packing_length
+            self.packs = ahead if fits else pack(encoded.row_lengths, settings.packing_length)
         self.num_items = len(self.packs) if self.packs is not None else encoded.num_rows
         lengths = encoded.lengths.astype(np.float64)
         work = lengths * (lengths / 2 + settings.token_cost)

@@ -1,25 +1,21 @@
 """Tokenising a whole set, in one process or several, into flat arrays that ranks can share."""
 
-import multiprocessing
-import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from megaswift.data.forms import CONVERSATIONS, Form
+from megaswift.data.packing import Packs
+from megaswift.data.pool import forked_map
 from megaswift.data.prompts import encode_prompts
 from megaswift.data.report import BadRow, Report, stop_at
 from megaswift.data.sample import RowError, Sample
 from megaswift.data.template import Template
 from megaswift.errors import DataError
-from megaswift.logs import get_logger
-
-logger = get_logger(__name__)
 
 CHUNK = 256  # samples in one call of the tokenizer: enough to keep its threads busy, small enough to stay in cache
 
@@ -41,6 +37,7 @@ class EncodedSet:
     targets: np.ndarray | None = None  # float32 [rows]: what the rows say beside their text; nan: nothing
     references: np.ndarray | None = None  # float64 [entries]: log-probability under the reference model
     mismatched: "EncodedSet | None" = None  # as many rows again, with each prompt answered for another row
+    packs: Packs | None = None  # of the rows, where they were packed ahead
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -70,6 +67,8 @@ class EncodedSet:
                 np.save(folder / f"{name}.npy", getattr(self, name))
         if self.mismatched is not None:
             self.mismatched.save(folder / "mismatched")
+        if self.packs is not None:
+            self.packs.save(folder / PACKS)
 
     @classmethod
     def load(cls, folder: Path) -> "EncodedSet":
@@ -82,11 +81,29 @@ class EncodedSet:
         except (OSError, ValueError) as error:
             raise DataError(f"{folder} holds no tokenised set: {error}. Delete it and run again.") from error
         mismatched = cls.load(folder / "mismatched") if (folder / "mismatched").exists() else None
-        return cls(**{**arrays, "per_row": int(arrays["per_row"])}, mismatched=mismatched)
+        packs = Packs.load(folder / PACKS) if (folder / PACKS).exists() else None
+        return cls(**{**arrays, "per_row": int(arrays["per_row"])}, mismatched=mismatched, packs=packs)
+
+    def take(self, rows: np.ndarray) -> "EncodedSet":
+        """Return the set of some rows, in their order, as a copy in memory."""
+        entries = (rows[:, None] * self.per_row + np.arange(self.per_row)).ravel()
+        parts = [slice(self.starts[entry], self.starts[entry + 1]) for entry in entries]
+        return replace(
+            self,
+            input_ids=_concatenated([self.input_ids[part] for part in parts], np.int32),
+            loss_weights=np.concatenate([self.loss_weights[part] for part in parts]),
+            starts=np.concatenate([[0], np.cumsum(self.lengths[entries])]).astype(np.int64),
+            samples=self.samples[entries],
+            targets=None if self.targets is None else self.targets[rows],
+            references=None if self.references is None else self.references[entries],
+            mismatched=None if self.mismatched is None else self.mismatched.take(rows),
+            packs=None,
+        )
 
 
 ARRAYS = ("input_ids", "loss_weights", "starts", "samples", "per_row")
 EXTRA_ARRAYS = ("targets", "references")
+PACKS = "packs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,59 +131,38 @@ def encode_samples(
 
     A sample that cannot be used is reported; with `strict` it raises DataError. Raises DataError when none is left.
     """
+    encoded, report = encode_or_report(samples, template, form=form, processes=processes, strict=strict)
+    if report.bad:
+        report.log(f"tokenising {what}")
+    if not report.kept:
+        raise nothing_left(what, report)
+    return encoded, report
+
+
+def encode_or_report(
+    samples: Sequence[Sample],
+    template: Template,
+    *,
+    form: Form = CONVERSATIONS,
+    processes: int = 1,
+    strict: bool = False,
+) -> tuple[EncodedSet, Report]:
+    """Tokenise samples as encode_samples does; the set may be empty, and nothing is logged."""
     chunks = [range(start, min(start + CHUNK, len(samples))) for start in range(0, len(samples), CHUNK)]
     parts: list[_Part] = []
-    for part in _parts(samples, template, form, chunks, min(processes, len(chunks))):
+    work = partial(_encode_chunk, samples, template, form)
+    for part in forked_map(work, chunks, processes=min(processes, len(chunks))):
         if strict and part.bad:
             stop_at(part.bad[0])
         parts.append(part)
     bad = tuple(row for part in parts for row in part.bad)
-    report = Report(read=len(samples), kept=len(samples) - len(bad), bad=bad)
-    if bad:
-        report.log(f"tokenising {what}")
-    if not report.kept:
-        first = f" The first reason: {bad[0]}." if bad else ""
-        raise DataError(f"No row of the {what} is left after tokenising ({len(samples)} read).{first}")
-    return _joined(parts, form), report
+    return _joined(parts, form), Report(read=len(samples), kept=len(samples) - len(bad), bad=bad)
 
 
-def _parts(
-    samples: Sequence[Sample], template: Template, form: Form, chunks: list[range], processes: int
-) -> Iterator[_Part]:
-    if processes <= 1:
-        yield from (_encode_chunk(samples, template, form, chunk) for chunk in chunks)
-        return
-    # fork: the samples and the template are in the children at once; they run the tokenizer and numpy only.
-    pool = ProcessPoolExecutor(
-        processes,
-        multiprocessing.get_context("fork"),
-        initializer=_start_worker,
-        initargs=(samples, template, form),
-    )
-    try:
-        yield from pool.map(_encode_inherited, chunks)
-    except BrokenProcessPool as error:
-        raise DataError(
-            f"One of dataset_num_proc={processes} processes was killed, most often for want of memory. Lower it."
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-_inherited: tuple[Sequence[Sample], Template, Form] | None = None  # set in worker processes only
-
-
-def _start_worker(samples: Sequence[Sample], template: Template, form: Form) -> None:
-    global _inherited  # a worker's state: sending the samples with every chunk would pickle them
-    _inherited = (samples, template, form)
-    os.environ["TOKENIZERS_PARALLELISM"] = (
-        "false"  # tokenizers asks for it after a fork; processes are the threads
-    )
-
-
-def _encode_inherited(chunk: range) -> _Part:
-    assert _inherited is not None
-    return _encode_chunk(*_inherited, chunk)
+def nothing_left(what: str, report: Report) -> DataError:
+    """Return the error of a set of which no row could be tokenised."""
+    first = f" The first reason: {report.bad[0]}." if report.bad else ""
+    return DataError(f"No row of the {what} is left after tokenising ({report.read} read).{first}")
 
 
 def _encode_chunk(samples: Sequence[Sample], template: Template, form: Form, chunk: range) -> _Part:
@@ -215,12 +211,31 @@ def _joined(parts: Iterable[_Part], form: Form) -> EncodedSet:
     return EncodedSet(
         input_ids=_concatenated([part.input_ids for part in parts], np.int32),
         loss_weights=np.concatenate(
-            [part.loss_weights for part in parts]
+            [np.empty(0, np.uint8), *(part.loss_weights for part in parts)]
         ),  # one float32 part makes all float32
         starts=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         samples=_concatenated([part.samples for part in parts], np.int64),
         per_row=form.per_row,
         targets=None if np.isnan(targets).all() else targets,
+    )
+
+
+def join_sets(sets: Sequence[EncodedSet]) -> EncodedSet:
+    """Return the rows of several sets of one form, one set after the other."""
+    if len(sets) == 1:
+        return sets[0]
+    targets = [np.full(one.num_rows, np.nan) if one.targets is None else one.targets for one in sets]
+    others = [one.mismatched for one in sets if one.mismatched is not None]
+    return EncodedSet(
+        input_ids=_concatenated([one.input_ids for one in sets], np.int32),
+        loss_weights=np.concatenate([one.loss_weights for one in sets]),
+        starts=np.concatenate([[0], np.cumsum(np.concatenate([one.lengths for one in sets]))]).astype(
+            np.int64
+        ),
+        samples=_concatenated([one.samples for one in sets], np.int64),
+        per_row=sets[0].per_row,
+        targets=None if all(one.targets is None for one in sets) else _concatenated(targets, np.float32),
+        mismatched=join_sets(others) if others else None,
     )
 
 

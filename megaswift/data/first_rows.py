@@ -11,8 +11,10 @@ from typing import Any
 
 from megaswift.config.parse import parse_saved
 from megaswift.config.run import RunConfig
+from megaswift.data.address import template_facts
 from megaswift.data.encode import encode_samples
 from megaswift.data.forms import form_for
+from megaswift.data.prepared import check_fits, named_prepared
 from megaswift.data.read import read_first
 from megaswift.data.report import BadRow, stop_at
 from megaswift.data.sources import Source, parse_source
@@ -39,10 +41,14 @@ def check_first_rows(run: RunConfig) -> dict[str, Any]:
         files=Files.FACTS,
     )
     tokenizer = load_tokenizer(str(meta.folder), trust_remote_code=run.model.trust_remote_code)
-    template = Template.from_config(
-        run.data, tokenizer, max_length=run.data.max_length, stop_ids=meta.eos_token_ids
-    )
+    max_length = run.data.max_length or meta.max_length
+    template = Template.from_config(run.data, tokenizer, max_length=max_length, stop_ids=meta.eos_token_ids)
     form = form_for(run.preference.rlhf_type if run.task == "rlhf" else None)
+    prepared = named_prepared(run.data)
+    if prepared is not None:
+        own = template_facts(template, form=form, stop_ids=meta.eos_token_ids)
+        check_fits(prepared, own, strict=run.data.strict)
+        return {"encoded": 0, "bad": [], "elsewhere": []}
     encoded, bad, elsewhere = 0, [], []
     for name in dict.fromkeys((*run.data.dataset, *run.data.val_dataset)):
         source = parse_source(name, use_hf=run.model.use_hf)

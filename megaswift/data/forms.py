@@ -11,6 +11,7 @@ from megaswift.data.sample import Message, RowError, Sample
 class Form:
     """How rows become documents. The documents of a row stay together in every batch and in every pack."""
 
+    name: str
     documents: Callable[[Sample], tuple[Sample, ...]]  # raises RowError for a row that the task cannot use
     per_row: int  # how many they are
     target: Callable[[Sample], float | None]  # what the row says beside its text; None: nothing
@@ -50,15 +51,16 @@ def asked_of(messages: tuple[Message, ...]) -> tuple[Message, ...]:
     return messages[: asked[-1] + 1] if asked else ()
 
 
-CONVERSATIONS = Form(documents=_itself, per_row=1, target=lambda sample: None)
-PAIRS = Form(documents=_pair, per_row=2, target=lambda sample: sample.margin)
+CONVERSATIONS = Form(name="conversations", documents=_itself, per_row=1, target=lambda sample: None)
+PAIRS = Form(name="pairs", documents=_pair, per_row=2, target=lambda sample: sample.margin)
 JUDGEMENTS = Form(
+    name="judgements",
     documents=_judged,
     per_row=1,
     target=lambda sample: float(sample.label),  # type: ignore[arg-type]  # seen by _judged
 )
 
-PROMPTS = Form(documents=_prompt, per_row=1, target=lambda sample: None, asks=True)
+PROMPTS = Form(name="prompts", documents=_prompt, per_row=1, target=lambda sample: None, asks=True)
 
 
 def form_for(rlhf_type: str | None) -> Form:

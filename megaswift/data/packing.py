@@ -7,6 +7,7 @@ of one length each before any bin with more room gets one. The work is then a fe
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -32,6 +33,20 @@ class Packs:
     def fill(self) -> float:
         """Share of the packs' room that holds tokens."""
         return self.tokens / (len(self) * self.capacity) if len(self) else 1.0
+
+    def save(self, folder: Path) -> None:
+        """Write .npy files into `folder`."""
+        folder.mkdir(parents=True)
+        np.save(folder / "items.npy", self.items)
+        np.save(folder / "starts.npy", self.starts)
+        np.save(folder / "sizes.npy", np.array([self.capacity, self.tokens], np.int64))
+
+    @classmethod
+    def load(cls, folder: Path) -> "Packs":
+        """Map what save() wrote into memory."""
+        capacity, tokens = np.load(folder / "sizes.npy").tolist()
+        items, starts = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("items", "starts"))
+        return cls(items=items, starts=starts, capacity=capacity, tokens=tokens)
 
 
 def pack(lengths: np.ndarray, capacity: int) -> Packs:

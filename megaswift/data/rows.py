@@ -3,7 +3,10 @@
 import csv
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,19 @@ Row = tuple[str, dict[str, Any] | BadRow]  # ("file:line", the row)
 CSV_FIELD_LIMIT = 1 << 30  # the csv module's own limit is 128 KiB, less than one long conversation
 NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of bytes that are not UTF-8
 TRAIN_SPLIT = re.compile(r"(?:^|[/_.-])train(?:[/_.-]|$)", re.IGNORECASE)
+BATCH_ROWS = 1024  # of parquet turned into Python objects at once: little to wait for, and enough for speed
+BOM = b"\xef\xbb\xbf"
 METADATA_FILES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Line:
+    """One line of a file and where it lies."""
+
+    text: bytes
+    source: str  # "file:line"
+    end: int  # byte after it
+    number: int  # from 1
 
 
 def read_path(path: Path) -> Iterator[Row]:
@@ -25,17 +40,36 @@ def read_path(path: Path) -> Iterator[Row]:
 
     Raises DataError for what cannot be read at all.
     """
+    return (row for file in files_of(path) for row in read_file(file))
+
+
+def files_of(path: Path) -> list[Path]:
+    """Return what the rows of `path` lie in, in order: files, or one saved `datasets` directory. Raises DataError."""
+    if is_saved_dataset(path):
+        return [path]
     if path.is_dir():
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            return _saved_dataset(path)
-        return (row for file in _files_of(path) for row in READERS[_suffix(file)](file))
-    reader = READERS.get(_suffix(path))
-    if reader is None:
+        return _files_of(path)
+    if suffix_of(path) not in READERS:
         raise DataError(f"{path} is not a data file. Known kinds are {', '.join(READERS)}.")
-    return reader(path)
+    return [path]
 
 
-def _suffix(path: Path) -> str:
+def read_file(path: Path, start: int = 0) -> Iterator[Row]:
+    """Yield the rows of one of `files_of`, from row `start` on: at once where rows have places, else by reading up to it."""
+    if path.is_dir():
+        return _saved_dataset(path, start)
+    if suffix_of(path) == ".parquet":
+        return _parquet(path, start)
+    return islice(READERS[suffix_of(path)](path), start, None)
+
+
+def is_saved_dataset(path: Path) -> bool:
+    """Return whether `datasets` saved this directory."""
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+
+
+def suffix_of(path: Path) -> str:
+    """Return the suffix that says what kind of file it is."""
     return path.suffix.lower()
 
 
@@ -43,14 +77,14 @@ def _files_of(folder: Path) -> list[Path]:
     """Return the data files below a folder in a fixed order; where some belong to a train split, only those."""
     files = sorted(
         file for file in folder.rglob("*")
-        if file.is_file() and _suffix(file) in READERS and file.name not in METADATA_FILES
+        if file.is_file() and suffix_of(file) in READERS and file.name not in METADATA_FILES
         and not any(part.startswith(".") for part in file.relative_to(folder).parts)
     )  # fmt: skip
     if not files:
         raise DataError(f"{folder} holds no data file. Known kinds are {', '.join(READERS)}.")
-    if len({_suffix(file) for file in files}) > 1:
+    if len({suffix_of(file) for file in files}) > 1:
         files = [
-            file for file in files if _suffix(file) != ".txt"
+            file for file in files if suffix_of(file) != ".txt"
         ] or files  # a licence or a note beside the data
     train = [file for file in files if TRAIN_SPLIT.search(file.relative_to(folder).as_posix())]
     if train and len(train) < len(files):
@@ -59,12 +93,21 @@ def _files_of(folder: Path) -> list[Path]:
     return train or files
 
 
-def _jsonl(path: Path) -> Iterator[Row]:
+def _by_lines(path: Path) -> Iterator[Row]:
+    parse = LINE_PARSERS[suffix_of(path)]
+    return (parse(line.text, line.source) for line in lines_of(path))
+
+
+def lines_of(path: Path, *, offset: int = 0, number: int = 0) -> Iterator[Line]:
+    """Yield the lines that are not blank, from byte `offset` on, before which `number` lines lie."""
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            if line.strip():
-                yield _parse_json_line(line, f"{path}:{number}")
+        file.seek(offset)
+        for text in file:
+            offset += len(text)
+            number += 1
+            text = text.removeprefix(BOM) if number == 1 else text
+            if text.strip():
+                yield Line(text=text, source=f"{path}:{number}", end=offset, number=number)
 
 
 def _parse_json_line(line: bytes, source: str) -> Row:
@@ -139,7 +182,7 @@ def _array(path: Path, text: str, start: int) -> Iterator[Row]:
 def _csv(path: Path) -> Iterator[Row]:
     csv.field_size_limit(CSV_FIELD_LIMIT)
     with path.open(encoding="utf-8-sig", newline="", errors="surrogateescape") as file:
-        reader = csv.DictReader(file, delimiter="\t" if _suffix(path) == ".tsv" else ",", restkey=None)
+        reader = csv.DictReader(file, delimiter="\t" if suffix_of(path) == ".tsv" else ",", restkey=None)
         if reader.fieldnames is None:
             raise DataError(f"{path} is empty. The first line of a csv file names its columns.")
         width, end = len(reader.fieldnames), reader.line_num
@@ -160,44 +203,65 @@ def _csv(path: Path) -> Iterator[Row]:
                 yield source, dict(row)
 
 
-def _parquet(path: Path) -> Iterator[Row]:
+def _parquet(path: Path, start: int = 0) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet  # 0.1 s; only runs that read parquet pay it
 
     try:
-        batches = pyarrow.parquet.ParquetFile(path).iter_batches()
-        yield from _numbered((row for batch in batches for row in batch.to_pylist()), path)
+        file = pyarrow.parquet.ParquetFile(path)
+        ends = list(accumulate(row_groups(file)))
+        first = bisect_right(ends, start)  # the group that holds row `start`
+        skipped = start - (ends[first - 1] if first else 0)
+        batches = file.iter_batches(batch_size=BATCH_ROWS, row_groups=range(first, len(ends)))
+        rows = (row for batch in batches for row in batch.to_pylist())
+        yield from _numbered(islice(rows, skipped, None), path, start)
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise DataError(
             f"{path} is not a readable parquet file: {error}. Fetch or write it again."
         ) from error
 
 
-def _saved_dataset(path: Path) -> Iterator[Row]:
+def row_groups(file: Any) -> list[int]:
+    """Return the number of rows of each row group of a pyarrow ParquetFile."""
+    return [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+
+
+def _saved_dataset(path: Path, start: int = 0) -> Iterator[Row]:
+    return numbered_dataset(open_saved(path), path, start)
+
+
+def open_saved(path: Path) -> Any:
+    """Return the Dataset, or the train split of the DatasetDict, that was saved in a directory. Raises DataError."""
     import datasets  # 1 s; only runs that read a saved directory pay it
 
     try:
-        loaded = datasets.load_from_disk(str(path))
+        return _train_split(datasets.load_from_disk(str(path)), path)
     except (FileNotFoundError, ValueError, OSError) as error:
         raise DataError(
             f"{path} is not a directory saved by datasets.save_to_disk: {error}. Save it again."
         ) from error
-    return numbered_dataset(loaded, path)
 
 
-def numbered_dataset(loaded: Any, name: object) -> Iterator[Row]:
-    """Yield the rows of a `datasets` Dataset, or of the train split of a DatasetDict."""
+def numbered_dataset(loaded: Any, name: object, start: int = 0) -> Iterator[Row]:
+    """Yield the rows of a `datasets` Dataset, or of the train split of a DatasetDict, from row `start` on."""
+    rows = _train_split(loaded, name)
+    if start >= len(rows):  # which select() refuses
+        return iter(())
+    return _numbered(rows.select(range(start, len(rows))) if start else rows, name, start)
+
+
+def _train_split(loaded: Any, name: object) -> Any:
     if isinstance(loaded, dict):
         if "train" not in loaded and len(loaded) != 1:
             raise DataError(
                 f"{name} has splits {', '.join(loaded)} and none is named train. Save the one to train on alone."
             )
         loaded = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
-    return _numbered(loaded, name)
+    return loaded
 
 
-def _numbered(rows: Iterable[dict[str, Any]], name: object) -> Iterator[Row]:
-    for number, row in enumerate(rows, start=1):
+def _numbered(rows: Iterable[dict[str, Any]], name: object, before: int = 0) -> Iterator[Row]:
+    for number, row in enumerate(rows, start=before + 1):
         yield f"{name}:row {number}", _without_nulls(row)
 
 
@@ -210,22 +274,14 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-def _txt(path: Path) -> Iterator[Row]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            source = f"{path}:{number}"
-            try:
-                text = line.decode("utf-8-sig").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                yield (
-                    source,
-                    BadRow(source=source, kind="encoding", reason=f"not UTF-8 at byte {error.start}"),
-                )
-                continue
-            if text.strip():
-                yield source, {"text": text}
+def _parse_text_line(line: bytes, source: str) -> Row:
+    try:
+        return source, {"text": line.decode("utf-8").rstrip("\r\n")}
+    except UnicodeDecodeError as error:
+        return source, BadRow(source=source, kind="encoding", reason=f"not UTF-8 at byte {error.start}")
 
 
+LINE_PARSERS: dict[str, Callable[[bytes, str], Row]] = {".jsonl": _parse_json_line, ".txt": _parse_text_line}
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
-    ".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet, ".txt": _txt,
+    ".jsonl": _by_lines, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet, ".txt": _by_lines,
 }  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megaswift.data.rows import READERS, Row, numbered_dataset, read_path
+from megaswift.data.rows import READERS, Row, files_of, numbered_dataset, read_path
 from megaswift.errors import DataError
 from megaswift.logs import get_logger
 
@@ -14,6 +14,7 @@ logger = get_logger(__name__)
 
 SELF_COGNITION = Path(__file__).with_name("self_cognition.jsonl")
 SELF_COGNITION_NAMES = ("swift/self-cognition", "self-cognition")
+MANIFEST = "prepared.json"  # in a folder of data/prepare.py
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -53,21 +54,58 @@ def parse_source(argument: str, *, use_hf: bool = True) -> Source:
     return Source(name=name, subset=subset, rows=rows, use_hf=use_hf)
 
 
+@dataclass(frozen=True, kw_only=True)
+class FileSet:
+    """The files of one --dataset argument, in the order in which they are read."""
+
+    source: Source
+    files: tuple[Path, ...]  # of data/rows.py's files_of
+    folder: Path  # where relative media paths begin
+
+
+def is_prepared(folder: Path) -> bool:
+    """Return whether a folder holds tokenised sets instead of rows."""
+    return (folder / MANIFEST).is_file()
+
+
 def open_source(source: Source) -> tuple[Iterator[Row], Path]:
     """Return the raw rows of a source and the folder that relative media paths begin at. Raises DataError."""
+    found = _find(source)
+    if found is None:
+        return _prepared_rows(source), Path()
+    path, folder = found
+    return read_path(path), folder
+
+
+def find_files(source: Source) -> FileSet:
+    """Return the files behind a source; raises DataError where there are none."""
+    found = _find(source)
+    if found is None:
+        raise DataError(
+            f"dataset={source.name} is in no hub cache of this machine as files. Fetch it with `hf download --repo-type dataset "
+            f"{source.name}`, or give the path of a local file or folder."
+        )
+    path, folder = found
+    return FileSet(source=source, files=tuple(files_of(path)), folder=folder)
+
+
+def _find(source: Source) -> tuple[Path, Path] | None:
+    """Return the file or folder of a source and where relative media paths begin; None where no hub cache has it."""
     if source.is_self_cognition:
-        return read_path(SELF_COGNITION), SELF_COGNITION.parent
+        return SELF_COGNITION, SELF_COGNITION.parent
     path = Path(source.name).expanduser()
+    if is_prepared(path):
+        raise DataError(
+            f"dataset={source.name} is prepared: its rows are chosen and tokenised. Give it alone, without # or other sets."
+        )
     if path.exists():
-        return read_path(path), path if path.is_dir() else path.parent
+        return path, path if path.is_dir() else path.parent
     if not HUB_ID.fullmatch(source.name) or path.suffix.lower() in READERS:
         raise DataError(
             f"dataset={source.name} is not there. Give a file ({', '.join(READERS)}), a folder, or a hub id like owner/name."
         )
     folder = _in_a_cache(source) or _downloaded(source)
-    if folder is not None:
-        return read_path(_subset_of(folder, source)), folder
-    return _prepared_rows(source), Path()
+    return None if folder is None else (_subset_of(folder, source), folder)
 
 
 def _in_a_cache(source: Source) -> Path | None:

@@ -102,7 +102,7 @@ def load_sets(
     folder = output_dir / TOKENISED
     tokenizer = agree(lambda: load_tokenizer(str(meta.folder), trust_remote_code=run.model.trust_remote_code))
 
-    def encode() -> list[str]:
+    def encode() -> dict[str, str]:
         data = load_data(
             run.data,
             tokenizer,
@@ -112,17 +112,22 @@ def load_sets(
             stop_ids=meta.eos_token_ids,
             form=form_of(run),
         )
+        if data.read is not None and generates(run):
+            save_rows(folder, data.read.train)
+        estimates_kl = (
+            run.task == "rlhf" and run.preference.rlhf_type == "kto" and run.preference.calculate_kl
+        )
+        if data.prepared is not None and not estimates_kl:
+            return {name: str(place) for name, place in data.prepared.sets.items()}
         sets = {"train": data.train} | ({} if data.val is None else {"val": data.val})
         for name, encoded in sets.items():
-            if run.task == "rlhf" and run.preference.rlhf_type == "kto" and run.preference.calculate_kl:
+            if estimates_kl:
                 others = mismatched_answers(encoded, max_length=run.data.max_length)
-                encoded = replace(encoded, mismatched=others)
+                encoded = replace(encoded, mismatched=others, packs=None)  # a pack holds either of the two
             encoded.save(folder / name)
-        if generates(run):
-            save_rows(folder, data.read.train)
-        return list(sets)
+        return {name: str(folder / name) for name in sets}
 
-    names = agree_on_first(encode, group=group)
+    places = agree_on_first(encode, group=group)
     settings = BatchSettings(
         global_batch_size=run.training.global_batch_size,
         micro_batch_size=run.training.micro_batch_size,
@@ -136,7 +141,7 @@ def load_sets(
         * pad_multiple(cp=layout.cp, tp=layout.tp, sequence_parallel=layout.sequence_parallel),
     )
     pad_id = pad_id_of(tokenizer)
-    encoded = agree(lambda: [EncodedSet.load(folder / name) for name in names])
+    encoded = agree(lambda: [EncodedSet.load(Path(place)) for place in places.values()])
     if references is not None:
         encoded = references.of(encoded, settings, pad_id=pad_id)
 

@@ -50,6 +50,7 @@ def test_no_name_means_two_things() -> None:
         ("--attn_impl sdpa", "--attention_backend auto"),
         ("--sequence_parallel_size 2", "--context_parallel_size 2"),
         ("--eval_strategy no", "--eval_iters 0"),
+        ("--cached_dataset d", "--dataset d"),
         ("--acc_strategy seq", "--calculate_per_token_loss false"),
         ("--mcore_model d --finetune false", "--resume d"),
         ("--load d --finetune=false", "--resume d"),
