@@ -26,7 +26,7 @@ demo: $(VENV)/ready
 bench: $(VENV)/ready
 	$(BIN)/python -m tests.harness.bench
 
-bench-%: $(VENV)/ready  # bench-context bench-convert bench-fp8 bench-long bench-loss bench-memory bench-pack bench-plan
+bench-%: $(VENV)/ready  # bench-context bench-convert bench-encode bench-fp8 bench-long bench-loss bench-memory bench-pack bench-plan
 	$(BIN)/python -m tests.harness.bench_$*
 
 gpu-check: $(VENV)/ready
