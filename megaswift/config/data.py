@@ -28,6 +28,12 @@ class DataConfig:
         "an interleaved epoch ends with the first set that runs out, or when all have and the others began again",
         choices=("first_exhausted", "all_exhausted"),
     )
+    streaming: bool = setting(
+        False, "read and tokenise rows while training instead of before; needs --train_iters"
+    )
+    shuffle_buffer_size: int = setting(
+        1000, "with --streaming: rows that are read, shuffled and packed together"
+    )
     prepared_dir: str | None = setting(
         None, "folder of `megaswift data --prepare`; the run's own sets are looked up there by what they hold"
     )

@@ -3,6 +3,7 @@
 from math import isclose
 
 from megaswift.config.data import DataConfig
+from megaswift.config.rollout_rules import generates
 from megaswift.config.run import RunConfig
 from megaswift.errors import ConfigError
 
@@ -30,4 +31,41 @@ def every_set_has_its_share(run: RunConfig) -> None:
     if not all(share > 0 for share in shares) or not isclose(sum(shares), 1, abs_tol=1e-6):
         raise ConfigError(
             f"interleave_prob={text} adds up to {sum(shares):g}. Give shares above 0 that add up to 1."
+        )
+
+
+def streams_have_an_end(run: RunConfig) -> None:
+    """A stream of rows is read once, in order, and nobody knows how long it is."""
+    data = run.data
+    if data.shuffle_buffer_size < 1:
+        raise ConfigError(f"shuffle_buffer_size={data.shuffle_buffer_size} is too small. Give 1 or more.")
+    if not data.streaming:
+        return
+    if run.training.train_iters is None:
+        raise ConfigError(
+            "streaming=true needs --train_iters (--max_steps): the length of a stream is not known."
+        )
+    if data.split_dataset_ratio:
+        raise ConfigError(
+            f"split_dataset_ratio={data.split_dataset_ratio} needs all rows at once, which streaming=true does not have. Give "
+            "--val_dataset."
+        )
+    if data.prepared_dir is not None:
+        raise ConfigError(
+            "prepared_dir is for sets that are read at once, not for streaming=true. Leave one out."
+        )
+    if run.task != "rlhf":
+        return
+    if generates(run):
+        raise ConfigError(
+            f"streaming=true does not give the prompts of rlhf_type={run.preference.rlhf_type}. Leave it out."
+        )
+    if run.preference.precompute_ref_log_probs:
+        raise ConfigError(
+            "precompute_ref_log_probs needs all rows at once. Leave it out with streaming=true."
+        )
+    if run.preference.rlhf_type == "kto" and run.preference.calculate_kl:
+        raise ConfigError(
+            "rlhf_type=kto compares each answer with one of half the set away, and streaming=true has no whole set. Give "
+            "--calculate_KL false or leave --streaming out."
         )

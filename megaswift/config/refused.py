@@ -81,12 +81,6 @@ REFUSED: dict[str, Refused] = {
     **_refuse("images", language_model_only="false true"),
     # Data
     **_refuse(
-        "streaming rows",
-        "Give files: they are memory-mapped, and --dataset path#N takes a sample.",
-        streaming="false",
-        shuffle_buffer_size="1000",
-    ),
-    **_refuse(
         "a validation set encoded by itself",
         "`megaswift data --prepare` takes --val_dataset too.",
         cached_val_dataset="",

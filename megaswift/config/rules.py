@@ -21,6 +21,7 @@ REQUEST_RULES = (
     training.rows_are_named,
     training.sizes_are_positive,
     data.every_set_has_its_share,
+    data.streams_have_an_end,
     training.random_weights_are_for_pre_training,
     preference.preferences_are_for_rlhf,
     preference.preference_settings_belong_to_the_loss,

@@ -9,8 +9,9 @@ another micro batch size.
 Letters: B rows of a micro batch, S tokens of a row.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -54,6 +55,7 @@ class MicroBatch:
     cu_seqlens: torch.Tensor | None  # int32 [documents + 1]
     max_seqlen: int  # tokens of the longest document
     sample_ids: tuple[int, ...]  # entries of the EncodedSet, in the order of the documents
+    lengths: tuple[int, ...] = ()  # tokens of these documents
     plan: ContextPlan | None = (
         None  # of one rank's part: where the tokens of all documents are (data/context.py)
     )
@@ -107,7 +109,25 @@ class TrainData:
 
     def num_micro_batches(self, dp: int) -> int:
         """Return the micro batches of one rank in one global batch."""
-        return _micro_batches_per_rank(self.settings.global_batch_size, self.settings.micro_batch_size, dp)
+        return micro_batches_per_rank(self.settings, dp)
+
+    def epoch(self, consumed: int) -> float:
+        """Return how often the items were seen."""
+        return consumed / self.num_items
+
+    def sample_ids(self, consumed: int) -> list[int]:
+        """Return the rows of the global batch that follows `consumed` items, over all ranks."""
+        items, packs = self.items(consumed), self.packs
+        if packs is None:
+            return [int(item) for item in items]
+        return [int(entry) for item in items for entry in packs[int(item)]]
+
+    def writers(self, consumed: Callable[[], int]) -> dict[str, Callable[[Path], None]]:
+        """Return what a checkpoint must hold besides the number of items that are `consumed`: nothing."""
+        return {}
+
+    def close(self) -> None:
+        """No more batches are needed."""
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         if self._order is None or self._order[0] != epoch:
@@ -144,7 +164,7 @@ class ValidationData:
 
 def rank_share(items: np.ndarray, micro_batch_size: int, *, dp_rank: int, dp: int) -> Iterator[np.ndarray]:
     """Yield the micro batches of items that one data-parallel rank takes from a global batch."""
-    for number in range(_micro_batches_per_rank(len(items), micro_batch_size, dp)):
+    for number in range(_share_of(len(items), micro_batch_size, dp)):
         start = (number * dp + dp_rank) * micro_batch_size
         yield items[start : start + micro_batch_size]
 
@@ -164,13 +184,30 @@ def even_share(work: np.ndarray, *, dp_rank: int, dp: int) -> list[int]:
     return sorted(taken)
 
 
-def _micro_batches_per_rank(global_batch_size: int, micro_batch_size: int, dp: int) -> int:
+def micro_batches_per_rank(settings: BatchSettings, dp: int) -> int:
+    """Return the micro batches of one rank in one global batch. Raises ConfigError where the ranks do not divide."""
+    return _share_of(settings.global_batch_size, settings.micro_batch_size, dp)
+
+
+def _share_of(global_batch_size: int, micro_batch_size: int, dp: int) -> int:
     if global_batch_size % (micro_batch_size * dp):
         raise ConfigError(
             f"global_batch_size={global_batch_size} is not a multiple of micro_batch_size={micro_batch_size} x dp={dp}. "
             f"Choose a multiple of {micro_batch_size * dp}."
         )
     return global_batch_size // (micro_batch_size * dp)
+
+
+def item_work(encoded: EncodedSet, packs: Packs | None, *, token_cost: float) -> np.ndarray:
+    """Return the work of every item, in pairs of query and key, float64 [items]."""
+    lengths = encoded.lengths.astype(np.float64)
+    work: np.ndarray = (lengths * (lengths / 2 + token_cost)).reshape(-1, encoded.per_row).sum(1)
+    return work if packs is None else np.add.reduceat(work[packs.items], packs.starts[:-1])
+
+
+def build_rows(encoded: EncodedSet, settings: BatchSettings, *, pad_id: int) -> MicroBatch:
+    """Return the micro batch of all rows of a small set, in their order."""
+    return _RowBuilder(encoded, replace(settings, packing=False), pad_id).build(range(encoded.num_rows))
 
 
 class _RowBuilder:
@@ -192,11 +229,7 @@ class _RowBuilder:
             fits = ahead is not None and ahead.capacity == settings.packing_length
             self.packs = ahead if fits else pack(encoded.row_lengths, settings.packing_length)
         self.num_items = len(self.packs) if self.packs is not None else encoded.num_rows
-        lengths = encoded.lengths.astype(np.float64)
-        work = lengths * (lengths / 2 + settings.token_cost)
-        self.work = work.reshape(-1, encoded.per_row).sum(1)  # of every item, in pairs of query and key
-        if self.packs is not None:
-            self.work = np.add.reduceat(self.work[self.packs.items], self.packs.starts[:-1])
+        self.work = item_work(encoded, self.packs, token_cost=settings.token_cost)
 
     def build(self, items: Sequence[int] | np.ndarray) -> MicroBatch:
         """Return the micro batch of some items; none gives a row of padding."""
@@ -236,17 +269,25 @@ class _RowBuilder:
             cu_seqlens=torch.from_numpy(bounds),
             max_seqlen=max(documents),
             sample_ids=entries,
+            lengths=tuple(lengths),
         )
 
     def _padded_rows(self, entries: tuple[int, ...]) -> MicroBatch:
         """Put every document into a row of its own, padded on the right to the longest [B, S]."""
-        longest = max(int(self._encoded.starts[entry + 1] - self._encoded.starts[entry]) for entry in entries)
-        width = longest + -longest % self._settings.pad_to_multiple
+        starts = self._encoded.starts
+        lengths = tuple(int(starts[entry + 1] - starts[entry]) for entry in entries)
+        width = max(lengths) + -max(lengths) % self._settings.pad_to_multiple
         row = _Row(width * len(entries), self._pad_id)
         row.position_ids[:] = np.tile(np.arange(width), len(entries))
         for number, entry in enumerate(entries):
             row.put(self._encoded, entry, number * width)
-        return MicroBatch(**row.tensors(len(entries)), cu_seqlens=None, max_seqlen=width, sample_ids=entries)
+        return MicroBatch(
+            **row.tensors(len(entries)),
+            cu_seqlens=None,
+            max_seqlen=width,
+            sample_ids=entries,
+            lengths=lengths,
+        )
 
 
 class _Row:

@@ -5,6 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from megaswift.data.batches import MicroBatch, TrainData, ValidationData
+from megaswift.data.stream_batches import StreamData
 
 
 class TrainFeed:
@@ -12,34 +13,33 @@ class TrainFeed:
 
     phase, patient = "reading its batch", False  # what a rank does in batch(), and whether it may take long
 
-    def __init__(self, data: TrainData, *, dp_rank: int, dp: int, ahead: bool = False) -> None:
+    def __init__(self, data: TrainData | StreamData, *, dp_rank: int, dp: int, ahead: bool = False) -> None:
         """`ahead` builds the next global batch in a thread while the current one computes."""
         self.data = data
         self.items_per_step = data.settings.global_batch_size
         self._dp_rank, self._dp = dp_rank, dp
         self._pool = ThreadPoolExecutor(max_workers=1) if ahead else None
         self._next: tuple[int, Future[list[MicroBatch]]] | None = None
+        self._given = 0  # items up to the end of the newest batch
 
     def batch(self, consumed: int) -> list[MicroBatch]:
-        """Return the micro batches of the global batch that follows `consumed` items."""
+        """Return the micro batches of the global batch that follows `consumed` items. Raises DataError."""
         batches = (
             self._next[1].result() if self._next and self._next[0] == consumed else self._build(consumed)
         )
         if self._pool is not None:
             following = consumed + self.items_per_step
             self._next = (following, self._pool.submit(self._build, following))
+        self._given = consumed + self.items_per_step
         return batches
 
     def epoch(self, consumed: int) -> float:
         """Return how often the data was seen."""
-        return consumed / self.data.num_items
+        return self.data.epoch(consumed)
 
     def sample_ids(self, consumed: int) -> list[int]:
-        """Return the entries of the whole global batch that follows `consumed` items, over all ranks."""
-        items, packs = self.data.items(consumed), self.data.packs
-        if packs is None:
-            return [int(item) for item in items]
-        return [int(entry) for item in items for entry in packs[int(item)]]
+        """Return the rows of the whole global batch that follows `consumed` items, over all ranks."""
+        return self.data.sample_ids(consumed)
 
     def figures(self) -> dict[str, float]:
         """Return what is logged about the newest batch beside what training finds."""
@@ -47,7 +47,13 @@ class TrainFeed:
 
     def writers(self) -> dict[str, Callable[[Path], None]]:
         """Return what a checkpoint must hold of the feed, by the names of its folders; every rank writes."""
-        return {}
+        return self.data.writers(lambda: self._given)
+
+    def close(self) -> None:
+        """No more batches are needed: end what builds them ahead."""
+        if self._pool is not None:
+            self._pool.shutdown()
+        self.data.close()
 
     def _build(self, consumed: int) -> list[MicroBatch]:
         return list(self.data.micro_batches(consumed, dp_rank=self._dp_rank, dp=self._dp))

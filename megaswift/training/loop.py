@@ -83,7 +83,7 @@ def train_loop(
     while not stop:
         began = perf_counter()
         pulse.move(progress.step + 1, feed.phase, patient=feed.patient)
-        batches = feed.batch(progress.consumed_samples)
+        batches = alike(partial(feed.batch, progress.consumed_samples))
         pulse.move(progress.step + 1, "training")
         result = engine.train_step(batches, interrupted=interrupt.seen)
         progress = progress.after(result, items=feed.items_per_step)

@@ -81,7 +81,7 @@ class RolloutFeed(TrainFeed):
         size = self._settings.global_batch_size
         if self._rollout is None or (self._rollout.position, len(self._rollout)) != (position, size):
             step = consumed // self.items_per_step + 1
-            self._rollout = self._roller.roll(self.data.items(position), position=position, step=step)
+            self._rollout = self._roller.roll(self._roller.prompts.items(position), position=position, step=step)
         return list(
             self._rollout.micro_batches(
                 self._settings, dp_rank=self._dp_rank, dp=self._dp, pad_id=self._roller.pad_id
@@ -308,7 +308,7 @@ def rollout_feed(
     group: Any,
 ) -> RolloutFeed:
     """Return the feed of a resolved run; `checkpoint` is the one that it goes on from. Every rank calls it; raises UserError."""
-    assert sets.rows is not None, "the rows are prompts"
+    assert sets.rows is not None and isinstance(sets.train, TrainData), "the rows are prompts"
     table = None
     if run.rollout.log_completions and dist.get_rank() == 0:
         done = 0 if checkpoint is None else checkpoint.manifest.step

@@ -20,6 +20,7 @@ from megaswift.config.run import RunConfig
 from megaswift.converters.adapters import load_peft
 from megaswift.converters.load import load_weights
 from megaswift.converters.peft_folder import PeftAdapter, read_adapter
+from megaswift.data.batches import TrainData
 from megaswift.launch.environment import RankEnv
 from megaswift.launch.governor import Governor
 from megaswift.launch.heartbeat import Heartbeat, empty_folder
@@ -64,6 +65,7 @@ from megaswift.training.setup import (
 from megaswift.training.signals import Interrupt
 from megaswift.training.spikes import SpikeGuard
 from megaswift.training.stragglers import Stragglers, places_of_ranks
+from megaswift.training.stream import load_stream
 from megaswift.training.wall_time import WallTime
 
 logger = get_logger(__name__)
@@ -144,7 +146,10 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
         references = References(
             run=run, meta=meta, layout=layout, platform=platform, output_dir=output_dir, group=patient
         )
-    sets = load_sets(run, meta, layout, output_dir=output_dir, group=patient, references=references)
+    if run.data.streaming:
+        sets = load_stream(run, meta, layout, output_dir=output_dir, group=patient, checkpoint=checkpoint)
+    else:
+        sets = load_sets(run, meta, layout, output_dir=output_dir, group=patient, references=references)
     layout = agree_on_first(
         lambda: place_context(
             run,
@@ -152,7 +157,7 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
             layout,
             platform,
             lengths=sets.lengths,
-            rows=sets.train.num_items,
+            rows=sets.num_items,
             ranks_per_node=ranks_of_this_node(),
         )
     )
@@ -178,7 +183,7 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
         optimizer,
         schedule,
         task,
-        measure=measurer(run, meta, sets.lengths),
+        measure=measurer(run, meta),
         share=context_share(layout),
     )
     if checkpoint is not None:
@@ -275,6 +280,7 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
             interrupt=wall_time,
             pulse=heartbeat,
         )
+    feed.close()
     for reporter in reporters:
         reporter.close()
     if account is not None:
@@ -345,6 +351,7 @@ def _total_steps(run: RunConfig, sets: Sets, start: Progress) -> int:
     if run.training.train_iters is not None:
         return run.training.train_iters
     epochs = 1.0 if run.training.num_train_epochs is None else run.training.num_train_epochs
+    assert isinstance(sets.train, TrainData), "a stream has --train_iters: config/data_rules.py"
     size = sets.train.settings.global_batch_size
     whole = sets.train.num_steps(epochs * run.rollout.num_iterations)
     # The global batch may have changed since the checkpoint: count on from the samples that it has seen.

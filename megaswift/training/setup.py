@@ -28,6 +28,7 @@ from megaswift.data.encode import EncodedSet
 from megaswift.data.load import load_data
 from megaswift.data.mismatched import mismatched_answers
 from megaswift.data.prompts import PromptRows, save_rows
+from megaswift.data.stream_batches import StreamData
 from megaswift.data.tokenizer import load_tokenizer, pad_id_of
 from megaswift.errors import CheckpointError
 from megaswift.logs import get_logger
@@ -51,9 +52,10 @@ TOKENISED = ".tokenised"  # where rank 0 leaves the token ids for the ranks besi
 class Sets:
     """The training stream and the validation set."""
 
-    train: TrainData
+    train: TrainData | StreamData
     val: ValidationData | None
-    lengths: np.ndarray  # tokens of every training entry
+    lengths: np.ndarray  # tokens of every training entry; of a stream, of those in its first window
+    num_items: int  # that hold these entries
     settings: BatchSettings  # of batches of samples, or of completions where the samples are prompts
     rows: PromptRows | None = None  # behind the prompts
 
@@ -128,7 +130,37 @@ def load_sets(
         return {name: str(folder / name) for name in sets}
 
     places = agree_on_first(encode, group=group)
-    settings = BatchSettings(
+    settings = batch_settings(run, meta, layout)
+    pad_id = pad_id_of(tokenizer)
+    encoded = agree(lambda: [EncodedSet.load(Path(place)) for place in places.values()])
+    if references is not None:
+        encoded = references.of(encoded, settings, pad_id=pad_id)
+
+    def form_items() -> Sets:
+        if generates(run):
+            asked = settings.global_batch_size // run.rollout.num_generations
+            of_prompts = replace(settings, global_batch_size=asked, micro_batch_size=1)
+            prompts = TrainData(encoded[0], of_prompts, pad_id=pad_id)
+            return Sets(
+                train=prompts,
+                val=None,
+                lengths=encoded[0].lengths,
+                num_items=prompts.num_items,
+                settings=settings,
+                rows=PromptRows(folder),
+            )
+        val = ValidationData(encoded[1], settings, pad_id=pad_id) if len(encoded) > 1 else None
+        train = TrainData(encoded[0], settings, pad_id=pad_id)
+        lengths = encoded[0].lengths
+        return Sets(train=train, val=val, lengths=lengths, num_items=train.num_items, settings=settings)
+
+    return agree(form_items)
+
+
+def batch_settings(run: RunConfig, meta: ModelMeta, layout: Layout) -> BatchSettings:
+    """Return how the rows of a resolved run become batches."""
+    assert run.training.global_batch_size is not None, "resolved"
+    return BatchSettings(
         global_batch_size=run.training.global_batch_size,
         micro_batch_size=run.training.micro_batch_size,
         packing=run.data.packing,
@@ -140,23 +172,6 @@ def load_sets(
         pad_to_multiple=token_multiple(run.precision)
         * pad_multiple(cp=layout.cp, tp=layout.tp, sequence_parallel=layout.sequence_parallel),
     )
-    pad_id = pad_id_of(tokenizer)
-    encoded = agree(lambda: [EncodedSet.load(Path(place)) for place in places.values()])
-    if references is not None:
-        encoded = references.of(encoded, settings, pad_id=pad_id)
-
-    def form_items() -> Sets:
-        if generates(run):
-            asked = settings.global_batch_size // run.rollout.num_generations
-            of_prompts = replace(settings, global_batch_size=asked, micro_batch_size=1)
-            prompts = TrainData(encoded[0], of_prompts, pad_id=pad_id)
-            lengths, rows = encoded[0].lengths, PromptRows(folder)
-            return Sets(train=prompts, val=None, lengths=lengths, settings=settings, rows=rows)
-        val = ValidationData(encoded[1], settings, pad_id=pad_id) if len(encoded) > 1 else None
-        train = TrainData(encoded[0], settings, pad_id=pad_id)
-        return Sets(train=train, val=val, lengths=encoded[0].lengths, settings=settings)
-
-    return agree(form_items)
 
 
 def _room(run: RunConfig) -> int | None:
@@ -165,20 +180,12 @@ def _room(run: RunConfig) -> int | None:
     return longest - run.rollout.max_completion_length if generates(run) and longest is not None else longest
 
 
-def measurer(
-    run: RunConfig, meta: ModelMeta, lengths: np.ndarray
-) -> Callable[[MicroBatch], tuple[int, float]]:
-    """Return what tells the tokens of a micro batch, padding left out, and its model FLOPs.
-
-    `lengths` are those of the training entries. Those of completions, which are none, stand in the micro batch.
-    """
+def measurer(run: RunConfig, meta: ModelMeta) -> Callable[[MicroBatch], tuple[int, float]]:
+    """Return what tells the tokens of a micro batch, padding left out, and its model FLOPs."""
     cost = step_cost(meta, run.tuner)
 
     def measure(batch: MicroBatch) -> tuple[int, float]:
-        if generates(run) and batch.cu_seqlens is not None:
-            own = batch.cu_seqlens.diff().tolist()[: len(batch.sample_ids)]
-        else:
-            own = [int(length) for length in lengths[list(batch.sample_ids)]]
+        own = list(batch.lengths)
         return sum(own), cost.of(lengths=own, loss_tokens=int((batch.loss_mask != 0).sum()))
 
     return measure
@@ -201,6 +208,7 @@ def identity_of(run: RunConfig, meta: ModelMeta) -> dict[str, Any]:
         "torch_dtype": run.model.torch_dtype,
         "optimizer": run.optimizer.optimizer,
         "tuner_type": tuner.tuner_type,
+        "streaming": run.data.streaming,
         **({"scores": True} if meta.scores else {}),
         **(adapters if tuner.tuner_type == "lora" else {}),
     }

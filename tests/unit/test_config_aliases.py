@@ -85,7 +85,6 @@ def test_a_flag_that_asks_for_nothing_is_accepted(words: str) -> None:
     [
         "--mtp_num_layers 1",
         "--use_galore true",
-        "--streaming",
         "--template qwen2_5",
         "--use_dora true",
         "--fp4_format e2m1",
