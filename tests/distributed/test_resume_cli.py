@@ -115,30 +115,3 @@ def test_a_disk_that_fills_up_while_saving_is_one_clear_error(folder: Path) -> N
     assert [path.name for path in (folder / "full").glob("checkpoint-*")] == ["checkpoint-4"]
     assert "resumed from" in finish(args)
     assert [line["step"] for line in lines(folder, "full")] == list(range(1, 9))
-
-
-@pytest.mark.ranks(2)
-def test_a_stream_goes_on_with_another_number_of_ranks(folder: Path) -> None:
-    streaming = (
-        "--streaming",
-        "true",
-        "--shuffle_buffer_size",
-        "16",
-        "--packing",
-        "true",
-        "--max_length",
-        "64",
-    )
-    args = command(folder, "stream", *streaming, "--lr_decay_style", "constant", "--nproc_per_node")
-    for flag, value in (("--train_iters", "6"), ("--save_steps", "3")):
-        args[args.index(flag) + 1] = value
-    finish([*args, "2"])
-    expected = lines(folder, "stream")
-    assert [line["step"] for line in expected] == list(range(1, 7))
-    assert not (folder / "stream" / ".tokenised").exists()
-    (folder / "stream" / "checkpoint-6" / "manifest.json").unlink()
-    assert "checkpoint-3 at step 3" in finish([*args, "1"])
-    found = lines(folder, "stream")
-    assert [line["sample_ids"] for line in found] == [line["sample_ids"] for line in expected]
-    losses = [line["loss"] for line in found]
-    assert losses == pytest.approx([line["loss"] for line in expected], rel=1e-5)  # sums in another order

@@ -260,7 +260,7 @@ def test_bad_rows_are_counted_and_a_window_of_them_is_passed(folder, tmp_path):
 def test_windows_made_ahead_are_the_same_and_removed_once_they_are_behind(folder, tmp_path, monkeypatch):
     def threads(
         processes, context, *, initializer, initargs
-    ):  # processes cost seconds; test_resume_cli.py has them
+    ):  # processes cost seconds; the next test has one
         monkeypatch.setattr(windows, "_recipe", initargs[0])
         return ThreadPoolExecutor(processes)
 
@@ -277,6 +277,18 @@ def test_windows_made_ahead_are_the_same_and_removed_once_they_are_behind(folder
     reader = Shelf(tmp_path / "w").get(data._next - 1)
     assert reader.encoded is not None and len(reader.encoded) in (9, 10)
     data.close()
+
+
+def test_windows_are_made_in_processes_that_end_with_the_stream(folder, tmp_path):
+    config = config_of(folder)
+    recipe = recipe_of(folder, config)
+    shop = Workshop(tmp_path / "w", RowStream(recipe.sets, config, seed=5), recipe, processes=1)
+    made = shop.get(0).encoded
+    expected = recipe.kitchen().make(RowStream(recipe.sets, config, seed=5).window()[1])[0]
+    assert np.array_equal(made.input_ids, expected.input_ids) and np.array_equal(made.starts, expected.starts)
+    processes = list(shop._pool._processes.values())
+    shop.close()
+    assert processes and not any(process.is_alive() for process in processes)
 
 
 def test_a_bad_row_stops_a_strict_stream_on_every_rank(folder, tmp_path, monkeypatch):
