@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.test_layouts import LOSS_TOLERANCE, NORM_TOLERANCE, PATIENCE_S, ROWS, Curve
+from tests.distributed.test_layouts import LOSS_TOLERANCE, NORM_TOLERANCE, ROWS, Curve
 from tests.harness.distributed import run_distributed
 from tests.harness.tiny import save_tiny
 from tests.harness.training import Case, curves, export_gradients, prepared, temporary_folder
@@ -84,18 +84,14 @@ def cases_of(training: str, ranks: int) -> list[Case]:
 @cache
 def all_curves(training: str, ranks: int) -> list[dict[str, Curve]]:
     """Run every layout of so many ranks in one set of processes; return what each rank saw."""
-    return run_distributed(
-        curves, ranks, folder_of(TRAININGS[training][0]), cases_of(training, ranks), timeout_s=PATIENCE_S
-    )
+    return run_distributed(curves, ranks, folder_of(TRAININGS[training][0]), cases_of(training, ranks))
 
 
 @cache
 def all_gradients(training: str, ranks: int) -> dict[str, dict[str, torch.Tensor]]:
     """Return the gradients of the first step under every layout of so many ranks, by their weights' names in the file."""
     output, cases = temporary_folder(), cases_of(training, ranks)
-    run_distributed(
-        export_gradients, ranks, folder_of(TRAININGS[training][0]), cases, output, timeout_s=PATIENCE_S
-    )
+    run_distributed(export_gradients, ranks, folder_of(TRAININGS[training][0]), cases, output)
     found = {case.name: load_file(output / case.name / "model.safetensors") for case in cases}
     shutil.rmtree(output)
     return found
@@ -158,7 +154,7 @@ def validate(rank: int, world_size: int, folder: Path, cases: list[Case]) -> dic
 @pytest.mark.parametrize("training", ["qwen3", "mean of micro batches"])
 def test_validation_sees_every_token_once(training: str) -> None:
     folder = folder_of(TRAININGS[training][0])
-    (expected,) = run_distributed(validate, 1, folder, cases_of(training, 1), timeout_s=PATIENCE_S)
-    for seen in run_distributed(validate, 2, folder, cases_of(training, 2)[:4], timeout_s=PATIENCE_S):
+    (expected,) = run_distributed(validate, 1, folder, cases_of(training, 1))
+    for seen in run_distributed(validate, 2, folder, cases_of(training, 2)[:4]):
         for name, loss in seen.items():
             assert loss == pytest.approx(expected[f"one {name.split()[-1]}"], rel=1e-6), name

@@ -47,7 +47,7 @@ def on_one_rank() -> dict[str, Curve]:
             "lora", "tensorwise", tuner={"tuner_type": "lora", "lora_dropout": 0.0}, optimizer={"lr": 1e-2}
         ),
     ]
-    (found,) = run_distributed(curves, 1, folder_of("llama"), cases, timeout_s=900.0)
+    (found,) = run_distributed(curves, 1, folder_of("llama"), cases)
     return found
 
 
@@ -82,7 +82,7 @@ def test_ranks_share_their_scales() -> None:
         "dp2": {},
     }
     cases = [case_of(name, "delayed", parallel=parallel) for name, parallel in layouts.items()]
-    for seen in run_distributed(curves, 2, folder_of("llama"), cases, timeout_s=900.0):
+    for seen in run_distributed(curves, 2, folder_of("llama"), cases):
         for name, curve in seen.items():
             for (loss, _), (one_loss, _) in zip(curve, on_one_rank()["delayed"], strict=True):
                 # Numbers between two codes fall to either side as sums differ in their last bit.
@@ -92,6 +92,6 @@ def test_ranks_share_their_scales() -> None:
 @pytest.mark.ranks(2)
 def test_experts_learn_in_fp8_on_ranks_of_their_own() -> None:
     cases = [case_of("ep2", "delayed", parallel={"ep": 2}), case_of("plain", None, parallel={"ep": 2})]
-    for seen in run_distributed(curves, 2, folder_of("qwen3_moe"), cases, timeout_s=900.0):
+    for seen in run_distributed(curves, 2, folder_of("qwen3_moe"), cases):
         for (loss, _), (plain_loss, _) in zip(seen["ep2"], seen["plain"], strict=True):
             assert loss == pytest.approx(plain_loss, rel=0.02)  # a near tie of two experts may flip

@@ -13,12 +13,13 @@ from typing import Any
 
 # Each gloo group that something still refers to polls a hundred times a second, in three threads.
 MOST_THREADS = 150
+PATIENCE_S = 900.0  # many runs in one set of processes, on a machine that may be busy
 
 _workers: list[tuple[Any, Connection]] = []
 
 
 def run_distributed(
-    func: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 240.0
+    func: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = PATIENCE_S
 ) -> list[Any]:
     """Call func(rank, world_size, *args) on every rank of a gloo world and return the results by rank.
 
