@@ -147,8 +147,7 @@ def test_round_trip_of_every_family_is_bit_identical(
     for name in names:
         (tmp_path / name).mkdir()
         (tmp_path / name / "in").symlink_to(saved(name), target_is_directory=True)
-    ranks, limit_s = LAYOUTS[layout].world, 10.0 * len(names) + 240
-    run_distributed(all_there_and_back, ranks, tmp_path, names, LAYOUTS[layout], timeout_s=limit_s)
+    run_distributed(all_there_and_back, LAYOUTS[layout].world, tmp_path, names, LAYOUTS[layout])
     assert all_changed(tmp_path, names) == {}
 
 
