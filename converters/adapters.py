@@ -8,6 +8,7 @@ a pair of its own:
   other blocks of B nonzero; each weight then needs all of A, and export writes pairs of rank R. Both are exact.
 
 B is cut over ranks like the rows of the weight, A like its columns; the plan of the weight says where.
+A head of scores trains whole, and lies whole in the folder (modules_to_save).
 """
 
 import json
@@ -22,12 +23,14 @@ from typing import Any
 import torch
 
 from megaswift.config.tuner import TunerConfig
+from megaswift.converters.check import SCORE
 from megaswift.converters.export import ExportReport, gather_columns, is_writer, raw_bytes, tensor_rank
 from megaswift.converters.live import TORCH_DTYPES, LiveParameter, live_parameters, rows_of
 from megaswift.converters.load import LoadReport
 from megaswift.converters.output_folder import OutputFolder, gathered
 from megaswift.converters.peft_folder import (
     CONFIG_FILE,
+    HEAD,
     WEIGHTS_FILE,
     LowRank,
     PeftAdapter,
@@ -47,7 +50,7 @@ from megaswift.parallel.layout import Coordinates, Layout, coordinates
 def load_peft(
     chunks: Sequence[torch.nn.Module], meta: ModelMeta, layout: Layout, rank: int, adapter: PeftAdapter
 ) -> LoadReport:
-    """Fill the LoRA parameters of this rank's chunks; a weight that the folder does not adapt gets B = 0.
+    """Fill the LoRA parameters of this rank's chunks, and their head; a weight that the folder does not adapt gets B = 0.
 
     The modules must have been made with the settings of `adapter.adopt` and the ranks of `adapter.ranks`. No rank talks
     to another. Raises WeightsError where a module has no adapter, or one of another rank.
@@ -55,6 +58,10 @@ def load_peft(
     started = time.monotonic()
     bytes_read, tensors = 0, 0
     for parameter in live_parameters(chunks, meta, layout, rank=rank):
+        if adapter.head is not None and _is_head(parameter):
+            parameter.weight.copy_(_tensor(adapter.head.values, adapter.head.dtype))
+            bytes_read, tensors = bytes_read + adapter.head.values.nbytes, tensors + 1
+            continue
         pairs = [adapter.pairs.get(tensor) for tensor in parameter.planned.tensors]
         present = [pair for pair in pairs if pair]
         if present and parameter.adapted_module is None:
@@ -137,15 +144,17 @@ def save_peft(
     dtype: str,
     base_model: str | None = None,
 ) -> ExportReport:
-    """Write the adapters as a PEFT folder that appears complete or not at all; every rank of the world calls it.
+    """Write the adapters and their head as a PEFT folder that appears complete or not at all; every rank of the world calls it.
 
     `dtype` is the name of the dtype in the file, `base_model` the id or folder that peft is told. Raises WeightsError on
     every rank when any rank cannot write.
     """
     started = time.monotonic()
     folder = OutputFolder(Path(output), rank=rank, world=layout.world)
-    live = [one for one in live_parameters(chunks, meta, layout, rank=rank) if one.adapted_module is not None]
+    everything = live_parameters(chunks, meta, layout, rank=rank)
+    live = [one for one in everything if one.adapted_module is not None]
     modules = _agree_on_modules(live, layout, usual=tuner.lora_rank)
+    live += [one for one in everything if _is_head(one)]
     shapes = file_tensors(meta)
     adapted = {
         tensor: modules.rank_and_blocks(tensors, tuner.lora_rank)
@@ -160,6 +169,10 @@ def save_peft(
             factor_names(_module(tensor)), ((r, shapes[tensor][1]), (shapes[tensor][0], r)), strict=True
         )
     ]
+    if SCORE in shapes:
+        infos.append(
+            TensorInfo(name=HEAD, dtype=DTYPE_NAMES[dtype], shape=shapes[SCORE], file=folder.growing, begin=0)
+        )
     files = plan_files(
         infos, folder.growing, max_bytes=sum(info.num_bytes for info in infos), single=WEIGHTS_FILE
     )
@@ -169,13 +182,14 @@ def save_peft(
     at = coordinates(layout, rank)
     for ordinal, parameter in enumerate(live):
         if is_writer(parameter.planned, ordinal, layout, at):
-            r, blocks = adapted[parameter.planned.tensors[0]]
+            r, blocks = adapted.get(parameter.planned.tensors[0], (0, False))
             for name, rows, first_row in _file_rows(parameter, layout, at, rank=r, blocks=blocks):
                 slot = writer.slot(name)
                 data = raw_bytes(rows[..., : slot.cols], slot.dtype)
                 folder.attempt(partial(writer.write, name, data, first_row=first_row))
     folder.attempt(writer.close)
-    text = _config_json(adapted, tuner, base_model=base_model or str(meta.folder))
+    base = base_model or str(meta.folder)
+    text = _config_json(adapted, tuner, base_model=base, scores=meta.scores is not None)
     folder.publish(lambda path: (path / CONFIG_FILE).write_text(text, encoding="utf-8"))
     return ExportReport(
         folder=folder.output, bytes_written=writer.bytes_written, seconds=time.monotonic() - started
@@ -219,9 +233,12 @@ def _file_rows(
 ) -> Iterator[tuple[str, torch.Tensor, int]]:
     """Yield (tensor, rows, first row) of what this rank writes of one module; every rank of its tp group calls it."""
     planned, module = parameter.planned, parameter.adapted_module
-    assert module is not None
-    a_RD, b_FR = module.lora_a.weight.data, module.lora_b.weight.data
     is_first = tensor_rank(planned, layout, at)[0] == 0
+    if module is None:  # the head
+        if is_first:
+            yield HEAD, parameter.weight, 0
+        return
+    a_RD, b_FR = module.lora_a.weight.data, module.lora_b.weight.data
     if planned.shard is Shard.DIM1:
         a_RD = gather_columns(a_RD, planned, layout, at)
     for number, tensor in enumerate(planned.tensors):
@@ -237,11 +254,17 @@ def _file_rows(
                     yield name_b, rows_of(b_FR[:, own], piece.into), piece.rows.start
 
 
+def _is_head(parameter: LiveParameter) -> bool:
+    return parameter.planned.tensors == (SCORE,)
+
+
 def _module(tensor: str) -> str:
     return tensor.removesuffix(".weight")
 
 
-def _config_json(adapted: Mapping[str, tuple[int, bool]], tuner: TunerConfig, *, base_model: str) -> str:
+def _config_json(
+    adapted: Mapping[str, tuple[int, bool]], tuner: TunerConfig, *, base_model: str, scores: bool
+) -> str:
     """Return the text of adapter_config.json; a pair of another rank keeps the scale by an alpha of its own."""
     others = {_module(tensor): r for tensor, (r, _) in adapted.items() if r != tuner.lora_rank}
     ratio = (
@@ -250,7 +273,7 @@ def _config_json(adapted: Mapping[str, tuple[int, bool]], tuner: TunerConfig, *,
     has_experts = any(".experts." in tensor for tensor in adapted)
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if scores else "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "r": tuner.lora_rank,
         "lora_alpha": tuner.lora_alpha,
@@ -264,6 +287,6 @@ def _config_json(adapted: Mapping[str, tuple[int, bool]], tuner: TunerConfig, *,
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "modules_to_save": [_module(SCORE)] if scores else None,
     }
     return json.dumps(config, indent=2) + "\n"

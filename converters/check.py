@@ -9,7 +9,7 @@ from megaswift.errors import WeightsError
 from megaswift.metadata.meta import ModelMeta
 
 MAX_NAMES = 8  # of one kind in a message
-# A reward model may start from a language model: its own head is then new, and the other is left behind.
+# A model that scores may start from a language model: its own head is then new, and the other is left behind.
 SCORE, LM_HEAD = "score.weight", "lm_head.weight"
 
 
@@ -17,7 +17,7 @@ def check_files(meta: ModelMeta, tensors: Mapping[str, TensorInfo]) -> None:
     """Raise WeightsError unless every tensor is claimed by the model's table once, none is missing and every shape fits."""
     expected = file_tensors(meta)
     faults = []
-    if missing := [name for name in expected if name not in tensors and not (meta.scores and name == SCORE)]:
+    if missing := [name for name in expected if name not in tensors and name != SCORE]:
         faults.append(f"missing: {listing(missing)}")
     if unclaimed := [name for name in tensors if name not in expected and not _is_ignored(meta, name)]:
         faults.append(f"not claimed by the family {meta.family}: {listing(unclaimed)}")
@@ -60,7 +60,7 @@ def _is_ignored(meta: ModelMeta, name: str) -> bool:
     twin = tied_twin(meta)
     return (
         (twin is not None and name == twin[1])
-        or (meta.scores and name == LM_HEAD)
+        or (meta.scores is not None and name == LM_HEAD)
         or is_carried(meta, name)
         or any(re.fullmatch(pattern, name) for pattern in table_for(meta).ignored)
     )

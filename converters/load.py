@@ -35,7 +35,7 @@ def load_weights(
 ) -> LoadReport:
     """Fill the parameters of this rank's chunks from the safetensors of `folder`, cast to the parameters' own dtype.
 
-    Adapter parameters (lora_a, lora_b) are left alone, and so is the head of a reward model that the files lack. No rank
+    Adapter parameters (lora_a, lora_b) are left alone, and so is a head for scores that the files lack. No rank
     talks to another. Raises WeightsError, before anything is filled, where files, config.json and model do not fit together
     exactly.
     """
@@ -47,7 +47,7 @@ def load_weights(
     with TensorReader(tensors) as reader, torch.no_grad():
         for parameter in live:
             planned = parameter.planned
-            if meta.scores and planned.tensors == (SCORE,) and SCORE not in tensors:
+            if planned.tensors == (SCORE,) and SCORE not in tensors:
                 continue  # a new head: it stays as it was built
             if planned.name == EMBEDDING:
                 _check_twin(reader, meta, planned.pieces)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from megaswift.config.tuner import TunerConfig
-from megaswift.converters.check import listing
+from megaswift.converters.check import SCORE, listing
 from megaswift.converters.plan import Parameter, plan_chunk
 from megaswift.converters.tensor_files import Bits, TensorReader, read_header
 from megaswift.errors import WeightsError
@@ -26,6 +26,7 @@ from megaswift.parallel.layout import Layout, coordinates
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every tensor: the model inside a PeftModel
+HEAD = PREFIX + SCORE  # a module of modules_to_save: the whole tensor
 
 LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
@@ -56,6 +57,14 @@ class LowRank:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Whole:
+    """A tensor that takes the place of the base model's: raw elements [rows, columns] and their dtype."""
+
+    values: Bits
+    dtype: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class PeftAdapter:
     """Everything that a PEFT folder holds."""
 
@@ -65,6 +74,7 @@ class PeftAdapter:
     use_rslora: bool
     dropout: float
     pairs: Mapping[str, LowRank]  # by tensor of the base model's file
+    head: "Whole | None" = None  # of a model that scores, in place of the base model's
 
     def adopt(self, tuner: TunerConfig, meta: ModelMeta) -> TunerConfig:
         """Return the settings that make modules for this adapter: its rank, scale and targets."""
@@ -123,7 +133,7 @@ def read_adapter(folder: Path | str, meta: ModelMeta) -> PeftAdapter:
     Raises WeightsError where the folder is incomplete, or has settings or tensors that no Megatron module can hold.
     """
     folder = Path(folder)
-    config = _read_config(folder)
+    config = _read_config(folder, scores=meta.scores is not None)
     if not (folder / WEIGHTS_FILE).is_file():
         raise WeightsError(f"{folder} has no {WEIGHTS_FILE}. Save the adapter with safe_serialization=True.")
     reader = TensorReader(read_header(folder / WEIGHTS_FILE))
@@ -144,6 +154,15 @@ def read_adapter(folder: Path | str, meta: ModelMeta) -> PeftAdapter:
                         f"The adapter {folder} has A {list(a.shape)} and B {list(b.shape)} for {piece.tensor}, which is "
                         f"[{rows}, {piece.cols[1]}]. It belongs to another model."
                     )
+    head = None
+    if meta.scores is not None and HEAD in reader.tensors:
+        head = Whole(values=reader.matrix(HEAD), dtype=reader.tensors[HEAD].dtype)
+        used.add(HEAD)
+        if head.values.shape != (meta.scores, meta.hidden_size):
+            raise WeightsError(
+                f"The adapter {folder} has a head {list(head.values.shape)}, and the model's is "
+                f"[{meta.scores}, {meta.hidden_size}]. Give the num_labels that it was trained with."
+            )
     if left := sorted(set(reader.tensors) - used):
         raise WeightsError(
             f"The adapter {folder} changes weights that no Megatron adapter can change: {listing(left)}. "
@@ -156,6 +175,7 @@ def read_adapter(folder: Path | str, meta: ModelMeta) -> PeftAdapter:
         use_rslora=bool(config.get("use_rslora")),
         dropout=float(config.get("lora_dropout") or 0.0),
         pairs=pairs,
+        head=head,
     )
 
 
@@ -209,7 +229,7 @@ def _scale(config: Mapping[str, Any], module: str, *, rank: int) -> float:
     return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path, *, scores: bool) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     try:
         config = dict(json.loads(path.read_text(encoding="utf-8")))
@@ -220,6 +240,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
         ) from None
     if rank < 1 or alpha != int(alpha):
         raise WeightsError(f"r={rank} and lora_alpha={alpha} in {path} must be whole numbers, r at least 1.")
+    if scores:  # peft names both modules that a head may be, whichever the model has
+        others = set(config.get("modules_to_save") or ()) - {"score", "classifier"}
+        config["modules_to_save"] = sorted(others)
     for key, allowed in _REQUIRED.items():
         if key in config and config[key] not in allowed:
             raise WeightsError(

@@ -8,7 +8,7 @@ it: then its name is repeated, once a part.
 
 Sizes are spelled in letters, "HK" being the product of H and K. Where tp does not divide V, G or H, Megatron's
 parameters are padded with zeros (parallel/layout.py); the file never is.
-V vocabulary, D model, H heads, G kv groups, K head size, F ffn, M ffn of one expert, S ffn of the shared experts, E experts.
+V vocabulary, D model, O scores, H heads, G kv groups, K head size, F ffn, M ffn of one expert, S ffn of the shared experts, E experts.
 Of latent attention: A latent of q, C latent of k and v, L the same with the shared key part, U value head, W a head's k (without
 rotary positions) and v.
 Of Gated DeltaNet: N key heads, P key head size, X value heads, Y value head size, T length of the convolution; J rows of q,
@@ -143,8 +143,8 @@ FACTS: dict[str, Callable[[ModelMeta], bool]] = {
     "mlp_bias": lambda meta: meta.mlp_bias,
     "qk_norm": lambda meta: meta.qk_norm == "head" and not meta.qk_norm_after_rope,
     "late_qk_norm": lambda meta: meta.qk_norm == "head" and meta.qk_norm_after_rope,
-    "untied": lambda meta: not meta.tied_embeddings and not meta.scores,
-    "scores": lambda meta: meta.scores,
+    "untied": lambda meta: not meta.tied_embeddings and meta.scores is None,
+    "scores": lambda meta: meta.scores is not None,
     "latent_queries": lambda meta: meta.mla is not None and meta.mla.q_rank is not None,
     "direct_queries": lambda meta: meta.mla is not None and meta.mla.q_rank is None,
     "shared_experts": lambda meta: meta.moe is not None and meta.moe.shared_ffn_hidden_size > 0,
@@ -172,6 +172,7 @@ class Sizes:
             "1": 1,
             "V": meta.vocab_size,
             "D": meta.hidden_size,
+            "O": meta.scores or 0,
             "H": meta.num_heads,
             "G": meta.num_kv_heads,
             "K": meta.head_dim,

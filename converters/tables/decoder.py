@@ -9,7 +9,7 @@ _NONE, _DIM0, _DIM1 = Shard.NONE, Shard.DIM0, Shard.DIM1
 ENDS = (
     Row(_FIRST, "embedding.word_embeddings.weight",     "model.embed_tokens.weight",       "V D",              _DIM0),
     Row(_LAST,  "decoder.final_layernorm.weight",       "model.norm.weight",               "D",                _NONE),
-    Row(_LAST,  "output_layer.weight",                  "score.weight",                    "1 D",              _NONE, when="scores"),
+    Row(_LAST,  "output_layer.weight",                  "score.weight",                    "O D",              _NONE, when="scores"),
     Row(_LAST,  "output_layer.weight",                  "lm_head.weight",                  "V D",              _DIM0, when="untied"),
 )
 

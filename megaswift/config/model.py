@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from megaswift.config.field import setting
 
 DTYPES = ("bfloat16", "float16", "float32")
+PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,17 @@ class ModelConfig:
         aliases=("dtype",),
     )
     trust_remote_code: bool = setting(False, "allow code from the model folder to run")
-    task_type: str = setting("causal_lm", "what the head predicts", choices=("causal_lm",))
+    task_type: str = setting(
+        "causal_lm",
+        "what the head predicts: the next token, or labels of the whole row (column label)",
+        choices=("causal_lm", "seq_cls"),
+    )
+    num_labels: int | None = setting(None, "seq_cls: how many labels there are, or numbers to predict")
+    problem_type: str | None = setting(
+        None,
+        "seq_cls: one of the labels, any number of them, or numbers; default: regression for one label, else single_label_classification",
+        choices=PROBLEM_TYPES,
+    )
     attention_backend: str = setting(
         "auto",
         "core attention: auto lets Transformer Engine choose on a GPU and uses SDPA on a CPU",
@@ -34,3 +45,8 @@ class ModelConfig:
     random_init: bool = setting(
         False, "start from random weights instead of reading safetensors (pre-training)"
     )
+
+    @property
+    def problem(self) -> str:
+        """The problem_type of a classifier."""
+        return self.problem_type or ("regression" if self.num_labels == 1 else "single_label_classification")

@@ -125,36 +125,3 @@ def the_reference_is_not_the_adapted_model(case: Case) -> Case | None:
         f"adapters={tuner.adapters[0]}: the reference is the model without it. To compare with the adapted model, merge the "
         "adapter first (`megaswift export --merge_lora true`) and give the merged folder as --ref_model.",
     )
-
-
-def reward_models_train_in_full(run: RunConfig) -> None:
-    """An adapter has no place for the new head."""
-    if run.task == "rlhf" and run.preference.rlhf_type == "rm" and run.tuner.tuner_type != "full":
-        raise ConfigError(
-            f"rlhf_type=rm is built for tuner_type=full, not {run.tuner.tuner_type}: a PEFT adapter with the reward's head is not "
-            "written. Use --tuner_type full."
-        )
-
-
-def answers_may_be_spread_over_ranks(run: RunConfig) -> None:
-    """What context parallelism does not reach yet: the last token of an answer, and references before training."""
-    if run.task != "rlhf" or run.parallel.cp == 1:
-        return
-    for asked, name in (
-        (run.preference.rlhf_type == "rm", "rlhf_type=rm"),
-        (run.preference.precompute_ref_log_probs, "precompute_ref_log_probs=true"),
-    ):
-        if asked:
-            raise ConfigError(
-                f"{name} is not built for context_parallel_size={run.parallel.cp}. Use another layout, such as "
-                "--tensor_model_parallel_size."
-            )
-
-
-def pairs_are_whole_documents(case: Case) -> None:
-    """A loss over documents is not a mean over micro batches of tokens."""
-    if case.run.task == "rlhf" and not case.run.training.calculate_per_token_loss:
-        raise ConfigError(
-            "calculate_per_token_loss=false is for token losses: `megaswift rlhf` always divides by the rows of the global "
-            "batch. Leave it out."
-        )

@@ -44,7 +44,6 @@ _RLHF = """
 
 REFUSED: dict[str, Refused] = {
     # Model and template
-    **_refuse("other heads than the language model's", num_labels="none", problem_type="none"),
     **_refuse(
         "changing the rotary embedding",
         "Write rope_scaling into config.json.",

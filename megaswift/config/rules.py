@@ -5,6 +5,7 @@ from math import lcm
 
 from megaswift.config import context_rules as context
 from megaswift.config import data_rules as data
+from megaswift.config import head_rules as head
 from megaswift.config import layout_rules as layout
 from megaswift.config import precision_rules as precision
 from megaswift.config import preference_rules as preference
@@ -23,12 +24,12 @@ REQUEST_RULES = (
     data.every_set_has_its_share,
     data.streams_have_an_end,
     training.random_weights_are_for_pre_training,
+    head.heads_are_for_fine_tuning,
+    head.labels_are_counted,
     preference.preferences_are_for_rlhf,
     preference.preference_settings_belong_to_the_loss,
     preference.the_loss_type_is_known,
     preference.preference_numbers_are_in_range,
-    preference.reward_models_train_in_full,
-    preference.answers_may_be_spread_over_ranks,
     rollout.rollouts_are_for_grpo,
     rollout.rewards_are_named,
     rollout.rollout_numbers_are_in_range,
@@ -73,7 +74,7 @@ RULES: tuple[Rule, ...] = (
     training.router_losses_have_a_kind,
     preference.preference_settings_have_defaults,
     preference.the_reference_is_not_the_adapted_model,
-    preference.pairs_are_whole_documents,
+    head.rows_are_whole_documents,
     rollout.groups_are_whole,
     rollout.completions_have_room,
     rollout.rollout_settings_have_defaults,

@@ -59,7 +59,8 @@ class MicroBatch:
     plan: ContextPlan | None = (
         None  # of one rank's part: where the tokens of all documents are (data/context.py)
     )
-    targets: torch.Tensor | None = None  # float32 [rows]: what the rows say beside their text; nan: nothing
+    # float32 [rows] or [rows, numbers]: what the rows say beside their text; nan: nothing
+    targets: torch.Tensor | None = None
     references: torch.Tensor | None = None  # float64 [documents]: log-probability under the reference model
     # float32 [B, S], of the labels of completions: log-probability when they were generated, and under the reference model
     old_logps: torch.Tensor | None = None
@@ -144,7 +145,7 @@ class ValidationData:
     """Every item of a validation set once, in order; the last global batch is filled up with empty micro batches."""
 
     def __init__(self, encoded: EncodedSet, settings: BatchSettings, *, pad_id: int = 0) -> None:
-        self.settings = settings
+        self.encoded, self.settings = encoded, settings
         self._rows = _RowBuilder(encoded, settings, pad_id)
         self.num_items = self._rows.num_items
 

@@ -34,7 +34,8 @@ class EncodedSet:
     starts: np.ndarray  # int64 [entries + 1]
     samples: np.ndarray  # int64 [entries]
     per_row: int = 1
-    targets: np.ndarray | None = None  # float32 [rows]: what the rows say beside their text; nan: nothing
+    # float32 [rows] or [rows, numbers]: what the rows say beside their text; nan: nothing
+    targets: np.ndarray | None = None
     references: np.ndarray | None = None  # float64 [entries]: log-probability under the reference model
     mismatched: "EncodedSet | None" = None  # as many rows again, with each prompt answered for another row
     packs: Packs | None = None  # of the rows, where they were packed ahead
@@ -169,11 +170,15 @@ def _encode_chunk(samples: Sequence[Sample], template: Template, form: Form, chu
     ids: list[np.ndarray] = []
     weights: list[np.ndarray] = []
     kept: list[int] = []
-    targets: list[float] = []
+    targets: list[float | tuple[float, ...]] = []
     bad: list[BadRow] = []
     rows = [_documents(samples[index], form) for index in chunk]
     documents = [document for row in rows if not isinstance(row, RowError) for document in row]
-    outcomes = iter(encode_prompts(template, documents) if form.asks else template.encode_batch(documents))
+    outcomes = iter(
+        encode_prompts(template, documents, whole=form.reads)
+        if form.asks or form.reads
+        else template.encode_batch(documents)
+    )
     for index, row in zip(chunk, rows, strict=True):
         encoded = [row] if isinstance(row, RowError) else [next(outcomes) for _ in row]
         error = next((one for one in encoded if isinstance(one, RowError)), None)
@@ -207,7 +212,7 @@ def _documents(sample: Sample, form: Form) -> tuple[Sample, ...] | RowError:
 def _joined(parts: Iterable[_Part], form: Form) -> EncodedSet:
     parts = list(parts)
     lengths = _concatenated([part.lengths for part in parts], np.int64)
-    targets = _concatenated([part.targets for part in parts], np.float32)
+    targets = _concatenated([part.targets for part in parts if len(part.targets)], np.float32)
     return EncodedSet(
         input_ids=_concatenated([part.input_ids for part in parts], np.int32),
         loss_weights=np.concatenate(

@@ -13,7 +13,7 @@ from megaswift.config.parse import parse_saved
 from megaswift.config.run import RunConfig
 from megaswift.data.address import template_facts
 from megaswift.data.encode import encode_samples
-from megaswift.data.forms import form_for
+from megaswift.data.forms import form_of
 from megaswift.data.prepared import check_fits, named_prepared
 from megaswift.data.read import read_first
 from megaswift.data.report import BadRow, stop_at
@@ -43,7 +43,7 @@ def check_first_rows(run: RunConfig) -> dict[str, Any]:
     tokenizer = load_tokenizer(str(meta.folder), trust_remote_code=run.model.trust_remote_code)
     max_length = run.data.max_length or meta.max_length
     template = Template.from_config(run.data, tokenizer, max_length=max_length, stop_ids=meta.eos_token_ids)
-    form = form_for(run.preference.rlhf_type if run.task == "rlhf" else None)
+    form = form_of(run)
     prepared = named_prepared(run.data)
     if prepared is not None:
         own = template_facts(template, form=form, stop_ids=meta.eos_token_ids)

@@ -3,7 +3,9 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
+from megaswift.config.run import RunConfig
 from megaswift.data.sample import Message, RowError, Sample
 
 
@@ -14,8 +16,10 @@ class Form:
     name: str
     documents: Callable[[Sample], tuple[Sample, ...]]  # raises RowError for a row that the task cannot use
     per_row: int  # how many they are
-    target: Callable[[Sample], float | None]  # what the row says beside its text; None: nothing
+    # What the row says beside its text: one number, or as many for every row; None: nothing.
+    target: Callable[[Sample], float | tuple[float, ...] | None]
     asks: bool = False  # documents are prompts that the model is to answer: no token carries loss
+    reads: bool = False  # documents are read from their last token: no token carries loss
 
 
 def _itself(sample: Sample) -> tuple[Sample, ...]:
@@ -63,8 +67,59 @@ JUDGEMENTS = Form(
 PROMPTS = Form(name="prompts", documents=_prompt, per_row=1, target=lambda sample: None, asks=True)
 
 
-def form_for(rlhf_type: str | None) -> Form:
-    """Return what rows must hold for a kind of preference training; None: for fine-tuning or pre-training."""
-    if rlhf_type is None:
+def form_of(run: RunConfig) -> Form:
+    """Return what the rows of a run must hold."""
+    if run.model.task_type == "seq_cls":
+        return labelled(run.model.problem, num_labels=run.model.num_labels or 1)
+    if run.task != "rlhf":
         return CONVERSATIONS
-    return {"kto": JUDGEMENTS, "grpo": PROMPTS}.get(rlhf_type, PAIRS)
+    return {"kto": JUDGEMENTS, "grpo": PROMPTS}.get(run.preference.rlhf_type, PAIRS)
+
+
+def labelled(problem: str, *, num_labels: int) -> Form:
+    """Return the form of rows for sequence classification of that problem_type."""
+    label_of = partial(LABELS[problem], num_labels=num_labels)
+
+    def documents(sample: Sample) -> tuple[Sample, ...]:
+        label_of(sample)
+        return (sample,)
+
+    name = f"{problem} of {num_labels}"
+    return Form(name=name, documents=documents, per_row=1, target=label_of, reads=True)
+
+
+def _one_label(sample: Sample, *, num_labels: int) -> float:
+    """Return the number of the label."""
+    label = sample.label
+    if not isinstance(label, bool | int) or not 0 <= label < num_labels:
+        raise RowError("label", f"label is {label!r}, not a whole number from 0 to {num_labels - 1}")
+    return float(label)
+
+
+def _several_labels(sample: Sample, *, num_labels: int) -> tuple[float, ...]:
+    """Return 1 for every label that holds: from their numbers (ms-swift), or from as many floats as there are labels."""
+    label = sample.label if isinstance(sample.label, tuple) else (sample.label,)
+    if len(label) == num_labels and all(isinstance(one, float) and 0 <= one <= 1 for one in label):
+        return tuple(float(one) for one in label if one is not None)
+    if any(not isinstance(one, int) or isinstance(one, bool) or not 0 <= one < num_labels for one in label):
+        raise RowError(
+            "label",
+            f"label is {sample.label!r}, not a list of whole numbers from 0 to {num_labels - 1}, nor one of {num_labels} floats",
+        )
+    return tuple(float(number in label) for number in range(num_labels))
+
+
+def _numbers(sample: Sample, *, num_labels: int) -> tuple[float, ...]:
+    """Return the numbers to predict."""
+    label = sample.label if isinstance(sample.label, tuple) else (sample.label,)
+    if len(label) != num_labels or any(not isinstance(one, bool | int | float) for one in label):
+        wanted = "a number" if num_labels == 1 else f"a list of {num_labels} numbers"
+        raise RowError("label", f"label is {sample.label!r}, not {wanted}")
+    return tuple(float(one) for one in label if one is not None)
+
+
+LABELS: dict[str, Callable[..., float | tuple[float, ...]]] = {
+    "single_label_classification": _one_label,
+    "multi_label_classification": _several_labels,
+    "regression": _numbers,
+}

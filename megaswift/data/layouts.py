@@ -44,6 +44,8 @@ def to_sample(
     name, read = _layout_of(named)
     media = MediaList()
     messages = read(named, media)
+    if named.get("label") is not None and answer_only(messages) is not None:
+        messages = [{**messages[0], "role": "user"}]  # a text that is judged answers nothing
     if "system" in named and named["system"] and messages and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": _text(named, "system")}, *messages]
     for kind in TAGS:

@@ -104,7 +104,10 @@ def _examples(samples: Sequence[Sample], template: Template, form: Form) -> tupl
 
 
 def _example(sample: Sample, template: Template, form: Form) -> Example:
-    outcome = encode_prompts(template, [sample])[0] if form.asks else template.encode(sample)
+    carries_loss = not (form.asks or form.reads)
+    outcome = (
+        template.encode(sample) if carries_loss else encode_prompts(template, [sample], whole=form.reads)[0]
+    )
     if isinstance(outcome, RowError):
         raise outcome
     encoded = outcome[0]

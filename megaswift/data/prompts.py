@@ -42,23 +42,31 @@ class PromptRows:
         return PromptRow(source=row["source"], messages=tuple(row["messages"]), columns=row["columns"])
 
 
-def encode_prompts(template: Template, samples: Sequence[Sample]) -> list[list[Encoded] | RowError]:
-    """Tokenise conversations that wait for the assistant's answer; no token carries loss."""
+def encode_prompts(
+    template: Template, samples: Sequence[Sample], *, whole: bool = False
+) -> list[list[Encoded] | RowError]:
+    """Tokenise conversations that are read, or wait for the assistant's answer; no token carries loss.
+
+    `whole` texts without a chat template end as the tokenizer ends them.
+    """
     texts = [_text_or_error(template, sample) for sample in samples]
     encodings = iter(
         template.encoder.encode_without_offsets([text for text in texts if isinstance(text, str)])
     )
-    bos, limit = [] if template.uses_chat_template else template.encoder.bos, template.max_length
+    encoder, limit = template.encoder, template.max_length
+    bos, end = ([], []) if template.uses_chat_template else (encoder.bos, encoder.end if whole else [])
     outcomes: list[list[Encoded] | RowError] = []
     for text in texts:
         if isinstance(text, RowError):
             outcomes.append(text)
             continue
-        ids = np.concatenate([bos, token_ids(next(encodings))]).astype(np.int32)
+        ids = np.concatenate([bos, token_ids(next(encodings)), end]).astype(np.int32)
         if limit is not None and len(ids) > limit:
-            outcomes.append(RowError("too long", f"{len(ids)} tokens, and a prompt has room for {limit}"))
-        else:
-            outcomes.append([Encoded(input_ids=ids, loss_weights=np.zeros(len(ids), np.float32))])
+            if template.truncation_strategy not in ("left", "right"):
+                outcomes.append(RowError("too long", f"{len(ids)} tokens, and there is room for {limit}"))
+                continue
+            ids = ids[-limit:] if template.truncation_strategy == "left" else ids[:limit]
+        outcomes.append([Encoded(input_ids=ids, loss_weights=np.zeros(len(ids), np.float32))])
     return outcomes
 
 

@@ -7,15 +7,16 @@ on from the beginning of any window: in jsonl at a byte, in parquet at a row gro
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from megaswift.config.data import DataConfig
+from megaswift.config.run import RunConfig
 from megaswift.data.cursor import Cursor, RawRow, read_from
 from megaswift.data.encode import EncodedSet, encode_or_report
-from megaswift.data.forms import form_for
+from megaswift.data.forms import form_of
 from megaswift.data.mixture import choices, shares_of
 from megaswift.data.packing import pack
 from megaswift.data.read import take_rows
@@ -137,7 +138,7 @@ class Recipe:
     trust_remote_code: bool = False
     max_length: int | None
     stop_ids: tuple[int, ...] = ()
-    rlhf_type: str | None = None
+    run: RunConfig = field(default_factory=RunConfig)  # whose task says what the rows hold
     packing_length: int | None = None  # None: not packed
 
     def kitchen(self) -> "Kitchen":
@@ -154,7 +155,7 @@ class Kitchen:
         self._template = Template.from_config(
             recipe.config, tokenizer, max_length=recipe.max_length, stop_ids=recipe.stop_ids
         )
-        self._form = form_for(recipe.rlhf_type)
+        self._form = form_of(recipe.run)
 
     def make(self, rows: Sequence[OwnedRow]) -> tuple[EncodedSet, Report]:
         """Return the tokens of the usable rows, perhaps none, packed where asked; `samples` of the set number the rows.

@@ -194,14 +194,14 @@ class Template:
         return messages
 
     def prompt(self, sample: Sample) -> str:
-        """Return the text of a conversation that waits for the assistant's answer. Raises RowError."""
+        """Return the text of a conversation, up to where the assistant answers if it waits for that. Raises RowError."""
         if sample.images or sample.videos or sample.audios:
             raise RowError("media", "the row has images, videos or audios, and the model reads text only")
         plain = [_for_template(message) for message in self.messages(sample)]
         if not self.uses_chat_template:
             return "".join(message["content"] for message in plain)
         variables = {**self.variables, **sample.template_kwargs}
-        return self._apply(plain, list(sample.tools) or None, variables, True)
+        return self._apply(plain, list(sample.tools) or None, variables, plain[-1]["role"] != "assistant")
 
     def _apply(
         self,

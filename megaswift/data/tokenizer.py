@@ -55,6 +55,10 @@ class TextEncoder:
         self.bos: list[int] = (
             [tokenizer.bos_token_id] if adds_bos else []
         )  # what the tokenizer begins a text with
+        # What the tokenizer ends a text with: nothing for most, a token to read the embedding from for some.
+        self.end = self._backend.encode("a").ids[
+            len(self.bos) + len(self._backend.encode("a", add_special_tokens=False).ids) :
+        ]
         self.eos: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
     def encode(self, texts: Sequence[str]) -> list[Any]:

@@ -222,7 +222,7 @@ class ModelMeta:
     )
     qk_norm_after_rope: bool = False
     tied_embeddings: bool = False
-    scores: bool = False  # a reward model: one number a token in place of logits
+    scores: int | None = None  # numbers a token in place of logits, of reward models and classifiers
     sliding_window: tuple[int | None, ...] = ()  # tokens, the query's included, per layer; (): nowhere
     attention: AttentionMeta = AttentionMeta()
     mla: MLAMeta | None = None

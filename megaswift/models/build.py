@@ -42,9 +42,9 @@ def build_model(meta: ModelMeta, run: RunConfig, layout: Layout, platform: Platf
             position_embedding_type="rope",
             vp_stage=vp_stage,
         )
-        if meta.scores and model.post_process:
-            model.output_layer = ScoreHead(config, seed=run.training.seed)
-        model.scores = meta.scores
+        if meta.scores is not None and model.post_process:
+            model.output_layer = ScoreHead(config, outputs=meta.scores, seed=run.training.seed)
+        model.scores = meta.scores is not None
         model.logical_vocab_size = meta.vocab_size
         model.set_multipliers(meta.multipliers)
         if hasattr(model, "rotary_pos_emb"):  # latent attention has its own

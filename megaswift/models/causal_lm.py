@@ -1,6 +1,6 @@
 """The decoder with a language-model head, whose output layer runs only for tokens that carry loss.
 
-Letters: S sequence, B batch, T chosen tokens, D model size.
+Letters: S sequence, B batch, T chosen tokens, D model size, O scores of a token.
 """
 
 from typing import Any
@@ -21,9 +21,7 @@ class CausalLM(GPTModel):
 
     logical_vocab_size: int  # rows of the file's embedding; the rest of the sharded rows is padding
     multipliers = Multipliers()
-    scores = (
-        False  # the output layer is a ScoreHead (models/score.py): every token's score [B, S, 1] is returned
-    )
+    scores = False  # the output layer is a ScoreHead (models/score.py): every token's scores [B, S, O] are returned
 
     def set_multipliers(self, multipliers: Multipliers) -> None:
         """Multiply the embeddings, and the logits, by the model's constants."""

@@ -98,7 +98,7 @@ def apply_lora(
     seed: int,
     ranks: Mapping[str, int] | None = None,
 ) -> None:
-    """Freeze the model and give every target linear an adapter with B = 0.
+    """Freeze the model but for a head of scores, which is new, and give every target linear an adapter with B = 0.
 
     `ranks` overrides --lora_rank for modules by global name (a PEFT adapter with several A matrices needs a larger one).
     A depends on the seed and the module's global name alone, so it is the same under every layout.
@@ -107,6 +107,8 @@ def apply_lora(
     targets = resolve_targets(tuner.target_modules)
     for chunk in chunks:
         chunk.requires_grad_(False)
+        if chunk.scores and chunk.post_process:
+            chunk.output_layer.requires_grad_(True)
         for name, module in adapted_linears(chunk, targets):
             rank = (ranks or {}).get(name, tuner.lora_rank)
             # The scale belongs to the rank the user named; a larger block only holds several adapters of that rank.

@@ -66,22 +66,22 @@ class Outcome:
 def document_sums(values_BS: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
     """Return the sum over each document of a micro batch, float64 [N], in the order of `batch.sample_ids`.
 
-    Summed piece by piece: an indexed sum on a GPU has no fixed order, and a resumed run must repeat itself. Every cp rank
+    Values may have further dims, which stay. Summed piece by piece: an indexed sum on a GPU has no fixed order, and a resumed run must repeat itself. Every cp rank
     calls it alike and gets the whole sums; a gradient goes to the tokens of this rank, as each holds its own.
     """
     if batch.cu_seqlens is None:
         return values_BS.double().sum(1)
     if not batch.sample_ids:
-        return values_BS.new_zeros(0, dtype=torch.float64)
-    pieces = values_BS[0].split(_tokens_here(batch))[: len(batch.sample_ids)]
-    sums_N = torch.stack([piece.sum(dtype=torch.float64) for piece in pieces])
+        return values_BS.new_zeros(0, *values_BS.shape[2:], dtype=torch.float64)
+    pieces = values_BS[0].split(tokens_here(batch))[: len(batch.sample_ids)]
+    sums_N = torch.stack([piece.sum(0, dtype=torch.float64) for piece in pieces])
     if batch.plan is None:
         return sums_N
     # Forward a sum over the ranks, backward nothing: all of them compute the same loss from it.
     return reduce_from_tensor_model_parallel_region(sums_N, group=parallel_state.get_context_parallel_group())
 
 
-def _tokens_here(batch: MicroBatch) -> list[int]:
+def tokens_here(batch: MicroBatch) -> list[int]:
     """Return how many tokens of each document this rank holds; they lie in the order of the documents."""
     assert batch.cu_seqlens is not None, "rows of several documents"
     plan = batch.plan

@@ -1,20 +1,20 @@
 """Which task a run has."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from megaswift.config.preference import PreferenceConfig
 from megaswift.config.reference import compares
 from megaswift.config.rollout_rules import generates
 from megaswift.config.run import RunConfig
-from megaswift.data.forms import Form, form_for
 from megaswift.data.tokenizer import load_tokenizer, pad_id_of
 from megaswift.metadata.meta import ModelMeta
-from megaswift.tasks import cpo, dpo, orpo
+from megaswift.tasks import classification, cpo, dpo, orpo, rm
 from megaswift.tasks.answers import Answers, Outcome
 from megaswift.tasks.grpo import Grpo, at_temperature
 from megaswift.tasks.preference import Kto, Preference
-from megaswift.tasks.rm import RewardModel, as_reward_model
+from megaswift.tasks.scores import DocumentScores, ScoresLoss, scoring_model
 from megaswift.tasks.sft import NextToken
 from megaswift.tasks.task import RunModel, Task, run_model
 
@@ -27,20 +27,27 @@ PAIR_LOSSES: dict[str, tuple[Callable[[Answers, PreferenceConfig], Outcome], tup
 }
 
 
-def form_of(run: RunConfig) -> Form:
-    """Return what the rows of a run must hold."""
-    return form_for(run.preference.rlhf_type if run.task == "rlhf" else None)
+def trained_model(run: RunConfig, meta: ModelMeta, *, pad_id: int | None = None) -> ModelMeta:
+    """Return the facts of the model that the task trains: a reward model and a classifier have another head, and GRPO's logits
+    are divided by the temperature at which it samples.
 
-
-def trained_model(run: RunConfig, meta: ModelMeta) -> ModelMeta:
-    """Return the facts of the model that the task trains: a reward model has another head, and GRPO's logits are divided by
-    the temperature at which it samples. Raises UserError."""
+    `pad_id` is that of the model's tokenizer unless given. Raises UserError.
+    """
     if generates(run):
         return at_temperature(meta, run.rollout.temperature)
-    if run.task != "rlhf" or run.preference.rlhf_type != "rm":
+    is_classifier = run.model.task_type == "seq_cls"
+    if not is_classifier and (run.task != "rlhf" or run.preference.rlhf_type != "rm"):
         return meta
-    tokenizer = load_tokenizer(str(meta.folder), trust_remote_code=run.model.trust_remote_code)
-    return as_reward_model(meta, pad_id=pad_id_of(tokenizer))
+    if pad_id is None:
+        trust = run.model.trust_remote_code
+        pad_id = pad_id_of(load_tokenizer(str(meta.folder), trust_remote_code=trust))
+    return scoring_model(
+        meta,
+        num_labels=run.model.num_labels or 1,
+        pad_id=pad_id,
+        problem_type=run.model.problem if is_classifier else None,
+        asked="task_type=seq_cls" if is_classifier else "rlhf_type=rm",
+    )
 
 
 def make_task(
@@ -56,16 +63,26 @@ def make_task(
 
     Pre-training differs from fine-tuning in the data alone: its loss mask is one everywhere.
     """
+    settings = run.preference
+    if run.model.task_type == "seq_cls":
+        loss = partial(classification.classification_loss, problem=run.model.problem)
+        return _document_scores(loss, classification.METRICS[run.model.problem], meta, run_model)
     if run.task != "rlhf":
         return NextToken(run=run_model)
-    settings = run.preference
     if settings.rlhf_type == "kto":
         return Kto(settings, reference=reference, run=run_model)
     if settings.rlhf_type == "grpo":
         return Grpo(settings, run.rollout, run=run_model)
     if settings.rlhf_type == "rm":
-        return RewardModel(settings, pad_id=int(str(meta.raw["pad_token_id"])), run=run_model)
-    loss, metrics = PAIR_LOSSES[settings.rlhf_type]
+        return _document_scores(partial(rm.rm_loss, settings=settings), rm.METRICS, meta, run_model)
+    pair_loss, metrics = PAIR_LOSSES[settings.rlhf_type]
     return Preference(
-        settings, loss, metrics=metrics, compares=compares(run), reference=reference, run=run_model
+        settings, pair_loss, metrics=metrics, compares=compares(run), reference=reference, run=run_model
     )
+
+
+def _document_scores(
+    loss: ScoresLoss, metrics: Sequence[str], meta: ModelMeta, run_model: RunModel
+) -> DocumentScores:
+    pad_id = int(str(meta.raw["pad_token_id"]))  # as scoring_model has written it
+    return DocumentScores(loss, metrics=metrics, pad_id=pad_id, run=run_model)

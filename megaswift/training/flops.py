@@ -86,7 +86,7 @@ def step_cost(meta: ModelMeta, tuner: TunerConfig) -> StepCost:
             reach = _reach(meta, layer)
             # Attention has no weights: its backward pass is the same with adapters.
             per_pair[reach] = per_pair.get(reach, 0) + 6 * _multiplications_of_a_pair(meta, layer)
-    per_loss_token = 0 if meta.scores else matrix * meta.hidden_size * meta.vocab_size
+    per_loss_token = 0 if meta.scores is not None else matrix * meta.hidden_size * meta.vocab_size
     return StepCost(per_token=per_token, per_loss_token=per_loss_token, per_pair=per_pair)
 
 

@@ -27,6 +27,7 @@ from megaswift.platforms.platform import Platform
 from megaswift.tasks.catalogue import trained_model
 from megaswift.tasks.preference import answer_logps
 from megaswift.tasks.task import look, run_model
+from megaswift.training.context import context_share
 
 logger = get_logger(__name__)
 
@@ -105,13 +106,14 @@ class References:
         """Return the log-probability of every entry's answer, float64 [entries]; every rank of the world calls it."""
         data = ValidationData(replace(encoded, mismatched=None, targets=None), settings, pad_id=pad_id)
         table = torch.zeros(len(encoded), dtype=torch.float64, device=self.platform.device)
-        dp_rank = parallel_state.get_data_parallel_rank()
+        dp_rank, share = parallel_state.get_data_parallel_rank(), context_share(self.layout)
         counts = (
             parallel_state.get_tensor_model_parallel_rank() == 0
             and parallel_state.get_context_parallel_rank() == 0
         )
         for step in range(data.num_steps()):
-            batches = list(data.micro_batches(step, dp_rank=dp_rank, dp=self.layout.dp))
+            whole = data.micro_batches(step, dp_rank=dp_rank, dp=self.layout.dp)
+            batches = list(whole if share is None else map(share, whole))
             for entries, logps in look(chunks, batches, _entries_and_logps, run=run_model):
                 if counts:
                     table[list(entries)] = logps

@@ -61,6 +61,7 @@ from megaswift.training.setup import (
     load_sets,
     measurer,
     share_folder,
+    with_references,
 )
 from megaswift.training.signals import Interrupt
 from megaswift.training.spikes import SpikeGuard
@@ -141,15 +142,10 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
     share_folder(output_dir)
     store = Store(output_dir)
     checkpoint = agree_on_first(lambda: _checkpoint_to_resume(store, run, meta))
-    references = None
-    if compares(run) and run.preference.precompute_ref_log_probs:
-        references = References(
-            run=run, meta=meta, layout=layout, platform=platform, output_dir=output_dir, group=patient
-        )
     if run.data.streaming:
         sets = load_stream(run, meta, layout, output_dir=output_dir, group=patient, checkpoint=checkpoint)
     else:
-        sets = load_sets(run, meta, layout, output_dir=output_dir, group=patient, references=references)
+        sets = load_sets(run, meta, layout, output_dir=output_dir, group=patient)
     layout = agree_on_first(
         lambda: place_context(
             run,
@@ -162,6 +158,11 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
         )
     )
     process_groups.nest_context(layout, timeout_min=run.parallel.ddp_timeout_min)
+    if compares(run) and run.preference.precompute_ref_log_probs:
+        references = References(
+            run=run, meta=meta, layout=layout, platform=platform, output_dir=output_dir, group=patient
+        )
+        sets = with_references(sets, references)
     reference = frozen_copy(run, meta, layout, platform, group=patient) if needs_copy(run) else None
     chunks = _model(run, meta, layout, platform, adapter=adapter, checkpoint=checkpoint, group=patient)
     wrapped = wrap_chunks(chunks, run)

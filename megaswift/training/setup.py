@@ -25,6 +25,7 @@ from megaswift.converters.adapters import save_peft
 from megaswift.converters.export import export_hf
 from megaswift.data.batches import BatchSettings, MicroBatch, TrainData, ValidationData
 from megaswift.data.encode import EncodedSet
+from megaswift.data.forms import form_of
 from megaswift.data.load import load_data
 from megaswift.data.mismatched import mismatched_answers
 from megaswift.data.prompts import PromptRows, save_rows
@@ -37,7 +38,6 @@ from megaswift.models.lora import resolve_targets
 from megaswift.parallel.agreement import agree, agree_on_first
 from megaswift.parallel.context import pad_multiple
 from megaswift.parallel.layout import Layout
-from megaswift.tasks.catalogue import form_of
 from megaswift.training.engine import Engine
 from megaswift.training.flops import step_cost
 from megaswift.training.loop import Progress
@@ -57,6 +57,7 @@ class Sets:
     lengths: np.ndarray  # tokens of every training entry; of a stream, of those in its first window
     num_items: int  # that hold these entries
     settings: BatchSettings  # of batches of samples, or of completions where the samples are prompts
+    pad_id: int
     rows: PromptRows | None = None  # behind the prompts
 
 
@@ -94,12 +95,8 @@ def load_sets(
     *,
     output_dir: Path,
     group: Any,
-    references: References | None = None,
 ) -> Sets:
-    """Tokenise on rank 0 alone and open the result on every rank; every rank calls it, waiting in the patient `group`.
-
-    `references` adds log-probabilities under a reference model.
-    """
+    """Tokenise on rank 0 alone and open the result on every rank; every rank calls it, waiting in the patient `group`."""
     assert meta.folder is not None and run.training.global_batch_size is not None, "resolved"
     folder = output_dir / TOKENISED
     tokenizer = agree(lambda: load_tokenizer(str(meta.folder), trust_remote_code=run.model.trust_remote_code))
@@ -133,8 +130,6 @@ def load_sets(
     settings = batch_settings(run, meta, layout)
     pad_id = pad_id_of(tokenizer)
     encoded = agree(lambda: [EncodedSet.load(Path(place)) for place in places.values()])
-    if references is not None:
-        encoded = references.of(encoded, settings, pad_id=pad_id)
 
     def form_items() -> Sets:
         if generates(run):
@@ -147,12 +142,10 @@ def load_sets(
                 lengths=encoded[0].lengths,
                 num_items=prompts.num_items,
                 settings=settings,
+                pad_id=pad_id,
                 rows=PromptRows(folder),
             )
-        val = ValidationData(encoded[1], settings, pad_id=pad_id) if len(encoded) > 1 else None
-        train = TrainData(encoded[0], settings, pad_id=pad_id)
-        lengths = encoded[0].lengths
-        return Sets(train=train, val=val, lengths=lengths, num_items=train.num_items, settings=settings)
+        return _sets(encoded, settings, pad_id=pad_id)
 
     return agree(form_items)
 
@@ -172,6 +165,28 @@ def batch_settings(run: RunConfig, meta: ModelMeta, layout: Layout) -> BatchSett
         pad_to_multiple=token_multiple(run.precision)
         * pad_multiple(cp=layout.cp, tp=layout.tp, sequence_parallel=layout.sequence_parallel),
     )
+
+
+def _sets(encoded: list[EncodedSet], settings: BatchSettings, *, pad_id: int) -> Sets:
+    """Return the items of a training set, and of a validation set where there is one."""
+    first, *rest = encoded
+    train = TrainData(first, settings, pad_id=pad_id)
+    return Sets(
+        train=train,
+        val=ValidationData(rest[0], settings, pad_id=pad_id) if rest else None,
+        lengths=first.lengths,
+        num_items=train.num_items,
+        settings=settings,
+        pad_id=pad_id,
+    )
+
+
+def with_references(sets: Sets, references: References) -> Sets:
+    """Return the sets with log-probabilities under the reference model; every rank calls it, once the context is placed."""
+    assert isinstance(sets.train, TrainData), "refused for streams by config/data_rules.py"
+    encoded = [one.encoded for one in (sets.train, sets.val) if one is not None]
+    found = references.of(encoded, sets.settings, pad_id=sets.pad_id)
+    return agree(lambda: _sets(found, sets.settings, pad_id=sets.pad_id))
 
 
 def _room(run: RunConfig) -> int | None:
@@ -209,7 +224,7 @@ def identity_of(run: RunConfig, meta: ModelMeta) -> dict[str, Any]:
         "optimizer": run.optimizer.optimizer,
         "tuner_type": tuner.tuner_type,
         "streaming": run.data.streaming,
-        **({"scores": True} if meta.scores else {}),
+        **({} if meta.scores is None else {"scores": meta.scores}),
         **(adapters if tuner.tuner_type == "lora" else {}),
     }
 

@@ -10,6 +10,7 @@ from megaswift.checkpoint.store import Checkpoint
 from megaswift.config.run import RunConfig
 from megaswift.data.batches import ValidationData
 from megaswift.data.encode import EncodedSet
+from megaswift.data.forms import form_of
 from megaswift.data.load import load_data
 from megaswift.data.sources import FileSet, find_files, is_prepared, parse_source
 from megaswift.data.stream import Position, Recipe, RowStream
@@ -20,7 +21,6 @@ from megaswift.errors import DataError
 from megaswift.metadata.meta import ModelMeta
 from megaswift.parallel.agreement import agree, agree_on_first, alike
 from megaswift.parallel.layout import Layout
-from megaswift.tasks.catalogue import form_of
 from megaswift.training.setup import TOKENISED, Sets, batch_settings
 
 WINDOWS = "windows"  # below the folder of tokens
@@ -73,7 +73,9 @@ def load_stream(
     if has_val:
         encoded = agree(lambda: EncodedSet.load(folder / "val"))
         val = agree(lambda: ValidationData(encoded, settings, pad_id=pad_id))
-    return Sets(train=train, val=val, lengths=first.lengths, num_items=items, settings=settings)
+    return Sets(
+        train=train, val=val, lengths=first.lengths, num_items=items, settings=settings, pad_id=pad_id
+    )
 
 
 def _files(run: RunConfig) -> tuple[FileSet, ...]:
@@ -101,7 +103,7 @@ def _recipe(run: RunConfig, meta: ModelMeta, files: tuple[FileSet, ...]) -> Reci
         trust_remote_code=run.model.trust_remote_code,
         max_length=run.data.max_length,
         stop_ids=tuple(meta.eos_token_ids),
-        rlhf_type=run.preference.rlhf_type if run.task == "rlhf" else None,
+        run=run,
         packing_length=run.data.packing_length if run.data.packing else None,
     )
 

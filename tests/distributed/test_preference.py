@@ -9,14 +9,16 @@ import pytest
 from megaswift.data.packing import pack
 from tests.harness.distributed import run_distributed
 from tests.harness.tiny import save_tiny
-from tests.harness.training import Case, Curve, curves, synthetic_judged, temporary_folder
+from tests.harness.training import Case, Curve, curves, synthetic_rows, temporary_folder
 
 # float32 sums in another order, three Adam steps apart.
 LOSS_TOLERANCE, NORM_TOLERANCE = 1e-5, 1e-4
 STEPS, ROWS = 3, 8
-PACKS, PACK = 4, {"pairs": 110, "kto": 80}  # tokens of a pack such that all rows make four packs
+PACKS = 4  # that all rows make, with so many tokens each
+PACK = {"pairs": 110, "kto": 80, "seq_cls lora": 62}
 
 LORA = {"tuner": {"tuner_type": "lora", "lora_dropout": 0.0}, "optimizer": {"lr": 1e-2, "adam_eps": 1e-3}}
+CLASSIFIER = {"task_type": "seq_cls", "problem_type": "multi_label_classification"}
 # what is trained -> settings
 TRAININGS: dict[str, dict[str, dict[str, Any]]] = {
     "dpo": {"preference": {"rlhf_type": "dpo", "beta": 0.5, "rpo_alpha": 0.2}},
@@ -25,6 +27,7 @@ TRAININGS: dict[str, dict[str, dict[str, Any]]] = {
     "simpo": {"preference": {"rlhf_type": "simpo"}},
     "kto": {"preference": {"rlhf_type": "kto", "beta": 0.5, "undesirable_weight": 0.8}},
     "rm": {"preference": {"rlhf_type": "rm", "center_rewards_coefficient": 0.01}},
+    "seq_cls lora": {"model": {**CLASSIFIER, "num_labels": 3}, **LORA},
 }
 # layout -> (ranks, parallel settings)
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -34,7 +37,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "cp2": (2, {"cp": 2}),
     "tp2 pp2": (4, {"tp": 2, "pp": 2}),
 }
-LEFT_OUT = {("rm", "cp2")}  # refused by config/preference_rules.py
 
 
 @cache
@@ -49,9 +51,9 @@ def rows_settings(training: str, rows: str) -> dict[str, dict[str, Any]]:
             "data": {"padding_free": False},
             "training": {"micro_batch_size": 2, "global_batch_size": ROWS},
         }
-    kind = TRAININGS[training]["preference"]["rlhf_type"]
-    length = PACK.get(kind, PACK["pairs"])
-    assert len(pack(synthetic_judged(kind).row_lengths, length)) == PACKS
+    length = PACK.get(training, PACK["pairs"])
+    encoded = synthetic_rows(case_of(training, "", {}, "padded").run_config(folder()))
+    assert len(pack(encoded.row_lengths, length)) == PACKS
     return {
         "data": {"packing": True, "packing_length": length, "max_length": 40},
         "training": {"micro_batch_size": 1, "global_batch_size": PACKS},
@@ -61,7 +63,8 @@ def rows_settings(training: str, rows: str) -> dict[str, dict[str, Any]]:
 def case_of(training: str, layout: str, parallel: dict[str, Any], rows: str) -> Case:
     settings = {**rows_settings(training, rows), **TRAININGS[training], "parallel": parallel}
     settings["training"] = {**settings["training"], "train_iters": STEPS}
-    return Case(name=f"{training} {layout} {rows}", settings=settings, task="rlhf")
+    task = "rlhf" if "preference" in settings else "sft"
+    return Case(name=f"{training} {layout} {rows}", settings=settings, task=task)
 
 
 @cache
@@ -72,7 +75,7 @@ def all_curves(ranks: int) -> list[dict[str, Curve]]:
         case_of(training, layout, parallel, rows)
         for training in TRAININGS
         for layout, (world, parallel) in layouts.items()
-        if world == ranks and (training, layout) not in LEFT_OUT
+        if world == ranks
         for rows in (("padded", "packed") if layout in ("one", "tp2 pp2") else ("packed",))
     ]
     return run_distributed(curves, ranks, folder(), cases)
@@ -94,15 +97,8 @@ def test_packed_answers_train_like_padded_ones(training: str) -> None:
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize(
-    ("training", "layout"),
-    [
-        (training, layout)
-        for training in TRAININGS
-        for layout in LAYOUTS
-        if (training, layout) not in LEFT_OUT
-    ],
-)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("training", TRAININGS)
 def test_layout_trains_preferences_like_one_rank(training: str, layout: str) -> None:
     expected = all_curves(1)[0][f"{training} one padded"]
     for seen in all_curves(LAYOUTS[layout][0]):

@@ -16,9 +16,10 @@ from megatron.core import parallel_state
 
 from megaswift.checkpoint.resume import load_checkpoint
 from megaswift.checkpoint.store import Store
+from megaswift.config.model import ModelConfig
 from megaswift.config.precision import token_multiple
+from megaswift.config.preference import PAIRED
 from megaswift.config.reference import needs_copy
-from megaswift.config.rollout_rules import generates
 from megaswift.config.rules import resolve
 from megaswift.config.run import RunConfig
 from megaswift.converters.export import export_hf
@@ -34,9 +35,7 @@ from megaswift.models.lora import apply_lora
 from megaswift.parallel.context import pad_multiple
 from megaswift.parallel.layout import Layout
 from megaswift.platforms.platform import select_platform
-from megaswift.tasks.catalogue import make_task
-from megaswift.tasks.grpo import at_temperature
-from megaswift.tasks.rm import as_reward_model
+from megaswift.tasks.catalogue import make_task, trained_model
 from megaswift.training.context import context_share, place_context
 from megaswift.training.engine import Engine
 from megaswift.training.feed import TrainFeed
@@ -98,9 +97,28 @@ def synthetic_set(*, entries: int = 23, vocab: int = 131, longest: int = 40) -> 
     )
 
 
+def synthetic_rows(run: RunConfig) -> EncodedSet:
+    """Return rows of random tokens for the task of a run."""
+    if run.task == "rlhf":
+        return synthetic_judged(run.preference.rlhf_type)
+    return synthetic_labelled(run.model) if run.model.task_type == "seq_cls" else synthetic_set()
+
+
+def synthetic_labelled(model: ModelConfig, *, rows: int = 8) -> EncodedSet:
+    """Return documents of random tokens with labels, or numbers, of the kind that the model's head predicts."""
+    labels = model.num_labels or 1
+    table = np.random.default_rng(3).random((rows, labels))
+    targets = {
+        "single_label_classification": table.argmax(1),
+        "multi_label_classification": table > 0.5,
+        "regression": table,
+    }[model.problem]
+    return replace(synthetic_set(entries=rows), targets=targets.astype(np.float32))
+
+
 def synthetic_judged(kind: str, *, rows: int = 8) -> EncodedSet:
-    """Return rows of random tokens as a loss of `kind` reads them: pairs, or single answers with labels; answers end them."""
-    per_row = 1 if kind == "kto" else 2
+    """Return rows of random tokens as a loss of `kind` reads them: pairs, or answers, for KTO with labels; answers end them."""
+    per_row = 2 if kind in PAIRED else 1
     plain = synthetic_set(entries=rows * per_row)
     weights = np.zeros_like(plain.loss_weights)
     for start, end in pairwise(plain.starts.tolist()):
@@ -135,11 +153,8 @@ def _prepare(folder: Path, case: Case, encoded: EncodedSet | None) -> Trained:
     resolved = resolve(case.run_config(folder), meta, dist.get_world_size(), platform.name)
     run = resolved.config
     if encoded is None:
-        encoded = synthetic_judged(run.preference.rlhf_type) if run.task == "rlhf" else synthetic_set()
-    if run.task == "rlhf" and run.preference.rlhf_type == "rm":
-        meta = as_reward_model(meta, pad_id=0)
-    elif generates(run):
-        meta = at_temperature(meta, run.rollout.temperature)
+        encoded = synthetic_rows(run)
+    meta = trained_model(run, meta, pad_id=0)
     layout = place_context(
         run,
         meta,

@@ -63,12 +63,6 @@ def test_a_pack_holds_both_answers_of_a_pair() -> None:
         ),
         ("--rpo_alpha -1", "rpo_alpha=-1 is negative"),
         ("--reference_free --ref_model m", "reference_free=true has no reference model"),
-        ("--rlhf_type rm --tuner_type lora", "rlhf_type=rm is built for tuner_type=full, not lora"),
-        ("--rlhf_type rm --cp 2", "rlhf_type=rm is not built for context_parallel_size=2"),
-        (
-            "--precompute_ref_log_probs --cp 2",
-            "precompute_ref_log_probs=true is not built for context_parallel_size=2",
-        ),
         ("--calculate_per_token_loss false", "calculate_per_token_loss=false is for token losses"),
     ],
 )

@@ -14,7 +14,8 @@ from megaswift.tasks.answers import Answers, Outcome
 from megaswift.tasks.catalogue import PAIR_LOSSES
 from megaswift.tasks.kto import kto_loss, with_margin
 from megaswift.tasks.rm import METRICS as RM_METRICS
-from megaswift.tasks.rm import last_scores, rm_loss
+from megaswift.tasks.rm import rm_loss
+from megaswift.tasks.scores import last_scores
 
 # Losses and gradients are of order 1. Central differences of step 1e-4 are wrong by 1e-8 times a third derivative.
 TOLERANCE, STEP = 1e-6, 1e-4
@@ -213,9 +214,9 @@ def test_reward_model_loss_and_gradient_are_those_of_the_paper(center: float | N
         margin = 0.0 if math.isnan(margin) else margin
         return -math.log(sigmoid(chosen - rejected - margin)) + (center or 0.0) * (chosen + rejected) ** 2
 
-    rewards_N = torch.tensor(rewards, dtype=torch.float64, requires_grad=True)
+    rewards_N1 = torch.tensor(rewards, dtype=torch.float64)[:, None].requires_grad_()
     settings = PreferenceConfig(rlhf_type="rm", center_rewards_coefficient=center)
-    outcome = rm_loss(rewards_N, torch.tensor(margins, dtype=torch.float64), settings)
+    outcome = rm_loss(rewards_N1, torch.tensor(margins, dtype=torch.float64), settings)
     pairs = list(zip(rewards[0::2], rewards[1::2], margins, strict=True))
     assert outcome.losses_R.tolist() == pytest.approx([loss(*pair) for pair in pairs], abs=TOLERANCE)
     outcome.losses_R.sum().backward()
@@ -227,21 +228,23 @@ def test_reward_model_loss_and_gradient_are_those_of_the_paper(center: float | N
         slopes.append(
             (loss(chosen, rejected + STEP, margin) - loss(chosen, rejected - STEP, margin)) / (2 * STEP)
         )
-    assert rewards_N.grad.tolist() == pytest.approx(slopes, abs=TOLERANCE)
+    assert rewards_N1.grad[:, 0].tolist() == pytest.approx(slopes, abs=TOLERANCE)
     assert set(outcome.metrics) == set(RM_METRICS)
     assert outcome.metrics["rewards/accuracies"].tolist() == [1.0, 0.0, 1.0]
 
 
 def test_the_reward_is_the_score_of_the_last_token_that_is_not_padding() -> None:
     ids = torch.tensor([[5, 6, 0, 0], [7, 8, 9, 0]])
-    scores = torch.arange(8.0).view(2, 4, 1)
-    blank = {"labels": ids, "loss_mask": ids.float(), "position_ids": ids, "max_seqlen": 4}
-    padded = MicroBatch(input_ids=ids, cu_seqlens=None, sample_ids=(0, 1), **blank)
-    assert last_scores(padded, scores, pad_id=0).tolist() == [1.0, 6.0]
+    scores = torch.arange(16.0).view(2, 4, 2)
+    blank = {"labels": ids, "loss_mask": ids.float(), "max_seqlen": 4}
+    places = torch.arange(4).expand(2, 4)
+    padded = MicroBatch(input_ids=ids, position_ids=places, cu_seqlens=None, sample_ids=(0, 1), **blank)
+    assert last_scores(padded, scores, pad_id=0).tolist() == [[2.0, 3.0], [12.0, 13.0]]
     row = MicroBatch(
         input_ids=torch.tensor([[5, 6, 7, 8, 9, 0, 0, 0]]),
+        position_ids=torch.tensor([[0, 1, 0, 1, 2, 3, 0, 1]]),
         cu_seqlens=torch.tensor([0, 2, 6, 8], dtype=torch.int32),
         sample_ids=(0, 1),
         **blank,
     )
-    assert last_scores(row, scores, pad_id=0).tolist() == [1.0, 4.0]
+    assert last_scores(row, scores.view(1, 8, 2), pad_id=0).tolist() == [[2.0, 3.0], [8.0, 9.0]]

@@ -1,0 +1,94 @@
+"""Loss and gradient of whole models against transformers and TRL: classifiers, reward models."""
+
+import math
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForSequenceClassification
+from trl import RewardConfig, RewardTrainer
+
+from megaswift.data.encode import EncodedSet
+from tests.harness.distributed import run_distributed
+from tests.harness.training import Case, curves, synthetic_rows
+from tests.parity.test_trl import agree, folders, loss_and_norm, options, padded, tokenizer
+
+LABELS, CENTER = 3, 0.05
+PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
+SEED = 42  # of the new head: the default of --seed
+
+
+def cases() -> dict[str, Case]:
+    rows = {"data": {"padding_free": False}, "training": {"global_batch_size": 8, "micro_batch_size": 4}}
+    classifiers = {
+        problem: {"model": {"task_type": "seq_cls", "num_labels": LABELS, "problem_type": problem}}
+        for problem in PROBLEMS
+    }
+    settings: dict[str, dict[str, dict[str, Any]]] = {
+        **classifiers,
+        "rm": {"preference": {"rlhf_type": "rm", "center_rewards_coefficient": CENTER}},
+    }
+    found = {}
+    for name, own in settings.items():
+        merged = {**rows, **own}
+        merged["training"] = {**rows["training"], "train_iters": 1}
+        task = "rlhf" if "preference" in own else "sft"
+        found[name] = Case(name=name, settings=merged, task=task)
+    return found
+
+
+@cache
+def ours() -> dict[str, list[tuple[float, float]]]:
+    return run_distributed(curves, 1, folders()[0], list(cases().values()))[0]
+
+
+def rows_of(name: str) -> EncodedSet:
+    return synthetic_rows(cases()[name].run_config(folders()[0]))
+
+
+def inputs_of(encoded: EncodedSet, entries: list[int]) -> dict[str, torch.Tensor]:
+    whole = padded(encoded, entries)
+    return {name: whole[name] for name in ("input_ids", "attention_mask")}
+
+
+def scorer(num_labels: int, **config: Any) -> Any:
+    """Return transformers' model with the head that ours begins with (models/score.py)."""
+    found = AutoModelForSequenceClassification.from_pretrained(
+        folders()[0], dtype=torch.float32, num_labels=num_labels, pad_token_id=0, **config
+    )
+    size = found.config.hidden_size
+    head = torch.randn(num_labels, size, generator=torch.Generator().manual_seed(SEED)) / math.sqrt(size + 1)
+    found.score.weight.data.copy_(head)
+    return found
+
+
+def differentiated(loss: torch.Tensor, model: Any) -> tuple[float, float]:
+    loss.backward()
+    norms = [weight.grad.double().norm() for weight in model.parameters() if weight.grad is not None]
+    return float(loss.detach()), float(torch.stack(norms).norm())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_a_classifier_has_the_loss_and_gradient_of_transformers(problem: str) -> None:
+    model, encoded = scorer(LABELS, problem_type=problem), rows_of(problem)
+    labels = torch.tensor(encoded.targets)
+    labels = labels.long() if problem == "single_label_classification" else labels
+    loss = model(**inputs_of(encoded, list(range(8))), labels=labels).loss
+    agree(ours()[problem][0], differentiated(loss, model))
+
+
+@pytest.mark.slow
+def test_a_reward_model_has_the_loss_and_gradient_of_trl(tmp_path: Path) -> None:
+    trainer = RewardTrainer(
+        scorer(1),
+        args=RewardConfig(**options(tmp_path, center_rewards_coefficient=CENTER)),
+        train_dataset=Dataset.from_list([{"chosen": "b", "rejected": "c"}]),
+        processing_class=tokenizer(),
+    )
+    trainer.model.config.pad_token_id = 0  # of these rows, not of TRL's tokenizer
+    inputs = inputs_of(rows_of("rm"), [*range(0, 16, 2), *range(1, 16, 2)])
+    agree(ours()["rm"][0], loss_and_norm(trainer, inputs))
