@@ -189,7 +189,7 @@ def save_peft(
                 folder.attempt(partial(writer.write, name, data, first_row=first_row))
     folder.attempt(writer.close)
     base = base_model or str(meta.folder)
-    text = _config_json(adapted, tuner, base_model=base, scores=meta.scores is not None)
+    text = _config_json(adapted, tuner, base_model=base, scores=bool(meta.scores))
     folder.publish(lambda path: (path / CONFIG_FILE).write_text(text, encoding="utf-8"))
     return ExportReport(
         folder=folder.output, bytes_written=writer.bytes_written, seconds=time.monotonic() - started

@@ -133,7 +133,7 @@ def read_adapter(folder: Path | str, meta: ModelMeta) -> PeftAdapter:
     Raises WeightsError where the folder is incomplete, or has settings or tensors that no Megatron module can hold.
     """
     folder = Path(folder)
-    config = _read_config(folder, scores=meta.scores is not None)
+    config = _read_config(folder, scores=bool(meta.scores))
     if not (folder / WEIGHTS_FILE).is_file():
         raise WeightsError(f"{folder} has no {WEIGHTS_FILE}. Save the adapter with safe_serialization=True.")
     reader = TensorReader(read_header(folder / WEIGHTS_FILE))
@@ -155,7 +155,7 @@ def read_adapter(folder: Path | str, meta: ModelMeta) -> PeftAdapter:
                         f"[{rows}, {piece.cols[1]}]. It belongs to another model."
                     )
     head = None
-    if meta.scores is not None and HEAD in reader.tensors:
+    if meta.scores and HEAD in reader.tensors:
         head = Whole(values=reader.matrix(HEAD), dtype=reader.tensors[HEAD].dtype)
         used.add(HEAD)
         if head.values.shape != (meta.scores, meta.hidden_size):

@@ -144,7 +144,7 @@ FACTS: dict[str, Callable[[ModelMeta], bool]] = {
     "qk_norm": lambda meta: meta.qk_norm == "head" and not meta.qk_norm_after_rope,
     "late_qk_norm": lambda meta: meta.qk_norm == "head" and meta.qk_norm_after_rope,
     "untied": lambda meta: not meta.tied_embeddings and meta.scores is None,
-    "scores": lambda meta: meta.scores is not None,
+    "scores": lambda meta: bool(meta.scores),
     "latent_queries": lambda meta: meta.mla is not None and meta.mla.q_rank is not None,
     "direct_queries": lambda meta: meta.mla is not None and meta.mla.q_rank is None,
     "shared_experts": lambda meta: meta.moe is not None and meta.moe.shared_ffn_hidden_size > 0,

@@ -1,12 +1,14 @@
 """Rules of --task_type: which settings a head needs, and what a loss of whole rows excludes."""
 
 from megaswift.config.case import Case
+from megaswift.config.embedding import LOSS_TYPES, EmbeddingConfig
+from megaswift.config.rows import embedding_loss_of
 from megaswift.config.run import RunConfig
-from megaswift.errors import ConfigError
+from megaswift.errors import ConfigError, nearest
 
 
 def heads_are_for_fine_tuning(run: RunConfig) -> None:
-    """Labels are learnt by `megaswift sft`."""
+    """Labels and embeddings are learnt by `megaswift sft`."""
     if run.model.task_type != "causal_lm" and run.task != "sft":
         raise ConfigError(
             f"task_type={run.model.task_type} is for `megaswift sft`, not `megaswift {run.task}`. Leave it out."
@@ -31,6 +33,36 @@ def labels_are_counted(run: RunConfig) -> None:
     if model.num_labels < fewest:
         raise ConfigError(
             f"num_labels={model.num_labels} is too small for {model.problem}. Give {fewest} or more."
+        )
+
+
+def embeddings_have_a_loss(run: RunConfig) -> None:
+    """Settings of embeddings belong to their task, and each to its loss."""
+    chosen, blank = run.embedding, EmbeddingConfig()
+    kind = embedding_loss_of(run)
+    is_embedding = run.model.task_type == "embedding"
+    if is_embedding and kind not in LOSS_TYPES:
+        raise ConfigError(
+            f"loss_type={kind} is not built for task_type=embedding.{nearest(kind, LOSS_TYPES)}"
+        )
+    for name, value in vars(chosen).items():
+        if value != getattr(blank, name) and not (is_embedding and kind == "infonce"):
+            raise ConfigError(
+                f"{name}={value} is for --task_type embedding --loss_type infonce. Leave it out."
+            )
+    if chosen.infonce_temperature <= 0 or chosen.infonce_hard_negatives < 0:
+        raise ConfigError(
+            f"infonce_temperature={chosen.infonce_temperature:g} must be above 0, and infonce_hard_negatives="
+            f"{chosen.infonce_hard_negatives} not below it."
+        )
+    if is_embedding and not chosen.infonce_use_batch and not chosen.infonce_hard_negatives:
+        raise ConfigError(
+            "infonce_use_batch=false leaves no negatives. Give --infonce_hard_negatives N, or leave it out."
+        )
+    if is_embedding and not run.data.padding_free:
+        raise ConfigError(
+            "padding_free=false does not go with task_type=embedding, which reads the last token of a text, whatever it is. "
+            "Leave it out."
         )
 
 

@@ -28,8 +28,8 @@ class ModelConfig:
     trust_remote_code: bool = setting(False, "allow code from the model folder to run")
     task_type: str = setting(
         "causal_lm",
-        "what the head predicts: the next token, or labels of the whole row (column label)",
-        choices=("causal_lm", "seq_cls"),
+        "what the model gives: the next token, labels of the whole row (column label), or its embedding",
+        choices=("causal_lm", "seq_cls", "embedding"),
     )
     num_labels: int | None = setting(None, "seq_cls: how many labels there are, or numbers to predict")
     problem_type: str | None = setting(

@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 from megaswift.config.field import setting
 
-PAIRED = ("dpo", "orpo", "simpo", "cpo", "rm")  # whose rows hold two answers to one prompt
-
 
 @dataclass(frozen=True, kw_only=True)
 class PreferenceConfig:
@@ -17,7 +15,8 @@ class PreferenceConfig:
     loss_type: str | None = setting(
         None,
         "form of the loss: sigmoid, ipo, hinge, robust or sigmoid_norm for dpo, sigmoid, hinge or ipo for cpo, "
-        "kto or apo_zero_unpaired for kto, grpo, bnpo, dr_grpo or dapo for grpo; default: the first",
+        "kto or apo_zero_unpaired for kto, grpo, bnpo, dr_grpo or dapo for grpo, infonce, cosine_similarity or contrastive "
+        "for --task_type embedding; default: the first",
     )
     beta: float | None = setting(
         None,

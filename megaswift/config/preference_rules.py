@@ -42,6 +42,8 @@ def preferences_are_for_rlhf(run: RunConfig) -> None:
     blank = PreferenceConfig()
     for name in vars(blank):
         value = getattr(run.preference, name)
+        if name == "loss_type" and run.model.task_type == "embedding":
+            continue
         if value != getattr(blank, name):
             raise ConfigError(f"{name}={value} is for `megaswift rlhf`, not `megaswift {run.task}`.")
 

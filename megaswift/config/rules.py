@@ -26,6 +26,7 @@ REQUEST_RULES = (
     training.random_weights_are_for_pre_training,
     head.heads_are_for_fine_tuning,
     head.labels_are_counted,
+    head.embeddings_have_a_loss,
     preference.preferences_are_for_rlhf,
     preference.preference_settings_belong_to_the_loss,
     preference.the_loss_type_is_known,

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from megaswift.config.checkpoint import CheckpointConfig
 from megaswift.config.data import DataConfig
+from megaswift.config.embedding import EmbeddingConfig
 from megaswift.config.launch import LaunchConfig
 from megaswift.config.logging import LoggingConfig
 from megaswift.config.model import ModelConfig
@@ -29,6 +30,7 @@ class RunConfig:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     tuner: TunerConfig = field(default_factory=TunerConfig)
+    embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -3,7 +3,7 @@
 from math import ceil
 
 from megaswift.config.case import Case
-from megaswift.config.preference import PAIRED
+from megaswift.config.rows import texts_of_a_row
 from megaswift.config.run import RunConfig
 from megaswift.errors import ConfigError, nearest
 
@@ -224,13 +224,13 @@ def lengths_fit_the_model(case: Case) -> Case:
             f"{context}; a longer context must be declared in config.json (max_position_embeddings, rope_scaling)."
         )
     max_length = data.max_length or context
-    documents = 2 if case.run.task == "rlhf" and case.run.preference.rlhf_type in PAIRED else 1
+    documents = texts_of_a_row(case.run)
     pack = data.packing_length or documents * max_length
     if pack < documents * max_length:
-        whole = "a sample" if documents == 1 else "both answers of a pair"
+        whole = "a sample" if documents == 1 else f"all {documents} texts of a row"
+        times = f"{documents} x " if documents > 1 else ""
         raise ConfigError(
-            f"packing_length={pack} is below {'2 x ' * (documents - 1)}max_length={max_length}: {whole} must fit a pack. Lower "
-            "max_length."
+            f"packing_length={pack} is below {times}max_length={max_length}: {whole} must fit a pack. Lower max_length."
         )
     return case.change(
         "data",

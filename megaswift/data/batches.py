@@ -66,6 +66,7 @@ class MicroBatch:
     old_logps: torch.Tensor | None = None
     reference_logps: torch.Tensor | None = None
     mismatched: "MicroBatch | None" = None  # the same rows, with each prompt answered for another row
+    prepared: object = None  # what the task found before the step (Task.prepare); no part of the data
 
 
 class TrainData:

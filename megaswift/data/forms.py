@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from megaswift.config.rows import embedding_loss_of
 from megaswift.config.run import RunConfig
 from megaswift.data.sample import Message, RowError, Sample
 
@@ -71,6 +72,9 @@ def form_of(run: RunConfig) -> Form:
     """Return what the rows of a run must hold."""
     if run.model.task_type == "seq_cls":
         return labelled(run.model.problem, num_labels=run.model.num_labels or 1)
+    if run.model.task_type == "embedding":
+        is_infonce = embedding_loss_of(run) == "infonce"
+        return grouped(run.embedding.infonce_hard_negatives) if is_infonce else COMPARED
     if run.task != "rlhf":
         return CONVERSATIONS
     return {"kto": JUDGEMENTS, "grpo": PROMPTS}.get(run.preference.rlhf_type, PAIRS)
@@ -117,6 +121,66 @@ def _numbers(sample: Sample, *, num_labels: int) -> tuple[float, ...]:
         raise RowError("label", f"label is {sample.label!r}, not {wanted}")
     return tuple(float(one) for one in label if one is not None)
 
+
+def grouped(negatives: int) -> Form:
+    """Return the form of rows for InfoNCE: a text, its positive, and so many negatives."""
+    return Form(
+        name=f"groups with {negatives} negatives",
+        documents=partial(_group, negatives=negatives),
+        per_row=2 + negatives,
+        target=lambda sample: None,
+        reads=True,
+    )
+
+
+def _group(sample: Sample, *, negatives: int) -> tuple[Sample, ...]:
+    anchor, positive = _two_texts(sample)
+    found = sample.negatives or ((_as_text(sample.rejected),) if sample.rejected else ())
+    if bool(found) != bool(negatives):
+        raise RowError(
+            "group",
+            f"the row has {len(found)} negatives, and infonce_hard_negatives={negatives} asks for others",
+        )
+    chosen = [found[number % len(found)] for number in range(negatives)]
+    return anchor, positive, *(dataclasses.replace(sample, messages=turns) for turns in chosen)
+
+
+def _compared(sample: Sample) -> tuple[Sample, ...]:
+    """Return the two texts whose similarity the label gives."""
+    if not isinstance(sample.label, bool | int | float):
+        raise RowError("label", f"label is {sample.label!r}, not the similarity of two texts")
+    return _two_texts(sample)
+
+
+def _two_texts(sample: Sample) -> tuple[Sample, Sample]:
+    """Return the text of a row and its positive: positive_messages, or a question's answer (ms-swift's older layout)."""
+    if sample.text is not None:
+        sample = dataclasses.replace(sample, text=None, messages=({"role": "user", "content": sample.text},))
+    if len(sample.positives) == 1:
+        return sample, dataclasses.replace(sample, messages=sample.positives[0])
+    asked = asked_of(sample.messages)
+    if sample.positives or not asked or len(asked) == len(sample.messages):
+        raise RowError(
+            "group", f"a row of layout {sample.layout} has {len(sample.positives)} positive_messages, not one"
+        )
+    return (
+        dataclasses.replace(sample, messages=asked),
+        dataclasses.replace(sample, messages=_as_text(sample.messages)),
+    )
+
+
+def _as_text(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """Return the last turn as a text of its own."""
+    return ({"role": "user", "content": messages[-1]["content"]},)
+
+
+COMPARED = Form(
+    name="compared",
+    documents=_compared,
+    per_row=2,
+    target=lambda sample: float(sample.label),  # type: ignore[arg-type]  # seen by _compared
+    reads=True,
+)
 
 LABELS: dict[str, Callable[..., float | tuple[float, ...]]] = {
     "single_label_classification": _one_label,

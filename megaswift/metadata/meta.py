@@ -222,7 +222,7 @@ class ModelMeta:
     )
     qk_norm_after_rope: bool = False
     tied_embeddings: bool = False
-    scores: int | None = None  # numbers a token in place of logits, of reward models and classifiers
+    scores: int | None = None  # numbers a token in place of logits; 0: the last hidden states themselves
     sliding_window: tuple[int | None, ...] = ()  # tokens, the query's included, per layer; (): nowhere
     attention: AttentionMeta = AttentionMeta()
     mla: MLAMeta | None = None

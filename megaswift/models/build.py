@@ -11,7 +11,7 @@ from megaswift.models.activations import XIELU
 from megaswift.models.causal_lm import CausalLM
 from megaswift.models.fp8 import emulate_fp8
 from megaswift.models.rope import RotaryPositions
-from megaswift.models.score import ScoreHead
+from megaswift.models.score import score_head
 from megaswift.models.specs import decoder_spec
 from megaswift.parallel.layout import Layout, chunk_layers, padded_vocab_size
 from megaswift.platforms.platform import Platform
@@ -43,7 +43,7 @@ def build_model(meta: ModelMeta, run: RunConfig, layout: Layout, platform: Platf
             vp_stage=vp_stage,
         )
         if meta.scores is not None and model.post_process:
-            model.output_layer = ScoreHead(config, outputs=meta.scores, seed=run.training.seed)
+            model.output_layer = score_head(config, outputs=meta.scores, seed=run.training.seed)
         model.scores = meta.scores is not None
         model.logical_vocab_size = meta.vocab_size
         model.set_multipliers(meta.multipliers)

@@ -21,7 +21,7 @@ class CausalLM(GPTModel):
 
     logical_vocab_size: int  # rows of the file's embedding; the rest of the sharded rows is padding
     multipliers = Multipliers()
-    scores = False  # the output layer is a ScoreHead (models/score.py): every token's scores [B, S, O] are returned
+    scores = False  # the output layer is a score_head (models/score.py): every token's scores [B, S, O] are returned
 
     def set_multipliers(self, multipliers: Multipliers) -> None:
         """Multiply the embeddings, and the logits, by the model's constants."""

@@ -108,7 +108,7 @@ def apply_lora(
     for chunk in chunks:
         chunk.requires_grad_(False)
         if chunk.scores and chunk.post_process:
-            chunk.output_layer.requires_grad_(True)
+            chunk.output_layer.requires_grad_(True)  # nothing, for embeddings
         for name, module in adapted_linears(chunk, targets):
             rank = (ranks or {}).get(name, tuner.lora_rank)
             # The scale belongs to the rank the user named; a larger block only holds several adapters of that rank.

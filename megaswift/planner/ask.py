@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from megaswift.config.preference import PAIRED
 from megaswift.config.reference import needs_copy
+from megaswift.config.rows import texts_of_a_row
 from megaswift.config.run import RunConfig
 from megaswift.errors import ConfigError
 from megaswift.metadata.meta import ModelMeta
@@ -58,8 +58,8 @@ def ask(
         assumed.append(f"max_length={length}: the model's context length")
     if length < 1:
         raise ConfigError(f"max_length={length} is not a length. Give 1 or more.")
-    pairs = run.task == "rlhf" and run.preference.rlhf_type in PAIRED and run.data.packing_length is None
-    if pairs:
+    texts = texts_of_a_row(run) if run.data.packing_length is None else 1
+    if texts > 1:
         document_len = document_len or length
     batch = run.training.global_batch_size
     if batch is None:
@@ -71,14 +71,14 @@ def ask(
         assumed.append("every pack holds one sample (--document_length says otherwise)")
     job = job_of(
         meta,
-        seq_len=length * (2 if pairs else 1),
+        seq_len=length * texts,
         global_batch=batch,
         trained=run.tuner.tuner_type,
         lora_rank=run.tuner.lora_rank,
         lora_dropout=run.tuner.lora_dropout > 0,
         document_len=document_len,
         reference=needs_copy(run),
-        answers=2 if pairs else 1,
+        answers=texts,
     )
     fixed = _fixed(run, given)
     if "cp_comm" in fixed and fixed["cp_comm"] == "auto":

@@ -7,11 +7,13 @@ from typing import Any
 from megaswift.config.preference import PreferenceConfig
 from megaswift.config.reference import compares
 from megaswift.config.rollout_rules import generates
+from megaswift.config.rows import embedding_loss_of
 from megaswift.config.run import RunConfig
 from megaswift.data.tokenizer import load_tokenizer, pad_id_of
 from megaswift.metadata.meta import ModelMeta
 from megaswift.tasks import classification, cpo, dpo, orpo, rm
 from megaswift.tasks.answers import Answers, Outcome
+from megaswift.tasks.embedding import Embedding, embedding_model
 from megaswift.tasks.grpo import Grpo, at_temperature
 from megaswift.tasks.preference import Kto, Preference
 from megaswift.tasks.scores import DocumentScores, ScoresLoss, scoring_model
@@ -28,13 +30,15 @@ PAIR_LOSSES: dict[str, tuple[Callable[[Answers, PreferenceConfig], Outcome], tup
 
 
 def trained_model(run: RunConfig, meta: ModelMeta, *, pad_id: int | None = None) -> ModelMeta:
-    """Return the facts of the model that the task trains: a reward model and a classifier have another head, and GRPO's logits
-    are divided by the temperature at which it samples.
+    """Return the facts of the model that the task trains: a reward model and a classifier have another head, an embedding
+    model has none, and GRPO's logits are divided by the temperature at which it samples.
 
     `pad_id` is that of the model's tokenizer unless given. Raises UserError.
     """
     if generates(run):
         return at_temperature(meta, run.rollout.temperature)
+    if run.model.task_type == "embedding":
+        return embedding_model(meta)
     is_classifier = run.model.task_type == "seq_cls"
     if not is_classifier and (run.task != "rlhf" or run.preference.rlhf_type != "rm"):
         return meta
@@ -67,6 +71,8 @@ def make_task(
     if run.model.task_type == "seq_cls":
         loss = partial(classification.classification_loss, problem=run.model.problem)
         return _document_scores(loss, classification.METRICS[run.model.problem], meta, run_model)
+    if run.model.task_type == "embedding":
+        return Embedding(embedding_loss_of(run), run.embedding, run=run_model)
     if run.task != "rlhf":
         return NextToken(run=run_model)
     if settings.rlhf_type == "kto":

@@ -93,8 +93,9 @@ def look(
     keep: Callable[[MicroBatch, torch.Tensor], Any],
     *,
     run: RunModel,
+    training: bool = False,
 ) -> list[Any]:
-    """Run micro batches without gradients and without dropout, and return keep(batch, output) of each.
+    """Run micro batches without gradients and, unless `training`, without dropout; return keep(batch, output) of each.
 
     Only the last pipeline stage has results; others return []. Every rank of the world calls it alike.
     """
@@ -103,10 +104,10 @@ def look(
         batch = next(data_iterator)
         return run(batch, model), lambda output, non_loss_data: keep(batch, output)
 
-    training = [chunk.training for chunk in chunks]
+    before = [chunk.training for chunk in chunks]
     for chunk in chunks:
-        chunk.eval()
+        chunk.train(training)
     found = run_schedule(chunks, batches, forward_step, forward_only=True, collect_non_loss_data=True)
-    for chunk, was_training in zip(chunks, training, strict=True):
+    for chunk, was_training in zip(chunks, before, strict=True):
         chunk.train(was_training)
     return found

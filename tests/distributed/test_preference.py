@@ -15,7 +15,7 @@ from tests.harness.training import Case, Curve, curves, synthetic_rows, temporar
 LOSS_TOLERANCE, NORM_TOLERANCE = 1e-5, 1e-4
 STEPS, ROWS = 3, 8
 PACKS = 4  # that all rows make, with so many tokens each
-PACK = {"pairs": 110, "kto": 80, "seq_cls lora": 62}
+PACK = {"pairs": 110, "kto": 80, "seq_cls lora": 62, "embedding": 160}
 
 LORA = {"tuner": {"tuner_type": "lora", "lora_dropout": 0.0}, "optimizer": {"lr": 1e-2, "adam_eps": 1e-3}}
 CLASSIFIER = {"task_type": "seq_cls", "problem_type": "multi_label_classification"}
@@ -28,6 +28,7 @@ TRAININGS: dict[str, dict[str, dict[str, Any]]] = {
     "kto": {"preference": {"rlhf_type": "kto", "beta": 0.5, "undesirable_weight": 0.8}},
     "rm": {"preference": {"rlhf_type": "rm", "center_rewards_coefficient": 0.01}},
     "seq_cls lora": {"model": {**CLASSIFIER, "num_labels": 3}, **LORA},
+    "embedding": {"model": {"task_type": "embedding"}, "embedding": {"infonce_hard_negatives": 1}},
 }
 # layout -> (ranks, parallel settings)
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -46,9 +47,9 @@ def folder() -> Path:
 
 def rows_settings(training: str, rows: str) -> dict[str, dict[str, Any]]:
     """All rows are one global batch, so that padded and packed batches hold the same."""
-    if rows == "padded":
+    if rows == "padded":  # embeddings are never: their last token may be that of padding
         return {
-            "data": {"padding_free": False},
+            "data": {"padding_free": training == "embedding"},
             "training": {"micro_batch_size": 2, "global_batch_size": ROWS},
         }
     length = PACK.get(training, PACK["pairs"])

@@ -11,7 +11,8 @@ import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from megaswift.config.parse import parse_run
 from megaswift.config.run import RunConfig
@@ -45,6 +46,7 @@ RUNS: dict[str, tuple[int, tuple[str, ...]]] = {
     "rm lora spread": (2, ("--rlhf_type", "rm", *CP2, *LORA)),
     "labels": (2, (*LABELS, "--packing", "true", "--max_length", "64", *TP2)),
     "labels lora": (1, (*LABELS, *LORA)),
+    "texts": (2, ("--task_type", "embedding", "--infonce_hard_negatives", "1", "--micro_batch_size", "2")),
 }
 
 
@@ -53,19 +55,24 @@ def folder() -> Path:
     """A model, and rows that are pairs, judged answers, or questions with labels."""
     folder = temporary_folder()
     _, rows = make_tiny_run(folder, rows=24)
-    more: dict[str, list[dict[str, Any]]] = {"judged": [], "pairs": [], "labelled": []}
+    more: dict[str, list[dict[str, Any]]] = {"judged": [], "pairs": [], "labelled": [], "texts": []}
     for number, line in enumerate(rows.read_text().splitlines()):
         row = json.loads(line)
         more["judged"].append({**row, "label": number % 3 != 0})
         more["pairs"].append({**row, "rejected_response": "no " * (1 + number % 4)})
         more["labelled"].append({"query": row["messages"][0]["content"], "label": number % 3})
+        negatives = [[{"role": "user", "content": "no " * (1 + number % 4)}]]
+        positives = [[{"role": "user", "content": row["messages"][1]["content"]}]]
+        more["texts"].append(
+            {"messages": row["messages"][:1], "positive_messages": positives, "negative_messages": negatives}
+        )
     for name, each in more.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in each))
     return folder
 
 
 def flags(name: str, output: str) -> list[str]:
-    rows = {"kto": "judged", "labels": "labelled"}.get(name.split()[0], "pairs")
+    rows = {"kto": "judged", "labels": "labelled", "texts": "texts"}.get(name.split()[0], "pairs")
     return [
         "--model", str(folder() / "model"), "--dataset", str(folder() / f"{rows}.jsonl"), "--split_dataset_ratio", "0.25",
         "--output_dir", str(folder() / output), "--train_iters", str(STEPS), "--global_batch_size", "4", "--learning_rate", "1e-2",
@@ -75,7 +82,7 @@ def flags(name: str, output: str) -> list[str]:
 
 
 def run_of(name: str) -> RunConfig:
-    return parse_run("sft" if name.startswith("labels") else "rlhf", flags(name, name))
+    return parse_run("sft" if name.startswith(("labels", "texts")) else "rlhf", flags(name, name))
 
 
 def train_all(rank: int, world_size: int, runs: list[RunConfig]) -> None:
@@ -225,6 +232,27 @@ def test_exported_classifier_has_the_logged_loss_and_accuracy(name: str) -> None
     assert line["eval_accuracy"] == pytest.approx(float((found.argmax(1) == labels).double().mean()))
     first, last = (one["eval_loss"] for one in lines(name) if "eval_loss" in one)
     assert abs(last - first) > 1e-3, "the model must have moved"
+
+
+@pytest.mark.slow
+@pytest.mark.ranks(2)
+def test_exported_embedding_model_has_the_logged_loss() -> None:
+    newest = output_of("texts") / f"checkpoint-{STEPS}" / "hf"
+    model = AutoModel.from_pretrained(newest, dtype=torch.float32).eval()
+    assert not [name for name in load_file(newest / "model.safetensors") if "lm_head" in name]
+    with torch.no_grad():
+        states = [model(ids_1S).last_hidden_state[0, -1] for ids_1S, _ in documents(validation_set("texts"))]
+    embeddings = torch.nn.functional.normalize(torch.stack(states).double(), dim=1).unflatten(0, (-1, 3))
+    losses, correct = [], []
+    for rows in embeddings.split(4):  # the last global batch is smaller
+        similarity = rows[:, 0] @ rows[:, 1:].flatten(0, 1).T
+        positives = torch.arange(len(rows)) * 2
+        losses.append(torch.nn.functional.cross_entropy(similarity / 0.1, positives, reduction="none"))
+        correct.append(similarity.argmax(1) == positives)
+    line = lines("texts")[-1]
+    assert line["eval_loss"] == pytest.approx(float(torch.cat(losses).mean()), rel=TOLERANCE)
+    assert line["eval_accuracy"] == pytest.approx(float(torch.cat(correct).double().mean()))
+    assert lines("texts")[-2]["loss"] < lines("texts")[0]["loss"]
 
 
 @pytest.mark.slow

@@ -18,8 +18,8 @@ from megaswift.checkpoint.resume import load_checkpoint
 from megaswift.checkpoint.store import Store
 from megaswift.config.model import ModelConfig
 from megaswift.config.precision import token_multiple
-from megaswift.config.preference import PAIRED
 from megaswift.config.reference import needs_copy
+from megaswift.config.rows import PAIRED, texts_of_a_row
 from megaswift.config.rules import resolve
 from megaswift.config.run import RunConfig
 from megaswift.converters.export import export_hf
@@ -101,6 +101,9 @@ def synthetic_rows(run: RunConfig) -> EncodedSet:
     """Return rows of random tokens for the task of a run."""
     if run.task == "rlhf":
         return synthetic_judged(run.preference.rlhf_type)
+    if run.model.task_type == "embedding":
+        texts = texts_of_a_row(run)
+        return replace(synthetic_set(entries=8 * texts), per_row=texts)
     return synthetic_labelled(run.model) if run.model.task_type == "seq_cls" else synthetic_set()
 
 

@@ -1,4 +1,4 @@
-"""Loss and gradient of whole models against transformers and TRL: classifiers, reward models."""
+"""Loss and gradient of whole models against transformers and TRL: classifiers, reward models, embeddings."""
 
 import math
 from functools import cache
@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification
 from trl import RewardConfig, RewardTrainer
 
 from megaswift.data.encode import EncodedSet
@@ -16,7 +17,7 @@ from tests.harness.distributed import run_distributed
 from tests.harness.training import Case, curves, synthetic_rows
 from tests.parity.test_trl import agree, folders, loss_and_norm, options, padded, tokenizer
 
-LABELS, CENTER = 3, 0.05
+LABELS, CENTER, TEMPERATURE = 3, 0.05, 0.2
 PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
 SEED = 42  # of the new head: the default of --seed
 
@@ -30,6 +31,11 @@ def cases() -> dict[str, Case]:
     settings: dict[str, dict[str, dict[str, Any]]] = {
         **classifiers,
         "rm": {"preference": {"rlhf_type": "rm", "center_rewards_coefficient": CENTER}},
+        "embedding": {
+            "model": {"task_type": "embedding"},
+            "embedding": {"infonce_temperature": TEMPERATURE, "infonce_hard_negatives": 1},
+            "data": {},
+        },
     }
     found = {}
     for name, own in settings.items():
@@ -92,3 +98,15 @@ def test_a_reward_model_has_the_loss_and_gradient_of_trl(tmp_path: Path) -> None
     trainer.model.config.pad_token_id = 0  # of these rows, not of TRL's tokenizer
     inputs = inputs_of(rows_of("rm"), [*range(0, 16, 2), *range(1, 16, 2)])
     agree(ours()["rm"][0], loss_and_norm(trainer, inputs))
+
+
+@pytest.mark.slow
+def test_embeddings_have_the_gradient_of_the_whole_batch_at_once() -> None:
+    model, encoded = AutoModel.from_pretrained(folders()[0], dtype=torch.float32), rows_of("embedding")
+    inputs = inputs_of(encoded, list(range(24)))
+    states = model(**inputs).last_hidden_state
+    last = inputs["attention_mask"].sum(1) - 1
+    embeddings = F.normalize(states[torch.arange(24), last], dim=1).unflatten(0, (8, 3))
+    similarity = embeddings[:, 0] @ embeddings[:, 1:].flatten(0, 1).T
+    loss = F.cross_entropy(similarity / TEMPERATURE, torch.arange(8) * 2)
+    agree(ours()["embedding"][0], differentiated(loss, model))

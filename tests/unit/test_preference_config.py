@@ -43,7 +43,7 @@ def test_a_pack_holds_both_answers_of_a_pair() -> None:
     assert rlhf("--packing --max_length 100").config.data.packing_length == 200
     assert rlhf("--rlhf_type kto --packing --max_length 100").config.data.packing_length == 100
     with pytest.raises(
-        ConfigError, match="packing_length=150 is below 2 x max_length=100: both answers of a pair"
+        ConfigError, match="packing_length=150 is below 2 x max_length=100: all 2 texts of a row"
     ):
         rlhf("--packing --max_length 100 --packing_length 150")
 
