@@ -10,7 +10,7 @@ class PreferenceConfig:
     """Which preference loss trains the model, and against which reference (`megaswift rlhf`)."""
 
     rlhf_type: str = setting(
-        "dpo", "what to optimise", choices=("dpo", "orpo", "simpo", "cpo", "kto", "rm", "grpo")
+        "dpo", "what to optimise", choices=("dpo", "orpo", "simpo", "cpo", "kto", "rm", "grpo", "gkd")
     )
     loss_type: str | None = setting(
         None,
@@ -20,7 +20,8 @@ class PreferenceConfig:
     )
     beta: float | None = setting(
         None,
-        "strength of the preference against the reference; default 0.1, for simpo 2, for grpo 0.04 (0: no reference)",
+        "strength of the preference against the reference; default 0.1, for simpo 2, for grpo 0.04 (0: no reference); for gkd "
+        "the share of the teacher in the mixture, default 0.5 (0: KL(teacher || student), 1: the reverse)",
     )
     label_smoothing: float = setting(
         0.0, "share of pairs whose answers may be swapped (dpo sigmoid and robust, cpo, simpo)"
@@ -39,6 +40,9 @@ class PreferenceConfig:
     center_rewards_coefficient: float | None = setting(None, "rm: weight that draws the rewards to mean 0")
     ref_model: str | None = setting(
         None, "model of the same kind to compare with; default: --model as it is before training"
+    )
+    teacher_model: str | None = setting(
+        None, "gkd: model with the same vocabulary whose distributions are learnt, on the rows' own answers"
     )
     precompute_ref_log_probs: bool = setting(
         False, "compute the reference's log-probabilities once, to disk, instead of at every step"

@@ -16,6 +16,7 @@ LOSS_TYPES: dict[str, tuple[str, ...]] = {
     "kto": ("kto", "apo_zero_unpaired"),
     "rm": (),
     "grpo": ("grpo", "bnpo", "dr_grpo", "dapo"),
+    "gkd": (),
 }
 # setting -> the rlhf_types that read it
 BELONGS: dict[str, tuple[str, ...]] = {
@@ -30,9 +31,10 @@ BELONGS: dict[str, tuple[str, ...]] = {
     "center_rewards_coefficient": ("rm",),
     "ref_model": ("dpo", "kto", "grpo"),
     "precompute_ref_log_probs": ("dpo", "kto"),
+    "teacher_model": ("gkd",),
 }
 NEEDS_REFERENCE = ("dpo", "kto", "grpo")
-DEFAULT_BETA = {"simpo": 2.0, "grpo": 0.04}  # others 0.1
+DEFAULT_BETA = {"simpo": 2.0, "grpo": 0.04, "gkd": 0.5}  # others 0.1
 
 
 def preferences_are_for_rlhf(run: RunConfig) -> None:
@@ -74,8 +76,11 @@ def the_loss_type_is_known(run: RunConfig) -> None:
 def preference_numbers_are_in_range(run: RunConfig) -> None:
     """Strengths are positive, and fewer than half of the labels are wrong."""
     chosen = run.preference
-    if chosen.beta is not None and (chosen.beta < 0 or (chosen.beta == 0 and chosen.rlhf_type != "grpo")):
+    may_be_0 = chosen.rlhf_type in ("grpo", "gkd")
+    if chosen.beta is not None and (chosen.beta < 0 or (chosen.beta == 0 and not may_be_0)):
         raise ConfigError(f"beta={chosen.beta:g} is too small. Give more than 0.")
+    if chosen.beta is not None and chosen.beta > 1 and chosen.rlhf_type == "gkd":
+        raise ConfigError(f"beta={chosen.beta:g} is not a share. Give 0 to 1 for rlhf_type=gkd.")
     if not 0 <= chosen.label_smoothing < 0.5:
         raise ConfigError(f"label_smoothing={chosen.label_smoothing:g} is not from 0 to below 0.5.")
     for name in (
@@ -94,6 +99,23 @@ def preference_numbers_are_in_range(run: RunConfig) -> None:
         raise ConfigError(
             "reference_free=true has no reference model. Leave --ref_model and --precompute_ref_log_probs out."
         )
+
+
+def distillation_has_a_teacher(run: RunConfig) -> None:
+    """There is a model to learn from."""
+    if run.task == "rlhf" and run.preference.rlhf_type == "gkd" and run.preference.teacher_model is None:
+        raise ConfigError(
+            "rlhf_type=gkd needs teacher_model. Give --teacher_model, a model with the same vocabulary."
+        )
+
+
+def distillation_reads_the_rows(case: Case) -> Case | None:
+    """Say which answers the teacher is asked about."""
+    if case.run.task != "rlhf" or case.run.preference.rlhf_type != "gkd":
+        return None
+    return case.change(
+        "preference", "rlhf_type=gkd: the teacher is learnt from on the rows' own answers (lmbda=0)."
+    )
 
 
 def preference_settings_have_defaults(case: Case) -> Case | None:

@@ -11,9 +11,16 @@ def compares(run: RunConfig) -> bool:
     return run.task == "rlhf" and needs
 
 
+def distils(run: RunConfig) -> bool:
+    """Whether the task compares the model's distributions with a teacher's."""
+    return run.task == "rlhf" and run.preference.rlhf_type == "gkd"
+
+
 def needs_copy(run: RunConfig) -> bool:
     """Whether a frozen model stands beside the trained one; an adapted model without its adapters is its own reference."""
     settings = run.preference
+    if distils(run):
+        return True
     if not compares(run) or settings.precompute_ref_log_probs:
         return False
     return run.tuner.tuner_type == "full" or settings.ref_model is not None

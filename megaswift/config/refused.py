@@ -29,8 +29,8 @@ def _refuse(what: str, instead: str = "", **flags: str) -> dict[str, Refused]:
 
 # Flags of reinforcement learning and distillation.
 _RLHF = """
-    teacher_model teacher_model_server teacher_tag_key gkd_logits_topk lmbda sft_alpha offload_teacher_model
-    teacher_kl_coef generation_batch_size repetition_penalty delta dynamic_sample max_resample_times
+    teacher_model_server teacher_tag_key gkd_logits_topk offload_teacher_model teacher_kl_coef generation_batch_size
+    repetition_penalty delta dynamic_sample max_resample_times
     cosine_min_len_value_wrong cosine_max_len_value_wrong cosine_min_len_value_correct cosine_max_len_value_correct
     cosine_max_len log_entropy top_entropy_quantile rollout_importance_sampling_mode
     rollout_importance_sampling_threshold off_policy_sequence_mask_delta multi_turn_scheduler max_turns use_gym_env
@@ -338,6 +338,12 @@ REFUSED: dict[str, Refused] = {
         mcore_ref_adapter="none",
     ),
     **_refuse("another divergence from the reference", f_divergence_type="reverse_kl"),
+    **_refuse(
+        "distillation on the student's own completions",
+        "Give --lmbda 0: the teacher is learnt from on the rows' answers.",
+        lmbda="0 0.0",
+    ),
+    **_refuse("a second loss beside the teacher's", sft_alpha="0 0.0"),
     **_refuse(
         "completions by vLLM",
         "Leave it out: the trained model generates by itself, under tp, pp, dp and ep.",

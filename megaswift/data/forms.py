@@ -77,7 +77,7 @@ def form_of(run: RunConfig) -> Form:
         return grouped(run.embedding.infonce_hard_negatives) if is_infonce else COMPARED
     if run.task != "rlhf":
         return CONVERSATIONS
-    return {"kto": JUDGEMENTS, "grpo": PROMPTS}.get(run.preference.rlhf_type, PAIRS)
+    return {"kto": JUDGEMENTS, "grpo": PROMPTS, "gkd": CONVERSATIONS}.get(run.preference.rlhf_type, PAIRS)
 
 
 def labelled(problem: str, *, num_labels: int) -> Form:

@@ -2,6 +2,7 @@
 
 from megatron.core import parallel_state
 
+from megaswift.config.reference import distils
 from megaswift.config.run import RunConfig
 from megaswift.mcore.configs import transformer_config
 from megaswift.mcore.patches import apply_patches
@@ -45,6 +46,7 @@ def build_model(meta: ModelMeta, run: RunConfig, layout: Layout, platform: Platf
         if meta.scores is not None and model.post_process:
             model.output_layer = score_head(config, outputs=meta.scores, seed=run.training.seed)
         model.scores = meta.scores is not None
+        model.gives_states = distils(run)
         model.logical_vocab_size = meta.vocab_size
         model.set_multipliers(meta.multipliers)
         if hasattr(model, "rotary_pos_emb"):  # latent attention has its own

@@ -21,6 +21,7 @@ class CausalLM(GPTModel):
 
     logical_vocab_size: int  # rows of the file's embedding; the rest of the sharded rows is padding
     multipliers = Multipliers()
+    gives_states = False  # the last stage returns hidden states [B, S, D] in place of losses (tasks/gkd.py)
     scores = False  # the output layer is a score_head (models/score.py): every token's scores [B, S, O] are returned
 
     def set_multipliers(self, multipliers: Multipliers) -> None:
@@ -43,6 +44,8 @@ class CausalLM(GPTModel):
             return super()._postprocess(hidden_states, *args, labels=labels, loss_mask=loss_mask, **kwargs)
         if self.multipliers.logits != 1.0:
             hidden_states = hidden_states * self.multipliers.logits
+        if self.gives_states:
+            return self._of_all_tokens(hidden_states).transpose(0, 1)
         if labels is None or self.scores:
             logits = super()._postprocess(hidden_states, *args, labels=None, loss_mask=loss_mask, **kwargs)
             cap = self.multipliers.logits_softcap
@@ -50,27 +53,33 @@ class CausalLM(GPTModel):
         assert loss_mask is not None, "labels come with their weights"
         return self._token_losses(hidden_states, labels, loss_mask)
 
+    @property
+    def output_weight(self) -> torch.Tensor:
+        """The rows of the output layer that this rank holds [V/tp, D]."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+    def _of_all_tokens(self, hidden_SBD: torch.Tensor) -> torch.Tensor:
+        if self.config.sequence_parallel:
+            # Every tp rank needs all tokens below; the gradient is summed over tp there, so this only splits it.
+            return gather_from_sequence_parallel_region(hidden_SBD, tensor_parallel_output_grad=False)
+        return hidden_SBD
+
     def _token_losses(
         self, hidden_SBD: torch.Tensor, labels_BS: torch.Tensor, loss_mask_BS: torch.Tensor
     ) -> torch.Tensor:
         """Return each token's cross-entropy [B, S], float32, zero where the mask is zero."""
         layer = self.output_layer
-        if self.config.sequence_parallel:
-            # Every tp rank needs all tokens below; the gradient is summed over tp there, so this only splits it.
-            hidden_SBD = gather_from_sequence_parallel_region(hidden_SBD, tensor_parallel_output_grad=False)
+        hidden_SBD = self._of_all_tokens(hidden_SBD)
         chosen_SB = loss_mask_BS.transpose(0, 1) != 0
         hidden_TD = hidden_SBD[chosen_SB]
         labels_T = labels_BS.transpose(0, 1)[chosen_SB]
-        weight = (
-            self.shared_embedding_or_output_weight()
-            if self.share_embeddings_and_output_weights
-            else layer.weight
-        )
         losses_T = linear_cross_entropy(
             copy_to_tensor_model_parallel_region(
                 hidden_TD, group=layer.tp_group
             ),  # sums the gradient over tp
-            weight,
+            self.output_weight,
             labels_T,
             loss_weights_T=loss_mask_BS.transpose(0, 1)[chosen_SB],
             group=layer.tp_group if layer.tp_group.size() > 1 else None,

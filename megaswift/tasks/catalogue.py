@@ -14,6 +14,7 @@ from megaswift.metadata.meta import ModelMeta
 from megaswift.tasks import classification, cpo, dpo, orpo, rm
 from megaswift.tasks.answers import Answers, Outcome
 from megaswift.tasks.embedding import Embedding, embedding_model
+from megaswift.tasks.gkd import Distillation
 from megaswift.tasks.grpo import Grpo, at_temperature
 from megaswift.tasks.preference import Kto, Preference
 from megaswift.tasks.scores import DocumentScores, ScoresLoss, scoring_model
@@ -63,7 +64,7 @@ def make_task(
 ) -> Task:
     """Return the task of a resolved run on the model of trained_model().
 
-    `reference` are the chunks of a frozen model to compare with, where there is one.
+    `reference` are the chunks of a frozen model to compare with, or to learn from, where there is one.
 
     Pre-training differs from fine-tuning in the data alone: its loss mask is one everywhere.
     """
@@ -77,6 +78,9 @@ def make_task(
         return NextToken(run=run_model)
     if settings.rlhf_type == "kto":
         return Kto(settings, reference=reference, run=run_model)
+    if settings.rlhf_type == "gkd":
+        assert reference is not None, "the teacher is a model in memory (config/reference.py)"
+        return Distillation(settings, teacher=reference, run=run_model)
     if settings.rlhf_type == "grpo":
         return Grpo(settings, run.rollout, run=run_model)
     if settings.rlhf_type == "rm":

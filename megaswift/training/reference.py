@@ -1,4 +1,4 @@
-"""The reference model of preference training: a frozen copy, or its log-probabilities computed once to disk."""
+"""The reference model of preference training, or the teacher of distillation: a frozen copy, or its log-probabilities computed once to disk."""
 
 import hashlib
 import os
@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megaswift.config.reference import distils
+from megaswift.config.rules import resolve
 from megaswift.config.run import RunConfig
 from megaswift.converters.load import load_weights
 from megaswift.data.batches import BatchSettings, MicroBatch, ValidationData
@@ -39,9 +41,11 @@ def frozen_copy(
 ) -> list[Any]:
     """Return this rank's chunks of the reference model, without gradients; every rank of the world calls it.
 
-    `group` holds all ranks and is patient. Raises UserError where --ref_model is another kind of model.
+    `group` holds all ranks and is patient. Raises UserError where --ref_model or --teacher_model does not fit.
     """
     reference = alike(lambda: _reference_meta(run, meta))
+    if distils(run):  # a model of another size, under the same layout
+        alike(lambda: resolve(run, reference, layout.world, platform.name))
     chunks = alike(lambda: build_model(reference, run, layout, platform))
     agree(
         lambda: load_weights(chunks, reference, layout, dist.get_rank(), Path(str(reference.folder))),
@@ -53,14 +57,15 @@ def frozen_copy(
 
 
 def _reference_meta(run: RunConfig, meta: ModelMeta) -> ModelMeta:
-    name = run.preference.ref_model
+    flag = "teacher_model" if distils(run) else "ref_model"
+    name = run.preference.teacher_model or run.preference.ref_model
     if name is None:
         return meta
     reference = get_model_meta(name, use_hf=run.model.use_hf, trust_remote_code=run.model.trust_remote_code)
     if reference.vocab_size != meta.vocab_size:
         raise ConfigError(
-            f"ref_model={name} has vocab_size={reference.vocab_size} and the trained model {meta.vocab_size}: they do not read "
-            "the same tokens. Choose a reference with the same tokenizer."
+            f"{flag}={name} has vocab_size={reference.vocab_size} and the trained model {meta.vocab_size}: they do not read "
+            "the same tokens. Choose one with the same tokenizer."
         )
     return trained_model(run, reference)
 

@@ -15,7 +15,7 @@ from tests.harness.training import Case, Curve, curves, synthetic_rows, temporar
 LOSS_TOLERANCE, NORM_TOLERANCE = 1e-5, 1e-4
 STEPS, ROWS = 3, 8
 PACKS = 4  # that all rows make, with so many tokens each
-PACK = {"pairs": 110, "kto": 80, "seq_cls lora": 62, "embedding": 160}
+PACK = {"pairs": 110, "kto": 80, "seq_cls lora": 62, "embedding": 160, "gkd": 62}
 
 LORA = {"tuner": {"tuner_type": "lora", "lora_dropout": 0.0}, "optimizer": {"lr": 1e-2, "adam_eps": 1e-3}}
 CLASSIFIER = {"task_type": "seq_cls", "problem_type": "multi_label_classification"}
@@ -27,6 +27,7 @@ TRAININGS: dict[str, dict[str, dict[str, Any]]] = {
     "simpo": {"preference": {"rlhf_type": "simpo"}},
     "kto": {"preference": {"rlhf_type": "kto", "beta": 0.5, "undesirable_weight": 0.8}},
     "rm": {"preference": {"rlhf_type": "rm", "center_rewards_coefficient": 0.01}},
+    "gkd": {"preference": {"rlhf_type": "gkd", "beta": 0.3}},
     "seq_cls lora": {"model": {**CLASSIFIER, "num_labels": 3}, **LORA},
     "embedding": {"model": {"task_type": "embedding"}, "embedding": {"infonce_hard_negatives": 1}},
 }
@@ -43,6 +44,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 @cache
 def folder() -> Path:
     return save_tiny("llama", temporary_folder())
+
+
+@cache
+def teacher() -> Path:
+    """Another model with the same vocabulary, whose output layer is its embedding."""
+    return save_tiny("llama-tied", temporary_folder())
 
 
 def rows_settings(training: str, rows: str) -> dict[str, dict[str, Any]]:
@@ -64,6 +71,8 @@ def rows_settings(training: str, rows: str) -> dict[str, dict[str, Any]]:
 def case_of(training: str, layout: str, parallel: dict[str, Any], rows: str) -> Case:
     settings = {**rows_settings(training, rows), **TRAININGS[training], "parallel": parallel}
     settings["training"] = {**settings["training"], "train_iters": STEPS}
+    if training == "gkd":
+        settings["preference"] = {**settings["preference"], "teacher_model": str(teacher())}
     task = "rlhf" if "preference" in settings else "sft"
     return Case(name=f"{training} {layout} {rows}", settings=settings, task=task)
 

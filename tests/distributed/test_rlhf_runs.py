@@ -20,6 +20,7 @@ from megaswift.data.encode import EncodedSet
 from megaswift.data.forms import form_of
 from megaswift.data.load import load_data
 from megaswift.data.tokenizer import load_tokenizer, pad_id_of
+from megaswift.kernels.linear_divergence.reference import generalised_jsd
 from megaswift.mcore import process_groups
 from megaswift.platforms.platform import select_platform
 from megaswift.training.run import train_in_world
@@ -46,6 +47,7 @@ RUNS: dict[str, tuple[int, tuple[str, ...]]] = {
     "rm lora spread": (2, ("--rlhf_type", "rm", *CP2, *LORA)),
     "labels": (2, (*LABELS, "--packing", "true", "--max_length", "64", *TP2)),
     "labels lora": (1, (*LABELS, *LORA)),
+    "gkd lora": (1, ("--rlhf_type", "gkd", "--beta", "0.3", *LORA)),
     "texts": (2, ("--task_type", "embedding", "--infonce_hard_negatives", "1", "--micro_batch_size", "2")),
 }
 
@@ -55,6 +57,7 @@ def folder() -> Path:
     """A model, and rows that are pairs, judged answers, or questions with labels."""
     folder = temporary_folder()
     _, rows = make_tiny_run(folder, rows=24)
+    make_tiny_run(folder / "teacher", rows=1, name="llama-tied")
     more: dict[str, list[dict[str, Any]]] = {"judged": [], "pairs": [], "labelled": [], "texts": []}
     for number, line in enumerate(rows.read_text().splitlines()):
         row = json.loads(line)
@@ -77,7 +80,7 @@ def flags(name: str, output: str) -> list[str]:
         "--model", str(folder() / "model"), "--dataset", str(folder() / f"{rows}.jsonl"), "--split_dataset_ratio", "0.25",
         "--output_dir", str(folder() / output), "--train_iters", str(STEPS), "--global_batch_size", "4", "--learning_rate", "1e-2",
         "--lr_decay_style", "constant", "--save_steps", "2", "--save_total_limit", "2", "--logging_steps", "1", "--report_to", "none",
-        *RUNS[name][1],
+        *RUNS[name][1], *(("--teacher_model", str(folder() / "teacher" / "model")) if "gkd" in name else ()),
     ]  # fmt: skip
 
 
@@ -232,6 +235,19 @@ def test_exported_classifier_has_the_logged_loss_and_accuracy(name: str) -> None
     assert line["eval_accuracy"] == pytest.approx(float((found.argmax(1) == labels).double().mean()))
     first, last = (one["eval_loss"] for one in lines(name) if "eval_loss" in one)
     assert abs(last - first) > 1e-3, "the model must have moved"
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_exported_student_has_the_logged_divergence_from_its_teacher() -> None:
+    student, _ = opened("gkd lora")
+    teacher = AutoModelForCausalLM.from_pretrained(folder() / "teacher" / "model", dtype=torch.float32).eval()
+    losses = []
+    for ids_1S, is_answer_S in documents(validation_set("gkd lora")):
+        logits = [model(ids_1S).logits[0, :-1].double() for model in (student, teacher)]
+        losses.append(generalised_jsd(*logits, beta=0.3)[is_answer_S[1:]])
+    assert lines("gkd lora")[-1]["eval_loss"] == pytest.approx(float(torch.cat(losses).mean()), rel=TOLERANCE)
+    assert lines("gkd lora")[-2]["loss"] < lines("gkd lora")[0]["loss"]
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Loss and gradient of whole models against transformers and TRL: classifiers, reward models, embeddings."""
+"""Loss and gradient of whole models against transformers and TRL: classifiers, reward models, embeddings, distillation."""
 
 import math
 from functools import cache
@@ -9,15 +9,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl import RewardConfig, RewardTrainer
+from trl.experimental.gkd import GKDTrainer
 
 from megaswift.data.encode import EncodedSet
 from tests.harness.distributed import run_distributed
 from tests.harness.training import Case, curves, synthetic_rows
 from tests.parity.test_trl import agree, folders, loss_and_norm, options, padded, tokenizer
 
-LABELS, CENTER, TEMPERATURE = 3, 0.05, 0.2
+LABELS, CENTER, TEMPERATURE, BETA = 3, 0.05, 0.2, 0.3
 PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
 SEED = 42  # of the new head: the default of --seed
 
@@ -31,6 +32,9 @@ def cases() -> dict[str, Case]:
     settings: dict[str, dict[str, dict[str, Any]]] = {
         **classifiers,
         "rm": {"preference": {"rlhf_type": "rm", "center_rewards_coefficient": CENTER}},
+        "gkd": {
+            "preference": {"rlhf_type": "gkd", "beta": BETA, "teacher_model": str(folders()[1])},
+        },
         "embedding": {
             "model": {"task_type": "embedding"},
             "embedding": {"infonce_temperature": TEMPERATURE, "infonce_hard_negatives": 1},
@@ -98,6 +102,20 @@ def test_a_reward_model_has_the_loss_and_gradient_of_trl(tmp_path: Path) -> None
     trainer.model.config.pad_token_id = 0  # of these rows, not of TRL's tokenizer
     inputs = inputs_of(rows_of("rm"), [*range(0, 16, 2), *range(1, 16, 2)])
     agree(ours()["rm"][0], loss_and_norm(trainer, inputs))
+
+
+@pytest.mark.slow
+def test_a_student_has_the_loss_and_gradient_of_trl() -> None:
+    student, teacher = (AutoModelForCausalLM.from_pretrained(one, dtype=torch.float32) for one in folders())
+    whole = padded(rows_of("gkd"), list(range(8)))
+    inputs = {name: whole[name] for name in ("input_ids", "attention_mask")}
+    labels = whole["input_ids"].masked_fill(whole["completion_mask"] == 0, -100)[:, 1:]
+    with torch.no_grad():
+        teacher_logits = teacher(**inputs).logits[:, :-1]
+    loss = GKDTrainer.generalized_jsd_loss(
+        student(**inputs).logits[:, :-1], teacher_logits, labels=labels, beta=BETA
+    )
+    agree(ours()["gkd"][0], differentiated(loss, student))
 
 
 @pytest.mark.slow

@@ -14,10 +14,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.experimental.cpo import CPOTrainer
+from trl.experimental.gkd import GKDTrainer
 from trl.experimental.orpo import ORPOTrainer
 
 from megaswift.config.preference import PreferenceConfig
 from megaswift.data.encode import EncodedSet
+from megaswift.kernels.linear_divergence.ops import OutputLayer, linear_divergence
 from megaswift.tasks.catalogue import PAIR_LOSSES
 from tests.harness.distributed import run_distributed
 from tests.harness.tiny import save_tiny
@@ -173,6 +175,21 @@ def test_orpo_simpo_and_cpo_have_the_losses_of_trl() -> None:
         assert torch.allclose(
             loss_of("cpo", loss_type=form, label_smoothing=smoothing), expected, rtol=0, atol=1e-6
         )
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_the_divergence_from_a_teacher_is_that_of_trl(beta: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (
+        OutputLayer(
+            hidden=torch.randn(9, 8, generator=generator), weight=torch.randn(31, 8, generator=generator)
+        )
+        for _ in range(2)
+    )
+    found = linear_divergence(student, teacher, torch.ones(9), beta=beta, vocab_size=31)
+    logits = [(layer.hidden @ layer.weight.T)[None] for layer in (student, teacher)]
+    theirs = GKDTrainer.generalized_jsd_loss(*logits, labels=torch.zeros(1, 9).long(), beta=beta)
+    assert float(found) / 9 == pytest.approx(float(theirs), rel=TOLERANCE)
 
 
 def loss_of(kind: str, **settings: Any) -> torch.Tensor:

@@ -22,6 +22,7 @@ def rlhf(words: str) -> ResolvedRun:
         ("--rlhf_type simpo", None, 2.0, 0.0),
         ("--rlhf_type cpo", "sigmoid", 0.1, 1.0),
         ("--rlhf_type kto", "kto", 0.1, None),
+        ("--rlhf_type gkd --teacher_model t", None, 0.5, None),
     ],
 )
 def test_each_loss_has_its_defaults(words: str, loss_type: str, beta: float, cpo_alpha: float) -> None:
@@ -56,6 +57,13 @@ def test_a_pack_holds_both_answers_of_a_pair() -> None:
         ("--rlhf_type simpo --rpo_alpha 1", "rpo_alpha=1.0 is for rlhf_type dpo, not simpo"),
         ("--rlhf_type orpo --ref_model m", "ref_model=m is for rlhf_type dpo and kto and grpo, not orpo"),
         ("--beta 0", "beta=0 is too small"),
+        ("--rlhf_type gkd", "rlhf_type=gkd needs teacher_model"),
+        ("--rlhf_type gkd --teacher_model t --beta 1.5", "beta=1.5 is not a share"),
+        ("--teacher_model t", "teacher_model=t is for rlhf_type gkd, not dpo"),
+        (
+            "--rlhf_type gkd --teacher_model t --lmbda 0.5",
+            "lmbda=0.5 asks for distillation on the student's own",
+        ),
         ("--loss_type robust --label_smoothing 0.5", "label_smoothing=0.5 is not from 0 to below 0.5"),
         (
             "--loss_type hinge --label_smoothing 0.1",

@@ -168,7 +168,7 @@ def _pass(
         if rows and hidden_grad_TD is not None:
             _product(logits_CV, real_VD, out=hidden_grad_TD[chunk])
         if rows and weight_sum_VD is not None:
-            _add_product_(weight_sum_VD, logits_CV, hidden_CD)
+            add_product_(weight_sum_VD, logits_CV, hidden_CD)
     weight_grad_VD = None if weight_sum_VD is None else weight_sum_VD.to(weight_VD.dtype)
     return _Pass(losses_T=losses_T, hidden_grad_TD=hidden_grad_TD, weight_grad_VD=weight_grad_VD)
 
@@ -199,10 +199,10 @@ def _token_losses_(
     return reference.token_losses_(logits_CV, columns_C, weights_C, merge)
 
 
-def _add_product_(sum_VD: torch.Tensor, gradient_CV: torch.Tensor, hidden_CD: torch.Tensor) -> None:
-    """Add gradient^T @ hidden to the first rows of a float32 sum."""
+def add_product_(sum_VD: torch.Tensor, gradient_CV: torch.Tensor, hidden_CD: torch.Tensor) -> None:
+    """Add gradient^T @ hidden to the first rows of a sum, which may be of a wider type."""
     rows = gradient_CV.shape[1]
-    if hidden_CD.dtype == torch.float32:
+    if hidden_CD.dtype == sum_VD.dtype:
         sum_VD[:rows].addmm_(gradient_CV.t(), hidden_CD)
         return
     for start in range(0, rows, _SLICE_ROWS):

@@ -1,0 +1,1 @@
+"""Two output layers and the divergence of their distributions in one."""

@@ -1,0 +1,161 @@
+"""The generalised Jensen-Shannon divergence of two output layers; chunks of tokens pass through, full logits never exist.
+
+With q of the student, p of the teacher, m = beta p + (1 - beta) q (reference.py), the gradient by the student's logits z is
+dL/dz_v = q_v (g_v - sum_u q_u g_u), g = (1 - beta) log(q / m); for beta 0 it is q - p, for beta 1 g = log(q / p). It is formed while
+a chunk's logits are there, so the backward pass is a scaling.
+
+Letters: T tokens, C tokens of one chunk, D model size, E that of the teacher, V vocabulary rows of this rank (the vocabulary / tp).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megaswift.kernels.linear_cross_entropy.ops import add_product_
+
+CHUNK_TOKENS = 256  # half of linear_cross_entropy's: two models' logits are held at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputLayer:
+    """What a model's output layer makes of hidden states."""
+
+    hidden: torch.Tensor  # [T, D] or [T, E]
+    weight: torch.Tensor  # [V, D] or [V, E]: this rank's rows
+    softcap: float | None = None  # logits become softcap * tanh(logits / softcap)
+
+
+@torch.compiler.disable
+def linear_divergence(
+    student: OutputLayer,
+    teacher: OutputLayer,
+    loss_weights_T: torch.Tensor,
+    *,
+    beta: float,
+    vocab_size: int,
+    group: dist.ProcessGroup | None = None,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> torch.Tensor:
+    """Return sum(loss_weights_T * divergence_T), without dimensions; every rank of `group` calls it alike.
+
+    It is differentiable by the student's tensors; the gradient of its hidden states is this rank's part of the sum over
+    `group`, as behind a column-parallel layer. Rows of the vocabulary from `vocab_size` on are padding. Logits and sums are
+    float32, or float64 where the hidden states are. What moves: 6 numbers per token over `group`.
+    """
+    rank, rows = (0 if group is None else dist.get_rank(group)), student.weight.shape[0]
+    assert teacher.weight.shape[0] == rows, (
+        f"{teacher.weight.shape[0]} rows of the teacher, {rows} of the student"
+    )
+    problem = _Problem(
+        teacher=teacher,
+        softcap=student.softcap,
+        loss_weights_T=loss_weights_T,
+        beta=beta,
+        rows=min(max(vocab_size - rank * rows, 0), rows),
+        group=group,
+        chunk_tokens=chunk_tokens,
+        needs_gradient=torch.is_grad_enabled(),
+    )
+    total: torch.Tensor = _LinearDivergence.apply(student.hidden, student.weight, problem)
+    return total
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Problem:
+    teacher: OutputLayer
+    softcap: float | None
+    loss_weights_T: torch.Tensor
+    beta: float
+    rows: int  # of this rank's weights that are not padding
+    group: dist.ProcessGroup | None
+    chunk_tokens: int
+    needs_gradient: bool
+
+    def total(self, values: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
+        """Return the values of all ranks together."""
+        if self.group is not None:
+            dist.all_reduce(values, op=op, group=self.group)
+        return values
+
+
+class _LinearDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TD: torch.Tensor, weight_VD: torch.Tensor, problem: _Problem
+    ) -> torch.Tensor:
+        wanted = [problem.needs_gradient and needed for needed in ctx.needs_input_grad[:2]]
+        wide = torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32
+        real_VD, rows = weight_VD[: problem.rows], problem.rows
+        total = torch.zeros((), dtype=wide, device=hidden_TD.device)
+        hidden_grad_TD = torch.zeros_like(hidden_TD) if wanted[0] else None
+        weight_sum_VD = torch.zeros_like(weight_VD, dtype=wide) if wanted[1] else None
+        for start in range(0, len(hidden_TD), problem.chunk_tokens):
+            chunk = slice(start, start + problem.chunk_tokens)
+            hidden_CD, teacher_CE = hidden_TD[chunk], problem.teacher.hidden[chunk]
+            logits_CV, slope_CV = _logits(hidden_CD, real_VD, problem.softcap, wide)
+            teacher_CV, _ = _logits(teacher_CE, problem.teacher.weight[:rows], problem.teacher.softcap, wide)
+            losses_C, grad_CV = _divergence(logits_CV, teacher_CV, problem)
+            weights_C = problem.loss_weights_T[chunk].to(wide)
+            total += torch.dot(losses_C, weights_C)
+            grad_CV.mul_(weights_C[:, None])
+            if slope_CV is not None:
+                grad_CV.mul_(slope_CV)
+            narrow_CV = grad_CV.to(hidden_TD.dtype)
+            if hidden_grad_TD is not None:
+                hidden_grad_TD[chunk] = narrow_CV @ real_VD
+            if weight_sum_VD is not None:
+                add_product_(weight_sum_VD, narrow_CV, hidden_CD)
+        ctx.save_for_backward(
+            hidden_grad_TD, None if weight_sum_VD is None else weight_sum_VD.to(weight_VD.dtype)
+        )
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden_grad_TD, weight_grad_VD = ctx.saved_tensors
+        # In place: a second tensor of the weight's size would double the peak.
+        return (
+            None if hidden_grad_TD is None else hidden_grad_TD.mul_(grads[0]),
+            None if weight_grad_VD is None else weight_grad_VD.mul_(grads[0]),
+            None,
+        )
+
+
+def _logits(
+    hidden_CD: torch.Tensor, weight_VD: torch.Tensor, softcap: float | None, wide: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the logits [C, V], and their derivative by what the soft cap was put on, if there is one."""
+    logits_CV = (hidden_CD @ weight_VD.t()).to(wide)
+    if softcap is None:
+        return logits_CV, None
+    tanh_CV = torch.tanh(logits_CV / softcap)
+    return softcap * tanh_CV, 1 - tanh_CV.square()
+
+
+def _divergence(
+    student_CV: torch.Tensor, teacher_CV: torch.Tensor, problem: _Problem
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the divergence of every token [C], and its gradient by this rank's logits of the student [C, V]."""
+    beta = problem.beta
+    own_2C = torch.stack([student_CV.logsumexp(1), teacher_CV.logsumexp(1)])
+    top_2C = problem.total(own_2C.clone(), dist.ReduceOp.MAX)
+    lse_2C = top_2C + problem.total((own_2C - top_2C).exp()).log()
+    log_q_CV, log_p_CV = student_CV - lse_2C[0, :, None], teacher_CV - lse_2C[1, :, None]
+    q_CV = log_q_CV.exp()
+    if beta == 0:
+        p_CV = log_p_CV.exp()
+        losses_C = problem.total((p_CV * (log_p_CV - log_q_CV)).sum(1))
+        return losses_C, q_CV - p_CV
+    if beta == 1:
+        lead_CV = log_q_CV - log_p_CV
+        losses_C = problem.total((q_CV * lead_CV).sum(1))
+        return losses_C, q_CV * (lead_CV - losses_C[:, None])
+    log_m_CV = torch.logaddexp(log_p_CV + math.log(beta), log_q_CV + math.log1p(-beta))
+    lead_CV = (1 - beta) * (log_q_CV - log_m_CV)
+    to_student_C = (q_CV * lead_CV).sum(1)
+    to_teacher_C = (beta * log_p_CV.exp() * (log_p_CV - log_m_CV)).sum(1)
+    sums_2C = problem.total(torch.stack([to_student_C, to_teacher_C]))
+    return sums_2C.sum(0), q_CV * (lead_CV - sums_2C[0, :, None])

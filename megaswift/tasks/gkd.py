@@ -1,0 +1,81 @@
+"""Distillation: the student learns the teacher's distribution of every token of the answers.
+
+The loss of a token is the generalised Jensen-Shannon divergence of both distributions: Agarwal et al. 2023 (arXiv 2306.13649),
+eq. 1 and 2, on the rows' own answers (lambda 0 of algorithm 1); a mean over the tokens of the global batch, as in TRL 1.16.
+Both models end at their last hidden states, and chunks of their logits are formed together (kernels/linear_divergence).
+
+Letters: B batch, S sequence, T tokens that carry loss, D model size, E that of the teacher.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
+from megatron.core.utils import unwrap_model
+
+from megaswift.config.preference import PreferenceConfig
+from megaswift.data.batches import MicroBatch
+from megaswift.kernels.linear_divergence.ops import OutputLayer, linear_divergence
+from megaswift.models.causal_lm import CausalLM
+from megaswift.tasks.task import Loss, RunModel, look, run_model
+
+
+class Distillation:
+    """The task of `megaswift rlhf --rlhf_type gkd`, for models that return hidden states."""
+
+    metrics: tuple[str, ...] = ()
+
+    def __init__(
+        self, settings: PreferenceConfig, *, teacher: Sequence[CausalLM], run: RunModel = run_model
+    ) -> None:
+        """`teacher` are the chunks of a frozen model under the same layout."""
+        assert settings.beta is not None, "resolved"
+        self._beta, self._teacher, self._run = settings.beta, teacher, run
+
+    def prepare(self, batches: list[MicroBatch], chunks: Sequence[Any]) -> list[MicroBatch]:
+        """Return the batches with the teacher's last hidden states [T, E], on the last stage."""
+        found = look(self._teacher, batches, states_with_loss, run=self._run)
+        if not found:
+            return batches
+        return [replace(batch, prepared=states_TE) for batch, states_TE in zip(batches, found, strict=True)]
+
+    def forward_step(self, data_iterator: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Any]:
+        """Run one micro batch; its loss is the sum over the tokens of answers."""
+        batch = next(data_iterator)
+        return self._run(batch, model), partial(self._divergence, batch, unwrap_model(model))
+
+    def summary(self, means: dict[str, float]) -> dict[str, float]:
+        """Return the means as they are."""
+        return means
+
+    def _divergence(self, batch: MicroBatch, student: CausalLM, states_BSD: torch.Tensor) -> Loss:
+        teacher, group = self._teacher[-1], student.output_layer.tp_group
+        assert isinstance(batch.prepared, torch.Tensor), "the last stage has prepared its batches"
+        hidden_TD = copy_to_tensor_model_parallel_region(  # sums the gradient over tp
+            states_with_loss(batch, states_BSD), group=group
+        )
+        weights_T = batch.loss_mask[batch.loss_mask != 0].to(hidden_TD.device, non_blocking=True)
+        loss = linear_divergence(
+            OutputLayer(
+                hidden=hidden_TD, weight=student.output_weight, softcap=student.multipliers.logits_softcap
+            ),
+            OutputLayer(
+                hidden=batch.prepared,
+                weight=teacher.output_weight,
+                softcap=teacher.multipliers.logits_softcap,
+            ),
+            weights_T,
+            beta=self._beta,
+            vocab_size=student.logical_vocab_size,
+            group=group if group.size() > 1 else None,
+        )
+        number = torch.full((), len(weights_T), dtype=torch.int32).to(loss.device, non_blocking=True)
+        return loss, number, {"loss": torch.stack([loss.detach().double(), number.double()])}
+
+
+def states_with_loss(batch: MicroBatch, states_BSD: torch.Tensor) -> torch.Tensor:
+    """Return the hidden states of the tokens that carry loss [T, D]."""
+    return states_BSD[(batch.loss_mask != 0).to(states_BSD.device, non_blocking=True)]
