@@ -272,6 +272,17 @@ def test_exported_embedding_model_has_the_logged_loss() -> None:
 
 
 @pytest.mark.slow
+def test_a_classifier_goes_on_from_its_adapter_and_head() -> None:
+    adapter = output_of("labels lora") / f"checkpoint-{STEPS}" / "adapter"
+    words = [
+        "0" if word == "1e-2" else word for word in flags("labels lora", "labels again")
+    ]  # nothing is learnt
+    run_distributed(train_all, 1, [parse_run("sft", [*words, "--adapters", str(adapter)])])
+    expected = lines("labels lora")[-1]["eval_loss"]
+    assert lines("labels again")[-1]["eval_loss"] == pytest.approx(expected, rel=TOLERANCE)
+
+
+@pytest.mark.slow
 @pytest.mark.ranks(2)
 def test_exported_classifier_says_what_its_labels_are() -> None:
     config = opened_scorer("labels", num_labels=3).config
