@@ -99,7 +99,9 @@ def flags(training: str, layout: str, *more: str, output: str | None = None) -> 
 def trained(ranks: int) -> None:
     """Make every run of so many ranks."""
     cases = [(training, "one") for training in TRAININGS] if ranks == 1 else ON_TWO
-    run_distributed(train_all, ranks, [flags(training, layout) for training, layout in cases])
+    run_distributed(
+        train_all, ranks, [parse_run("rlhf", flags(training, layout)) for training, layout in cases]
+    )
 
 
 def table(training: str, layout: str, name: str) -> list[dict[str, Any]]:
@@ -132,7 +134,7 @@ def test_experts_spread_over_ranks_generate_and_train_like_one_rank() -> None:
     for layout in ("one", "ep2"):
         words = flags("rloo", layout, output=f"experts {layout}")
         words[words.index("--model") + 1] = str(model)
-        run_distributed(train_all, LAYOUTS[layout][0], [words])
+        run_distributed(train_all, LAYOUTS[layout][0], [parse_run("rlhf", words)])
     found, expected = (table("experts", where, "completions.jsonl") for where in ("ep2", "one"))
     assert [row["completion"] for row in found] == [row["completion"] for row in expected]
     for line, one in zip(figures("experts", "ep2"), figures("experts", "one"), strict=True):
@@ -205,7 +207,7 @@ def test_resumed_run_repeats_every_figure_and_completion(training: str, step: in
     before = figures(training, "one"), table(training, "one", "completions.jsonl")
     for later in range(step + 1, STEPS + 1):
         (folder() / f"{training} one" / f"checkpoint-{later}" / "manifest.json").unlink()
-    run_distributed(train_all, 1, [flags(training, "one")])
+    run_distributed(train_all, 1, [parse_run("rlhf", flags(training, "one"))])
     assert (figures(training, "one"), table(training, "one", "completions.jsonl")) == before
 
 
@@ -217,7 +219,7 @@ def test_the_mean_reward_rises() -> None:
     del words[start : words.index("0.5") + 1]
     words[words.index("--train_iters") + 1], words[words.index("--save_steps") + 1] = "16", "16"
     words += ["--reward_funcs", "soft_overlong", "--soft_cache_length", "10"]
-    run_distributed(train_all, 1, [words])
+    run_distributed(train_all, 1, [parse_run("rlhf", words)])
     lines = [json.loads(line) for line in (folder() / "short" / "logging.jsonl").read_text().splitlines()]
     rewards = [line["reward"] for line in lines]
     assert statistics.mean(rewards[-4:]) > statistics.mean(rewards[:4]) + 0.2
@@ -233,7 +235,7 @@ def test_the_mean_reward_rises() -> None:
 def failure(rank: int, world_size: int, words: list[str]) -> str:
     """Return how a run ends that cannot go well."""
     try:
-        train_all(rank, world_size, [words])
+        train_all(rank, world_size, [parse_run("rlhf", words)])
     except UserError as error:
         return str(error)
     except SystemExit as left:
