@@ -36,6 +36,7 @@ from megaswift.converters.peft_folder import (
     PeftAdapter,
     factor_names,
     fused_modules,
+    magnitude_name,
     share_a,
 )
 from megaswift.converters.plan import file_tensors
@@ -81,6 +82,7 @@ def _fill(
     parameter: LiveParameter, module: Any, pairs: Sequence[LowRank | None], adapter: PeftAdapter
 ) -> None:
     a_RD, b_FR = module.lora_a.weight, module.lora_b.weight
+    magnitude_F1 = None if module.lora_magnitude is None else module.lora_magnitude.weight.data[:, None]
     b_FR.zero_()  # rows of A that nothing fills keep their random start, so that they can train
     rank = max((len(pair.a) for pair in pairs if pair), default=len(a_RD))
     stacked = not share_a(pairs)
@@ -99,18 +101,22 @@ def _fill(
         a_rD, b_Fr = _tensor(pair.a, pair.dtype), _tensor(pair.b, pair.dtype)
         if pair.scale != module.lora_scale:
             b_Fr = b_Fr.float() * (pair.scale / module.lora_scale)
+        m_F1 = None if pair.magnitude is None else _tensor(pair.magnitude, pair.dtype)
         if parameter.planned.shard is Shard.DIM1:
             b_FR[:, own] = b_Fr.to(b_FR.dtype)
+            if magnitude_F1 is not None and m_F1 is not None:
+                magnitude_F1.copy_(m_F1)
             for piece in pieces:
                 a_RD[own, : piece.cols[1] - piece.cols[0]] = a_rD[:, slice(*piece.cols)].to(a_RD.dtype)
             continue
         a_RD[own] = a_rD.to(a_RD.dtype)
         for piece in pieces:
             if piece.tensor == tensor:
-                target = rows_of(b_FR.data[:, own], piece.into)
-                target.copy_(
-                    b_Fr[piece.rows.start : piece.rows.start + piece.rows.rows].reshape(target.shape)
-                )
+                rows = slice(piece.rows.start, piece.rows.start + piece.rows.rows)
+                for whole, part in ((b_FR.data[:, own], b_Fr), (magnitude_F1, m_F1)):
+                    if whole is not None and part is not None:
+                        target = rows_of(whole, piece.into)
+                        target.copy_(part[rows].reshape(target.shape))
 
 
 def _tensor(bits: Bits, dtype: str) -> torch.Tensor:
@@ -169,6 +175,17 @@ def save_peft(
             factor_names(_module(tensor)), ((r, shapes[tensor][1]), (shapes[tensor][0], r)), strict=True
         )
     ]
+    if tuner.use_dora:
+        infos += [
+            TensorInfo(
+                name=magnitude_name(_module(tensor)),
+                dtype=DTYPE_NAMES[dtype],
+                shape=shapes[tensor][:1],
+                file=folder.growing,
+                begin=0,
+            )
+            for tensor in adapted
+        ]
     if SCORE in shapes:
         infos.append(
             TensorInfo(name=HEAD, dtype=DTYPE_NAMES[dtype], shape=shapes[SCORE], file=folder.growing, begin=0)
@@ -239,6 +256,7 @@ def _file_rows(
             yield HEAD, parameter.weight, 0
         return
     a_RD, b_FR = module.lora_a.weight.data, module.lora_b.weight.data
+    magnitude_F1 = None if module.lora_magnitude is None else module.lora_magnitude.weight.data[:, None]
     if planned.shard is Shard.DIM1:
         a_RD = gather_columns(a_RD, planned, layout, at)
     for number, tensor in enumerate(planned.tensors):
@@ -248,10 +266,15 @@ def _file_rows(
             yield name_a, a_RD[own], 0
             if planned.shard is Shard.DIM1:
                 yield name_b, b_FR[:, own], 0
+                if magnitude_F1 is not None:
+                    yield magnitude_name(_module(tensor)), magnitude_F1, 0
         if planned.shard is not Shard.DIM1:
             for piece in planned.pieces:
                 if piece.tensor == tensor:
                     yield name_b, rows_of(b_FR[:, own], piece.into), piece.rows.start
+                    if magnitude_F1 is not None:
+                        first = piece.rows.start
+                        yield magnitude_name(_module(tensor)), rows_of(magnitude_F1, piece.into), first
 
 
 def _is_head(parameter: LiveParameter) -> bool:
@@ -280,6 +303,7 @@ def _config_json(
         # peft keeps experts packed and refuses dropout there, even on opening (ParamWrapper, 0.21); it only acts in training.
         "lora_dropout": 0.0 if has_experts else tuner.lora_dropout,
         "use_rslora": tuner.use_rslora,
+        "use_dora": tuner.use_dora,
         "rank_pattern": others,
         "alpha_pattern": {module: tuner.lora_alpha * ratio(r) for module, r in others.items()},
         "target_modules": sorted({_module(tensor).rpartition(".")[2] for tensor in adapted}),

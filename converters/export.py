@@ -197,9 +197,16 @@ def merged_weight(parameter: LiveParameter) -> torch.Tensor:
     """Return W + scale * B @ A of this rank's shard, computed in float32; W itself where the module has no adapter.
 
     Column-parallel: B [N/tp, r], A [r, C]; row-parallel: B [N, r], A [r, C/tp]. Both give the shard's own rows and columns.
+    With DoRA its rows have the trained norms. Every rank of the tensor-parallel group calls it.
     """
     module = parameter.adapted_module
     if module is None:
         return parameter.weight
     update = module.lora_b.weight.detach().float() @ module.lora_a.weight.detach().float()
-    return (parameter.weight.float() + float(module.lora_scale) * update).to(parameter.weight.dtype)
+    merged_NC = parameter.weight.float() + float(module.lora_scale) * update
+    if module.lora_magnitude is not None:
+        tiny = torch.finfo(torch.float32).tiny  # rows of padded heads are zeros
+        merged_NC *= (module.lora_magnitude.weight.detach().float() / module.row_norms().clamp_min(tiny))[
+            :, None
+        ]
+    return merged_NC.to(parameter.weight.dtype)

@@ -34,7 +34,6 @@ LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 _REQUIRED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none", None),
-    "use_dora": (False, None),
     "fan_in_fan_out": (False, None),
     "lora_bias": (False, None),
     "modules_to_save": (None, []),
@@ -48,12 +47,13 @@ _REQUIRED: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class LowRank:
-    """The adapter of one weight: raw elements of A [r, in] and B [out, r], their dtype, and the scale of B A."""
+    """The adapter of one weight: raw elements of A [r, in] and B [out, r], their dtype, the scale of B A, and DoRA's norms [out, 1]."""
 
     a: Bits
     b: Bits
     dtype: str
     scale: float
+    magnitude: Bits | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +72,7 @@ class PeftAdapter:
     rank: int
     alpha: int
     use_rslora: bool
+    use_dora: bool
     dropout: float
     pairs: Mapping[str, LowRank]  # by tensor of the base model's file
     head: "Whole | None" = None  # of a model that scores, in place of the base model's
@@ -88,6 +89,7 @@ class PeftAdapter:
             lora_rank=self.rank,
             lora_alpha=self.alpha,
             use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
             target_modules=sorted(targets),
         )
 
@@ -144,10 +146,16 @@ def read_adapter(folder: Path | str, meta: ModelMeta) -> PeftAdapter:
             if found := _find_plain(reader, piece.tensor) or _find_packed(reader, parameter, number, meta):
                 a, b, names, module = found
                 dtype = reader.tensors[names[0]].dtype
+                norms = magnitude_name(module)
+                has_norms = norms in reader.tensors
                 pairs[piece.tensor] = LowRank(
-                    a=a, b=b, dtype=dtype, scale=_scale(config, module, rank=len(a))
+                    a=a,
+                    b=b,
+                    dtype=dtype,
+                    scale=_scale(config, module, rank=len(a)),
+                    magnitude=reader.matrix(norms) if has_norms else None,
                 )
-                used.update(names)
+                used.update([*names, norms] if has_norms else names)
                 rows = sum(one.rows.rows for one in parameter.pieces if one.tensor == piece.tensor)
                 if a.shape[1] != piece.cols[1] or b.shape != (rows, len(a)):
                     raise WeightsError(
@@ -173,6 +181,7 @@ def read_adapter(folder: Path | str, meta: ModelMeta) -> PeftAdapter:
         rank=int(config["r"]),
         alpha=int(config["lora_alpha"]),
         use_rslora=bool(config.get("use_rslora")),
+        use_dora=bool(config.get("use_dora")),
         dropout=float(config.get("lora_dropout") or 0.0),
         pairs=pairs,
         head=head,
@@ -218,6 +227,11 @@ def _find_packed(reader: TensorReader, parameter: Parameter, number: int, meta: 
 def factor_names(module: str) -> list[str]:
     """Return the names of A and B of a module of the base model."""
     return [f"{PREFIX}{module}.lora_{letter}.weight" for letter in "AB"]
+
+
+def magnitude_name(module: str) -> str:
+    """Return the name of the norms of a module's rows, which DoRA trains."""
+    return f"{PREFIX}{module}.lora_magnitude_vector"
 
 
 def _scale(config: Mapping[str, Any], module: str, *, rank: int) -> float:

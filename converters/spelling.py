@@ -15,7 +15,7 @@ _LOCAL_SPELLING = (
     (re.compile(r"(.*\.mlp\.experts)\.(linear_fc[12])\.weight(\d+)"), r"\1.local_experts.\3.\2.weight"),
 )
 
-LORA_SUFFIXES = (".lora_a.weight", ".lora_b.weight")
+LORA_SUFFIXES = (".lora_a.weight", ".lora_b.weight", ".lora_magnitude.weight")
 
 
 def local_spelling(name: str) -> str:

@@ -225,7 +225,6 @@ REFUSED: dict[str, Refused] = {
         "this variant of LoRA",
         lora_bias="none",
         lora_dtype="none",
-        use_dora="false",
         init_weights="true",
         lora_ga_batch_size="2",
     ),

@@ -259,7 +259,7 @@ def adapters_need_lora(case: Case) -> None:
     tuner = case.run.tuner
     if tuner.tuner_type == "lora" and not tuner.target_modules:
         raise ConfigError("target_modules is empty. Name modules, or all-linear.")
-    for name in ("adapters", "merge_lora", "lorap_lr_ratio"):
+    for name in ("adapters", "merge_lora", "lorap_lr_ratio", "use_dora"):
         if tuner.tuner_type != "lora" and getattr(tuner, name):
             raise ConfigError(f"{name} needs tuner_type=lora, not {tuner.tuner_type}.")
     if tuner.lorap_lr_ratio is not None and tuner.lorap_lr_ratio <= 0:

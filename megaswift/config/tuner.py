@@ -24,6 +24,9 @@ class TunerConfig:
     lora_alpha: int = setting(32, "the update is scaled by alpha / r")
     lora_dropout: float = setting(0.05, "dropout on the adapter's input")
     use_rslora: bool = setting(False, "scale by alpha / sqrt(r)")
+    use_dora: bool = setting(
+        False, "train the norm of each row of a weight apart from its direction (DoRA, arXiv 2402.09353)"
+    )
     lorap_lr_ratio: float | None = setting(
         None, "learning rate of B over that of A (LoRA+, arXiv 2402.12354); default: the same"
     )

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.tensor_parallel import (
@@ -114,10 +115,27 @@ def apply_lora(
             # The scale belongs to the rank the user named; a larger block only holds several adapters of that rank.
             scale = tuner.lora_alpha / (math.sqrt(tuner.lora_rank) if tuner.use_rslora else tuner.lora_rank)
             a_RD = _initial_a(rank, _inputs(name, module, meta), _generator(seed, name))
-            _adapt(module, a_RD, scale=scale, dropout=tuner.lora_dropout, is_expert=".experts." in name)
+            is_expert = ".experts." in name
+            if tuner.use_dora and is_expert:
+                raise ConfigError(
+                    "use_dora=true is not built for experts: peft has no file for it. Leave it out, or the experts' modules."
+                )
+            _adapt(module, a_RD, scale=scale, dropout=tuner.lora_dropout, is_expert=is_expert)
+            if tuner.use_dora:
+                _add_magnitude(module)
         if chunk.pre_process and chunk.config.recompute_granularity == "full":
             # A checkpointed layer whose inputs need no gradient gives its output none: the adapters would not train.
             chunk.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
+
+
+@torch.no_grad()
+def start_magnitudes(chunks: Sequence[torch.nn.Module]) -> None:
+    """Let DoRA's magnitudes be the norms of the rows, so that nothing is changed; call it on every rank once the weights are there."""
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, AdaptedLinear) and module.lora_magnitude is not None:
+                magnitude_F = module.lora_magnitude.weight
+                magnitude_F.copy_(module.row_norms())
 
 
 @contextmanager
@@ -179,7 +197,7 @@ def _adapt(module: Any, a_RD: torch.Tensor, *, scale: float, dropout: float, is_
         ]
     module.__class__ = type(f"LoRA{type(module).__name__}", (AdaptedLinear, type(module)), {})
     module.lora_is_row, module.lora_is_expert = is_row, is_expert
-    module.lora_scale, module.lora_dropout = scale, dropout
+    module.lora_scale, module.lora_dropout, module.lora_magnitude = scale, dropout, None
     module.lora_a = _Matrix(a_RD.to(weight.dtype).to(weight.device).clone())
     module.lora_b = _Matrix(torch.zeros(out_features, rank, dtype=weight.dtype, device=weight.device))
     cut, whole = (
@@ -199,8 +217,18 @@ def _adapt(module: Any, a_RD: torch.Tensor, *, scale: float, dropout: float, is_
         )  # False: reduced over the expert data-parallel group
 
 
+def _add_magnitude(module: Any) -> None:
+    """Give an adapted linear the norms of its rows, which start_magnitudes fills: cut over tp like the rows of B."""
+    like_FR = module.lora_b.weight
+    module.lora_magnitude = _Matrix(torch.zeros_like(like_FR[:, 0]))
+    magnitude_F = module.lora_magnitude.weight
+    set_tensor_model_parallel_attributes(magnitude_F, like_FR.tensor_model_parallel, like_FR.partition_dim, 1)
+    magnitude_F.sequence_parallel = getattr(like_FR, "sequence_parallel", False)
+    magnitude_F.allreduce = like_FR.allreduce
+
+
 class _Matrix(torch.nn.Module):
-    """One adapter matrix, so that its name ends in .weight as PEFT's does."""
+    """One matrix or vector of an adapter, so that its name ends in .weight as PEFT's does."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
@@ -246,6 +274,7 @@ class AdaptedLinear:
     lora_dropout: float
     lora_a: _Matrix
     lora_b: _Matrix
+    lora_magnitude: _Matrix | None  # of DoRA
     lora_off = False  # the linear is then what it was without its adapter
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -254,9 +283,35 @@ class AdaptedLinear:
         if self.lora_off:
             return output, bias
         low, b_FR = self._row_delta(x) if self.lora_is_row else self._column_delta(x)
-        if output._is_view():  # so a reduction over one rank returns its input, and autograd forbids changing that
+        if (
+            output._is_view()
+        ):  # so a reduction over one rank returns its input, and autograd forbids changing that
             output = output.clone()
-        return _AddProduct.apply(output, low, b_FR, self.lora_scale), bias
+        output = _AddProduct.apply(output, low, b_FR, self.lora_scale)
+        return (output if self.lora_magnitude is None else self._rescaled(output, bias)), bias
+
+    def _rescaled(self: Any, output: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Return what rows with the trained norms give: m / |W + s B A| times the output (DoRA, eq. 5; the norm has no gradient, eq. 11).
+
+        Dropout changes the adapter's input only; peft drops the base weight's input too while it trains.
+        """
+        ratio_F = self.lora_magnitude() / self.row_norms().clamp_min(torch.finfo(torch.float32).tiny)
+        ratio_F = ratio_F.to(output.dtype)  # zeros stay zeros: padded heads have no norm
+        own_F = self.bias if bias is None else None  # in the output already
+        if own_F is None or not own_F.numel():
+            return output * ratio_F
+        return (output - own_F) * ratio_F + own_F
+
+    @torch.no_grad()
+    def row_norms(self: Any) -> torch.Tensor:
+        """Return the norms of this rank's rows of W + s B A, over all their columns, float32 [F]; every rank of the tp group calls it."""
+        adapted_FD = torch.addmm(
+            self.weight.float(), self.lora_b().float(), self.lora_a().float(), alpha=self.lora_scale
+        )
+        squares_F = adapted_FD.square().sum(1)
+        if self.lora_is_row and self.tp_group.size() > 1:
+            dist.all_reduce(squares_F, group=self.tp_group)
+        return squares_F.sqrt()
 
     def _column_delta(self: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return A x [..., R], and B."""
@@ -298,8 +353,12 @@ class AdaptedLinear:
     ) -> Any:
         """Return Megatron's sharded state; the base class would call the adapter's cut matrix whole."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]  # as above
-        matrices = {f"{name}.weight": getattr(self, name).weight for name in ("lora_a", "lora_b")}
-        axes = {"lora_a.weight": 1} if self.lora_is_row else {"lora_b.weight": 0}
+        names = (
+            ("lora_a", "lora_b") if self.lora_magnitude is None else ("lora_a", "lora_b", "lora_magnitude")
+        )
+        matrices = {f"{name}.weight": getattr(self, name).weight for name in names}
+        of_rows = {f"{name}.weight": 0 for name in names[1:]}
+        axes = {"lora_a.weight": 1} if self.lora_is_row else of_rows
         adapter = make_sharded_tensors_for_checkpoint(
             matrices,
             prefix,
@@ -311,6 +370,7 @@ class AdaptedLinear:
         )
         if prefix.endswith("linear_fc1.") and self.config.gated_linear_unit:
             # Each rank holds [gate; up] halves of its own: they are two tensors to any other layout.
-            key = f"{prefix}lora_b.weight"
-            adapter[key] = apply_swiglu_sharded_factory(adapter[key], sharded_offsets)
+            for name in of_rows:
+                key = f"{prefix}{name}"
+                adapter[key] = apply_swiglu_sharded_factory(adapter[key], sharded_offsets)
         return {**state, **adapter}

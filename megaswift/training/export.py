@@ -29,7 +29,7 @@ from megaswift.metadata.hub import Files, locate
 from megaswift.metadata.meta import ModelMeta
 from megaswift.metadata.read import get_model_meta
 from megaswift.models.build import build_model
-from megaswift.models.lora import apply_lora
+from megaswift.models.lora import apply_lora, start_magnitudes
 from megaswift.parallel.layout import Layout
 from megaswift.platforms.platform import init_distributed, select_platform
 from megaswift.tasks.catalogue import trained_model
@@ -146,6 +146,7 @@ def _fill(
         apply_lora(chunks, run.tuner, meta, seed=run.training.seed, ranks=ranks)
     if checkpoint is None or adapted:
         load_weights(chunks, meta, layout, 0, folder)
+    start_magnitudes(chunks)
     if checkpoint is not None:
         load_tensors(checkpoint.folder / SHARDS, model_tensors(chunks))
         logger.info("read %s, step %d", checkpoint.folder, checkpoint.manifest.step)

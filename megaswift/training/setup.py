@@ -213,6 +213,7 @@ def identity_of(run: RunConfig, meta: ModelMeta) -> dict[str, Any]:
         "lora_rank": tuner.lora_rank,
         "lora_alpha": tuner.lora_alpha,
         "use_rslora": tuner.use_rslora,
+        "use_dora": tuner.use_dora,
         "target_modules": list(resolve_targets(tuner.target_modules)),
     }
     return {

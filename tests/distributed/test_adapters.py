@@ -18,11 +18,11 @@ from megaswift.converters.adapters import load_peft, save_peft
 from megaswift.converters.export import export_hf
 from megaswift.converters.load import load_weights
 from megaswift.converters.peft_folder import read_adapter
-from megaswift.errors import WeightsError
+from megaswift.errors import ConfigError, WeightsError
 from megaswift.mcore.process_groups import initialise
 from megaswift.metadata.read import get_model_meta
 from megaswift.models.build import build_model
-from megaswift.models.lora import apply_lora
+from megaswift.models.lora import apply_lora, start_magnitudes
 from megaswift.parallel.layout import Layout
 from megaswift.platforms.platform import select_platform
 from tests.harness.distributed import run_distributed
@@ -50,6 +50,7 @@ def build(
     chunks = build_model(meta, RUN, layout, select_platform("cpu"))
     apply_lora(chunks, tuner, meta, seed=3, ranks=ranks)
     load_weights(chunks, meta, layout, rank, folder)
+    start_magnitudes(chunks)
     return chunks
 
 
@@ -103,6 +104,9 @@ def make_peft(folder: Path, output: Path, *, seed: int = 0, **settings: Any) -> 
     model = get_peft_model(
         base_model(folder), LoraConfig(init_lora_weights=False, task_type="CAUSAL_LM", **settings)
     )
+    for name, parameter in model.named_parameters():
+        if "magnitude" in name:  # peft starts with the norms of the rows, which change nothing
+            parameter.data *= 0.5 + torch.rand(parameter.shape)
     model.save_pretrained(output)
     return logits(model)
 
@@ -120,12 +124,14 @@ DENSE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 
 @pytest.mark.ranks(4)
 @pytest.mark.parametrize("layout", ["one", "tp2", "tp4", "tp2_pp2"])
-@pytest.mark.parametrize("name", ["llama-tied", "qwen2"])
+@pytest.mark.parametrize(("name", "use_dora"), [("llama-tied", False), ("qwen2", False), ("qwen2", True)])
 def test_adapter_of_peft_comes_back_bit_identical_and_merges_to_the_same_logits(
-    tmp_path: Path, name: str, layout: str
+    tmp_path: Path, name: str, use_dora: bool, layout: str
 ) -> None:
     folder = save_tiny(name, tmp_path / "model")
-    expected = make_peft(folder, tmp_path / "peft", r=3, lora_alpha=5, target_modules=DENSE)
+    expected = make_peft(
+        folder, tmp_path / "peft", r=3, lora_alpha=5, target_modules=DENSE, use_dora=use_dora
+    )
     found = run_distributed(
         from_peft, LAYOUTS[layout].world, folder, tmp_path / "peft", tmp_path, LAYOUTS[layout]
     )
@@ -153,6 +159,7 @@ def test_heads_that_tp_does_not_divide_keep_their_adapters(tmp_path: Path) -> No
     "settings",
     [
         {"r": 4, "lora_alpha": 6, "use_rslora": True, "target_modules": DENSE},
+        {"r": 4, "lora_alpha": 6, "use_dora": True, "target_modules": DENSE},
         {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]},
         {"r": 4, "lora_alpha": 6, "target_modules": ["down_proj"], "layers_to_transform": [1, 3]},
         {
@@ -163,7 +170,7 @@ def test_heads_that_tp_does_not_divide_keep_their_adapters(tmp_path: Path) -> No
             "alpha_pattern": {"layers.1.mlp.up_proj": 20},
         },
     ],
-    ids=["rslora", "q_and_v_only", "some_layers", "patterns"],
+    ids=["rslora", "dora", "q_and_v_only", "some_layers", "patterns"],
 )
 def test_settings_of_peft_give_the_same_function(tmp_path: Path, settings: dict[str, Any]) -> None:
     folder = save_tiny("llama-tied", tmp_path / "model")
@@ -248,7 +255,6 @@ def test_adapters_of_experts_open_in_peft(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"target_modules": ["q_proj"], "use_dora": True}, "use_dora=True"),
         ({"target_modules": ["q_proj", "lm_head"]}, r"lm_head\.lora_A"),
         ({"target_modules": ["q_proj"], "bias": "all"}, "bias='all'"),
         ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, "modules_to_save"),
@@ -298,6 +304,47 @@ def test_half_of_a_pair_is_refused(tmp_path: Path) -> None:
         read_adapter(tmp_path / "peft", get_model_meta(folder))
 
 
+def dora_gradients(rank: int, world_size: int, folder: Path, adapter: Path, output: Path) -> None:
+    """Write the gradients of the mean square of the logits as if they were an adapter, and the logits."""
+    meta = get_model_meta(folder)
+    found = read_adapter(adapter, meta)
+    tuner = found.adopt(TunerConfig(tuner_type="lora", lora_dropout=0.0), meta)
+    layout = Layout()
+    (chunk,) = chunks = build(rank, folder, layout, tuner)
+    load_peft(chunks, meta, layout, rank, found)
+    seen = chunk(TOKENS, torch.arange(TOKENS.shape[1])[None], None)
+    seen.float().square().mean().backward()
+    for parameter in chunk.parameters():
+        if parameter.requires_grad:
+            parameter.data.copy_(parameter.grad)
+    save_peft(chunks, meta, layout, rank, output, tuner=tuner, dtype="float32")
+
+
+def test_gradients_of_dora_are_those_of_peft(tmp_path: Path) -> None:
+    folder = save_tiny("qwen2", tmp_path / "model")
+    tuner = TunerConfig(tuner_type="lora", lora_rank=4, lora_dropout=0.0, use_dora=True)
+    run_distributed(trained, 1, folder, tmp_path, Layout(), tuner)  # weights that Megatron fuses share A
+    model = PeftModel.from_pretrained(base_model(folder), tmp_path / "adapter", is_trainable=True)
+    for name, parameter in model.named_parameters():
+        if "magnitude" in name:
+            parameter.data *= 0.5 + torch.rand(parameter.shape, generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(tmp_path / "peft")
+    model(TOKENS).logits.square().mean().backward()
+    run_distributed(dora_gradients, 1, folder, tmp_path / "peft", tmp_path / "gradients")
+    found = load_file(tmp_path / "gradients" / "adapter_model.safetensors")
+    compared = 0
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            in_file = name.replace(".default", "").replace("magnitude_vector.weight", "magnitude_vector")
+            if "lora_A" in name and not any(alone in name for alone in ("o_proj", "down_proj")):
+                continue  # a shared A has the sum of these
+            scale = float(parameter.grad.abs().max())
+            assert scale > 0
+            assert float((found[in_file] - parameter.grad).abs().max()) <= 1e-5 * scale, name
+            compared += 1
+    assert compared == 4 * (7 + 7 + 2)  # layers; norms, B, and A
+
+
 def first_moves(rank: int, world_size: int, folder: Path, ratio: float | None) -> dict[str, torch.Tensor]:
     """Return how far the first step moves each matrix of the adapters."""
     case = Case(
@@ -321,3 +368,15 @@ def test_lora_plus_moves_b_so_many_times_as_far(tmp_path: Path) -> None:
             assert move.any()
         else:
             assert torch.equal(faster[name], move)
+
+
+def dora_on_experts(rank: int, world_size: int, folder: Path) -> str:
+    """Return what is said about DoRA on the linears of experts."""
+    with pytest.raises(ConfigError) as refused:
+        build(rank, folder, Layout(), TunerConfig(tuner_type="lora", use_dora=True))
+    return str(refused.value)
+
+
+def test_dora_on_experts_is_refused(tmp_path: Path) -> None:
+    (said,) = run_distributed(dora_on_experts, 1, save_tiny("qwen3_moe", tmp_path))
+    assert said.startswith("use_dora=true is not built for experts")

@@ -55,13 +55,13 @@ LORA: dict[str, tuple[int, dict[str, Any]]] = {
 EXPERTS_LORA: dict[str, tuple[int, dict[str, Any]]] = {
     name: EXPERTS[name] for name in ("ep2 distopt", "tp2 etp2", "tp2 etp1", "tp2 ep2", "tp2 ep2 dp2 distopt")
 }
-STEPS = {"full": 20, "lora": 10}  # adapters take larger ones
+STEPS = {"full": 20, "lora": 10, "dora": 10}  # adapters take larger ones
 # what is trained -> (model, tuner, layouts)
 TRAININGS: dict[str, tuple[str, str, dict[str, tuple[int, dict[str, Any]]]]] = {
     "qwen2-tied": ("qwen2-tied", "full", DENSE),
     "qwen3": ("qwen3", "full", {name: DENSE[name] for name in ("pp2 vpp2", "tp2 pp2 sp", "dp2 tp2 distopt")}),
     "llama-odd-heads": ("llama-odd-heads", "full", {name: DENSE[name] for name in ("tp2", "tp2 pp2 sp")}),
-    "llama-odd-heads lora": ("llama-odd-heads", "lora", {"tp2": DENSE["tp2"]}),
+    "llama-odd-heads lora": ("llama-odd-heads", "dora", {name: DENSE[name] for name in ("tp2", "tp2 sp")}),
     "qwen2_moe": ("qwen2_moe", "full", EXPERTS),
     "llama lora": ("llama", "lora", LORA),
     "qwen3_moe lora": ("qwen3_moe", "lora", EXPERTS_LORA),
@@ -80,7 +80,11 @@ def all_curves(training: str, ranks: int) -> list[dict[str, Curve]]:
     # Adapters need larger steps to learn as much in twenty; dropout would draw other numbers under every layout. A gradient
     # that is zero but for rounding has a random direction, which Adam would follow: a larger eps keeps such weights still.
     adapted = {
-        "tuner": {"tuner_type": tuner, "lora_dropout": 0.0},
+        "tuner": {
+            "tuner_type": "full" if tuner == "full" else "lora",
+            "lora_dropout": 0.0,
+            "use_dora": tuner == "dora",
+        },
         "optimizer": {"lr": 1e-3 if tuner == "full" else 1e-2, "adam_eps": 1e-8 if tuner == "full" else 1e-3},
     }
     cases = [

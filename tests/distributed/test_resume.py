@@ -18,7 +18,7 @@ RUNS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "lora": (
         "llama",
         {
-            "tuner": {"tuner_type": "lora", "lora_dropout": 0.0, "lorap_lr_ratio": 4.0},
+            "tuner": {"tuner_type": "lora", "lora_dropout": 0.0, "lorap_lr_ratio": 4.0, "use_dora": True},
             "optimizer": {"lr": 1e-2},
         },
     ),

@@ -31,7 +31,7 @@ from megaswift.mcore import process_groups
 from megaswift.metadata.meta import ModelMeta
 from megaswift.metadata.read import get_model_meta
 from megaswift.models.build import build_model
-from megaswift.models.lora import apply_lora
+from megaswift.models.lora import apply_lora, start_magnitudes
 from megaswift.parallel.context import pad_multiple
 from megaswift.parallel.layout import Layout
 from megaswift.platforms.platform import select_platform
@@ -173,6 +173,7 @@ def _prepare(folder: Path, case: Case, encoded: EncodedSet | None) -> Trained:
     if run.tuner.tuner_type == "lora":
         apply_lora(chunks, run.tuner, meta, seed=run.training.seed)
     load_weights(chunks, meta, layout, dist.get_rank(), folder)
+    start_magnitudes(chunks)
     reference = frozen_copy(run, meta, layout, platform, group=None) if needs_copy(run) else None
     wrapped = wrap_chunks(chunks, run)
     optimizer = build_optimizer(wrapped, run)

@@ -111,6 +111,7 @@ def resolved(
         ("--truncation_strategy split", dense(), 1, "truncation_strategy=split is for `megaswift pt`, not sft"),
         ("--adapters a", dense(), 1, "adapters needs tuner_type=lora, not full"),
         ("--merge_lora", dense(), 1, "merge_lora needs tuner_type=lora"),
+        ("--use_dora true", dense(), 1, "use_dora needs tuner_type=lora"),
         ("--lorap_lr_ratio 16", dense(), 1, "lorap_lr_ratio needs tuner_type=lora"),
         ("--tuner_type lora --lorap_lr_ratio 0", dense(), 1, "lorap_lr_ratio=0.0 must be above 0"),
         ("--tuner_type lora --adapters a b", dense(), 1, "training starts from one adapter"),
