@@ -76,6 +76,7 @@ def ask(
         trained=run.tuner.tuner_type,
         lora_rank=run.tuner.lora_rank,
         lora_dropout=run.tuner.lora_dropout > 0,
+        use_dora=run.tuner.use_dora,
         document_len=document_len,
         reference=needs_copy(run),
         answers=texts,

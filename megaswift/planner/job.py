@@ -18,6 +18,7 @@ class Job:
     trained: str = "full"  # or "lora"
     lora_rank: int = 8
     lora_dropout: bool = False  # every adapter's input is kept once more, with its mask
+    use_dora: bool = False  # every adapted output is kept before its rows are scaled
     document_len: int | None = None  # mean tokens of the documents in a pack; None: one document
     mtp_layers: int = 0  # multi-token-prediction layers that train
     reference: bool = False  # a frozen copy of the model is in memory too
@@ -47,6 +48,7 @@ def job_of(
     trained: str = "full",
     lora_rank: int = 8,
     lora_dropout: bool = False,
+    use_dora: bool = False,
     document_len: int | None = None,
     mtp_layers: int = 0,
     reference: bool = False,
@@ -61,6 +63,7 @@ def job_of(
         trained=trained,
         lora_rank=lora_rank,
         lora_dropout=lora_dropout,
+        use_dora=use_dora,
         document_len=document_len,
         mtp_layers=mtp_layers,
         reference=reference,

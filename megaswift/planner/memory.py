@@ -166,13 +166,15 @@ def saved(
     whole += 2 * hidden if software.dropout else 0  # one byte an element for each mask
     attention = _attention_bytes(job, element, software, constants)
     masked = _mask_bytes(job, element, software)
+    scaled = element if job.frozen and job.use_dora else 0
+    whole += 2 * scaled * hidden  # outputs of attention and of the feed-forward part
     whole += 2 * masked * hidden  # the norms' outputs with holes instead of whole, and where the holes are
     gates = 2 if meta.gated_mlp else 1
     dense_ffn = meta.ffn_hidden_size if kind.mlp else 0
     ffn = dense_ffn + (meta.moe.shared_ffn_hidden_size if meta.moe and kind.is_moe else 0)
     extra = 0 if software.fused_elementwise else gates - 1  # the activated gate, beside gate, up and product
     extra += gates - 1 if software.local_layers else 0
-    mlp = (element * (gates + 1 + extra) + masked) * ffn
+    mlp = (element * (gates + 1 + extra) + masked + scaled * gates) * ffn
     if candidate.recompute == "selective" and not kind.is_moe:
         mlp = 0
     if candidate.recompute == "alternate":
@@ -203,10 +205,10 @@ def _attention_bytes(job: Job, element: int, software: Software, constants: Memo
     width = element * (query + kept + value)
     width += element * (query + key) if meta.qk_norm else 0
     width += element * (query + key + value) if software.local_layers else 0
+    width += element * (query + kept) if job.frozen and job.use_dora else 0
     masked = _mask_bytes(job, element, software)
-    if (
-        masked
-    ):  # the output with holes: in place of the local layers' copy, or beside the one that attention keeps
+    if masked:
+        # The output with holes: in place of the local layers' copy, or beside the one that attention keeps.
         width += masked * value + (0 if software.local_layers else element * value)
     if software.attention.startswith("flash"):
         return width + WIDE * meta.num_heads  # the log-sum-exp

@@ -35,6 +35,9 @@ MODELS = {
     "llama lora without dropout": Model(
         kind="llama", config=WIDE, seq_len=256, tuner={"tuner_type": "lora", "lora_dropout": 0.0}
     ),
+    "llama dora": Model(
+        kind="llama", config=WIDE, seq_len=256, tuner={"tuner_type": "lora", "use_dora": True}
+    ),
     "qwen3_moe lora": Model(
         kind="qwen3_moe",
         config={**WIDE, **EXPERTS, "moe_intermediate_size": 320},

@@ -125,6 +125,7 @@ def predicted(model: Model, folder: Path) -> Memory:
         trained=tuner.tuner_type,
         lora_rank=tuner.lora_rank,
         lora_dropout=tuner.lora_dropout > 0,
+        use_dora=tuner.use_dora,
     )
     candidate = Candidate(
         layout=resolved.layout,
