@@ -37,20 +37,25 @@ class Plan:
 
     @cached_property
     def cost(self) -> float:
-        """What plans are ranked by: seconds of the step, a little more for every axis in use."""
-        candidate, layout = self.candidate, self.candidate.layout
-        in_use = [
-            layout.tp > 1,
-            layout.pp > 1,
-            layout.vpp > 1,
-            layout.cp > 1,
-            layout.ep > 1,
-            layout.etp > 1,
-            layout.pp_first is not None,
-            candidate.recompute != "none",
-            candidate.micro_batch > 1,
-        ]
-        return self.time.total * SIMPLER ** sum(in_use)
+        """What plans are ranked by."""
+        return cost_of(self.candidate, self.time)
+
+
+def cost_of(candidate: Candidate, time: StepTime) -> float:
+    """Return the seconds of the step, a little more for every axis in use."""
+    layout = candidate.layout
+    in_use = [
+        layout.tp > 1,
+        layout.pp > 1,
+        layout.vpp > 1,
+        layout.cp > 1,
+        layout.ep > 1,
+        layout.etp > 1,
+        layout.pp_first is not None,
+        candidate.recompute != "none",
+        candidate.micro_batch > 1,
+    ]
+    return time.total * SIMPLER ** sum(in_use)
 
 
 def memory_limit(machine: Machine) -> float:

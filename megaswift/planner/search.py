@@ -10,17 +10,16 @@ from megaswift.planner.costs import Costs
 from megaswift.planner.job import Candidate, Job, recompute_modules
 from megaswift.planner.machine import Machine
 from megaswift.planner.memory import MASTER
-from megaswift.planner.plan import Plan, memory_limit
+from megaswift.planner.plan import Plan, cost_of, memory_limit
 from megaswift.planner.software import Software
 from megaswift.planner.splits import pipeline_splits
 from megaswift.planner.stages import Stage
+from megaswift.planner.steptime import step_time
 
 MICRO_BATCHES = (1, 2, 4, 8)
 MOST_TENSOR = 16  # ranks of tp, also where a link domain is larger: GEMMs become too narrow
-SHORT_PIECE, SHORTEST_PIECE = (
-    4096,
-    512,
-)  # tokens of a sequence that one cp rank has: usually, and where nothing else is left
+# Tokens of a sequence that one cp rank has at least: usually, and where nothing else is left.
+SHORT_PIECE, SHORTEST_PIECE = 4096, 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,29 +86,63 @@ def anything_fits(job: Job, machine: Machine, *, software: Software, space: Spac
     least = space.fixed.get("recompute", "full")
     for piece in (SHORT_PIECE, SHORTEST_PIECE) if space.context_parallel else (SHORT_PIECE,):
         for offload in (False, True) if space.offload and not job.frozen else (False,):
-            for smallest, *_ in _candidates(costs, space, piece, offload):
-                stages = costs.stages(smallest.layout)
-                if costs.memory(replace(smallest, recompute=str(least)), stages).total <= limit:
+            for candidate in _candidates(costs, space, piece, offload):
+                stages = costs.stages(candidate.layout)
+                if costs.memory(replace(candidate, recompute=str(least)), stages).total <= limit:
                     return True
     return False
 
 
 def _search(costs: Costs, space: Space, *, piece: int, offload: bool, keep: int) -> Found:
-    best: list[tuple[float, int, Plan]] = []
-    by_axis: dict[tuple[str, object], Plan] = {}
-    tried = 0
-    for growing in _candidates(costs, space, piece, offload):
-        for plan in _lightest_recomputations(costs, growing, space):
-            tried += 1
-            for item in axis_values(plan.candidate).items():
-                if item not in by_axis or _better(plan, by_axis[item]):
-                    by_axis[item] = plan
-            if plan.fits:
-                heapq.heappush(best, (-plan.cost, -tried, plan))
-                if len(best) > keep:
-                    heapq.heappop(best)
-    plans = tuple(plan for _, _, plan in sorted(best, key=lambda entry: entry[:2], reverse=True))
-    return Found(plans=plans, by_axis=by_axis, tried=tried)
+    """Look at candidates in the order of what they cost at least: most then need no second look."""
+    modules = recompute_modules(costs.job)
+    kinds = [
+        kind
+        for kind in ("none", "selective", "full")
+        if space.allows("recompute", kind) and (kind != "selective" or modules)
+    ]
+    candidates = [
+        (cost_of(one, step_time(costs, one, costs.stages(one.layout))), number, one)
+        for number, one in enumerate(_candidates(costs, space, piece, offload))
+    ]
+    chosen = _Chosen(keep)
+    for least, _, candidate in sorted(candidates, key=lambda entry: entry[:2]):
+        _try_recomputations(costs, candidate, kinds, chosen, least=least)
+    return Found(plans=chosen.plans(), by_axis=chosen.by_axis, tried=len(candidates))
+
+
+class _Chosen:
+    """The best plans so far, and the best for every value of every axis."""
+
+    def __init__(self, keep: int) -> None:
+        self.by_axis: dict[tuple[str, object], Plan] = {}
+        self._keep = keep
+        self._best: list[tuple[float, int, Plan]] = []
+        self._added = 0
+
+    def add(self, plan: Plan) -> None:
+        """Keep a plan where it is better than what is there."""
+        self._added += 1
+        for item in axis_values(plan.candidate).items():
+            if item not in self.by_axis or _better(plan, self.by_axis[item]):
+                self.by_axis[item] = plan
+        if plan.fits:
+            heapq.heappush(self._best, (-plan.cost, -self._added, plan))
+            if len(self._best) > self._keep:
+                heapq.heappop(self._best)
+
+    def wants(self, candidate: Candidate, kinds: list[str], *, least: float) -> bool:
+        """Say whether a candidate that costs `least` or more, recomputed in one of these ways, might be kept."""
+        if len(self._best) < self._keep or least < -self._best[0][0]:
+            return True
+        values = axis_values(candidate) | {"recompute": kinds[0]}
+        items = [*values.items(), *(("recompute", kind) for kind in kinds[1:])]
+        known = [self.by_axis.get(item) for item in items]
+        return any(plan is None or not plan.fits or plan.cost > least for plan in known)
+
+    def plans(self) -> tuple[Plan, ...]:
+        """Return the best, the best first."""
+        return tuple(plan for _, _, plan in sorted(self._best, key=lambda entry: entry[:2], reverse=True))
 
 
 def _better(one: Plan, other: Plan) -> bool:
@@ -119,30 +152,23 @@ def _better(one: Plan, other: Plan) -> bool:
     return one.cost < other.cost if one.fits else one.memory.total < other.memory.total
 
 
-def _lightest_recomputations(costs: Costs, growing: list[Candidate], space: Space) -> Iterator[Plan]:
-    """Yield for every micro batch the plan with the least recomputation that fits, and those with less that do not.
-
-    What does not fit with a smaller micro batch is not tried with a larger one.
-    """
-    limit, modules = memory_limit(costs.machine), recompute_modules(costs.job)
-    stages = costs.stages(growing[0].layout)
-    kinds = [
-        kind
-        for kind in ("none", "selective", "full")
-        if space.allows("recompute", kind) and (kind != "selective" or modules)
-    ]
-    for candidate in growing:
-        while kinds:
-            one = replace(candidate, recompute=kinds[0])
+def _try_recomputations(
+    costs: Costs, candidate: Candidate, kinds: list[str], chosen: _Chosen, *, least: float
+) -> None:
+    """Add the plan with the least recomputation that fits, and those with less that do not, while they might be kept."""
+    limit, stages = memory_limit(costs.machine), costs.stages(candidate.layout)
+    for number, kind in enumerate(kinds):
+        if not chosen.wants(candidate, kinds[number:], least=least):
+            return
+        one = replace(candidate, recompute=kind)
+        memory = costs.memory(one, stages)
+        fits = memory.total <= limit
+        if fits and kind == "full" and candidate.layout.vpp == 1:
+            one = _fewest_layers(costs, one, stages, limit)
             memory = costs.memory(one, stages)
-            fits = memory.total <= limit
-            if fits and one.recompute == "full" and candidate.layout.vpp == 1:
-                one = _fewest_layers(costs, one, stages, limit)
-                memory = costs.memory(one, stages)
-            yield Plan(candidate=one, memory=memory, fits=fits, costs=costs)
-            if fits or len(kinds) == 1:  # the last kind shows how much is missing
-                break
-            del kinds[0]
+        chosen.add(Plan(candidate=one, memory=memory, fits=fits, costs=costs))
+        if fits:
+            return
 
 
 def _fewest_layers(costs: Costs, candidate: Candidate, stages: tuple[Stage, ...], limit: float) -> Candidate:
@@ -163,29 +189,27 @@ def _fewest_layers(costs: Costs, candidate: Candidate, stages: tuple[Stage, ...]
     return replace(candidate, recompute_layers=high)
 
 
-def _candidates(costs: Costs, space: Space, piece: int, offload: bool) -> Iterator[list[Candidate]]:
-    """Yield candidates without recomputation whose weights alone leave room: those that differ in the micro batch, smallest first."""
+def _candidates(costs: Costs, space: Space, piece: int, offload: bool) -> Iterator[Candidate]:
+    """Yield every candidate without recomputation whose weights alone leave room."""
     job, machine = costs.job, costs.machine
     limit = memory_limit(machine)
     for layout in layouts(job, machine, space, piece):
         if _least_bytes(job, layout, costs.software, offload) > limit:
             continue
+        per_rank = job.global_batch // layout.dp
         for split in pipeline_splits(job.meta.num_layers, layout):
-            sizes = _micro_batches(job.global_batch // layout.dp, split, space)
-            if not sizes or not space.allows("vpp", split.vpp):
+            if not space.allows("vpp", split.vpp):
                 continue
-            for precision in space.precisions:
-                for cp_comm in _context_kinds(job, layout, space):
-                    yield [
-                        Candidate(
+            for size in _micro_batches(per_rank, split, space):
+                for precision in space.precisions:
+                    for cp_comm in _context_kinds(job, layout, space):
+                        yield Candidate(
                             layout=split,
                             micro_batch=size,
                             precision=precision,
                             cp_comm=cp_comm,
                             offload_optimizer=offload,
                         )
-                        for size in sizes
-                    ]
 
 
 def _micro_batches(per_rank: int, layout: Layout, space: Space) -> list[int]:
