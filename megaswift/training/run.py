@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import sys
-import time
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -22,13 +20,10 @@ from megaswift.converters.load import load_weights
 from megaswift.converters.peft_folder import PeftAdapter, read_adapter
 from megaswift.data.batches import TrainData
 from megaswift.launch.environment import RankEnv
-from megaswift.launch.governor import Governor
 from megaswift.launch.heartbeat import Heartbeat, empty_folder
 from megaswift.launch.join import this_rank
 from megaswift.launch.layout import layout_here
-from megaswift.launch.ledger import beginning
 from megaswift.launch.preflight import model_of
-from megaswift.launch.slurm import job_end
 from megaswift.logs import get_logger, setup_logging
 from megaswift.mcore import process_groups
 from megaswift.metadata.meta import ModelMeta
@@ -41,16 +36,14 @@ from megaswift.platforms.fp8 import check_fp8, format_for, software_here
 from megaswift.platforms.platform import Platform, init_distributed, select_platform
 from megaswift.tasks.catalogue import make_task, trained_model
 from megaswift.tasks.task import run_model
-from megaswift.training.account import Account
 from megaswift.training.allocation import check_allocation
-from megaswift.training.callbacks import Evaluate, Log, Save
+from megaswift.training.beside import account_of, observers, reporters_of, saving, wall_time_of
 from megaswift.training.context import context_share, place_context, ranks_of_this_node
 from megaswift.training.engine import Engine
 from megaswift.training.feed import TrainFeed, ValidationFeed
-from megaswift.training.loop import Callback, Progress, train_loop
+from megaswift.training.loop import Progress, train_loop
 from megaswift.training.optimizer import build_optimizer, shards_optimizer, wrap_chunks
 from megaswift.training.reference import References, frozen_copy
-from megaswift.training.reporters import JsonLines, PlainLines, ProgressBar, Reporter, TensorBoard
 from megaswift.training.schedule import build_schedule
 from megaswift.training.setup import (
     TOKENISED,
@@ -64,10 +57,7 @@ from megaswift.training.setup import (
     with_references,
 )
 from megaswift.training.signals import Interrupt
-from megaswift.training.spikes import SpikeGuard
-from megaswift.training.stragglers import Stragglers, places_of_ranks
 from megaswift.training.stream import load_stream
-from megaswift.training.wall_time import WallTime
 
 logger = get_logger(__name__)
 
@@ -209,7 +199,7 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
             run_model=forward,
             group=patient,
         )
-    reporters = _reporters(run, output_dir, start=start, total_steps=total_steps)
+    reporters = reporters_of(run, output_dir, start=start, total_steps=total_steps)
     dtype = asked.model.torch_dtype or meta.dtype
     saver = Saver(
         run=run,
@@ -219,57 +209,15 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
         engine=engine,
         writers={**export_writers(run, meta, layout, chunks, dtype=dtype), **feed.writers()},
     )
-    callbacks: list[Callback] = [
-        Log(
-            feed,
-            reporters,
-            every=run.logging.logging_steps,
-            device=platform.device,
-            with_samples=run.logging.verbose,
-        )
-    ]
-    if dist.get_world_size() > 1:
-        callbacks.append(
-            Stragglers(
-                lambda: heartbeat.work_s,
-                reporters,
-                peers=parallel_state.get_pipeline_model_parallel_rank(),
-                places=places_of_ranks(platform.device),
-                every=run.logging.logging_steps,
-                device=platform.device,
-            )
-        )
-    if run.training.spike_factor is not None:
-        callbacks.append(SpikeGuard(run.training.spike_factor))
+    validation = None
     if sets.val is not None:
         validation = ValidationFeed(sets.val, dp_rank=dp_rank, dp=layout.dp, limit=run.logging.eval_iters)
-        every = run.logging.eval_steps or run.checkpoint.save_steps
-        callbacks.append(Evaluate(engine, feed, validation, reporters, every=every))
     interrupt = Interrupt()
-    # One rank watches the clock: its word reaches the others with the step's totals.
-    end = job_end(os.environ) if dist.get_rank() == 0 else None
-    every_steps = run.checkpoint.save_steps if run.checkpoint.save_strategy == "steps" else None
-    wall_time = WallTime(
-        interrupt,
-        Governor(start=time.time(), end=end),
-        step=start.step,
-        save_every=every_steps,
-        validate_every=run.logging.eval_steps if sets.val is not None else None,
-        clock=time.time,
-    )
-    account = _account(run, output_dir, start, on_gpus=platform.name == "cuda")
-    if account is not None:
-        callbacks.append(account)
-    callbacks.append(
-        Save(
-            feed,
-            wall_time.timed(account.timed(saver) if account is not None else saver),
-            every_steps=every_steps,
-            every_epoch=run.checkpoint.save_strategy == "epoch",
-            stop_after_first=run.checkpoint.exit_after_save,
-        )
-    )
-    callbacks.append(wall_time)
+    wall_time = wall_time_of(run, interrupt, step=start.step, validates=validation is not None)
+    account = account_of(run, output_dir, start, on_gpus=platform.name == "cuda")
+    save = wall_time.timed(saver if account is None else account.timed(saver))
+    looking = observers(run, platform, engine, feed, validation, reporters, heartbeat)
+    callbacks = [*looking, *([] if account is None else [account]), saving(run, feed, save), wall_time]
     _announce(meta, layout, run, start=start, total_steps=total_steps)
     with interrupt, heartbeat:
         progress = train_loop(
@@ -358,30 +306,6 @@ def _total_steps(run: RunConfig, sets: Sets, start: Progress) -> int:
     whole = sets.train.num_steps(epochs * run.rollout.num_iterations)
     # The global batch may have changed since the checkpoint: count on from the samples that it has seen.
     return start.step + max(0, whole - start.consumed_samples // size)
-
-
-def _reporters(run: RunConfig, output_dir: Path, *, start: Progress, total_steps: int) -> list[Reporter]:
-    if dist.get_rank() != 0:
-        return []
-    reporters: list[Reporter] = [JsonLines(output_dir, resumed_step=start.step)]
-    if "tensorboard" in run.logging.report_to:
-        folder = Path(run.logging.tensorboard_dir or output_dir / "runs")
-        reporters.append(TensorBoard(folder, resumed_step=start.step))
-    if sys.stderr.isatty():
-        reporters.append(ProgressBar(total_steps=total_steps, start=start.step))
-    else:
-        reporters.append(PlainLines(total_steps=total_steps))
-    return reporters
-
-
-def _account(run: RunConfig, output_dir: Path, start: Progress, *, on_gpus: bool) -> Account | None:
-    """Return what keeps the ledger, on rank 0."""
-    if dist.get_rank() != 0:
-        return None
-    dtype, world_size = run.model.torch_dtype or "bfloat16", dist.get_world_size()
-    facts = beginning(os.environ, dtype=dtype, on_gpus=on_gpus, world_size=world_size)
-    every = run.logging.logging_steps
-    return Account(output_dir, every=every, clock=time.time, start={**facts, "step": start.step})
 
 
 def _announce(meta: ModelMeta, layout: Layout, run: RunConfig, *, start: Progress, total_steps: int) -> None:

@@ -1,0 +1,114 @@
+"""What goes on beside the steps of a run: reporting, validating, saving, and watching the clock."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megaswift.config.run import RunConfig
+from megaswift.launch.governor import Governor
+from megaswift.launch.heartbeat import Heartbeat
+from megaswift.launch.ledger import beginning
+from megaswift.launch.slurm import job_end
+from megaswift.platforms.platform import Platform
+from megaswift.training.account import Account
+from megaswift.training.callbacks import Evaluate, Log, Save
+from megaswift.training.engine import Engine
+from megaswift.training.feed import TrainFeed, ValidationFeed
+from megaswift.training.loop import Callback, Progress
+from megaswift.training.reporters import JsonLines, PlainLines, ProgressBar, Reporter, TensorBoard
+from megaswift.training.signals import Interrupt
+from megaswift.training.spikes import SpikeGuard
+from megaswift.training.stragglers import Stragglers, places_of_ranks
+from megaswift.training.wall_time import WallTime
+
+
+def reporters_of(run: RunConfig, output_dir: Path, *, start: Progress, total_steps: int) -> list[Reporter]:
+    """Return where lines go, on rank 0."""
+    if dist.get_rank() != 0:
+        return []
+    reporters: list[Reporter] = [JsonLines(output_dir, resumed_step=start.step)]
+    if "tensorboard" in run.logging.report_to:
+        folder = Path(run.logging.tensorboard_dir or output_dir / "runs")
+        reporters.append(TensorBoard(folder, resumed_step=start.step))
+    if sys.stderr.isatty():
+        reporters.append(ProgressBar(total_steps=total_steps, start=start.step))
+    else:
+        reporters.append(PlainLines(total_steps=total_steps))
+    return reporters
+
+
+def observers(
+    run: RunConfig,
+    platform: Platform,
+    engine: Engine,
+    feed: TrainFeed,
+    validation: ValidationFeed | None,
+    reporters: Sequence[Reporter],
+    heartbeat: Heartbeat,
+) -> list[Callback]:
+    """Return what looks at every step and changes nothing in it; a spike ends the run."""
+    every = run.logging.logging_steps
+    callbacks: list[Callback] = [
+        Log(feed, reporters, every=every, device=platform.device, with_samples=run.logging.verbose)
+    ]
+    if dist.get_world_size() > 1:
+        callbacks.append(
+            Stragglers(
+                lambda: heartbeat.work_s,
+                reporters,
+                peers=parallel_state.get_pipeline_model_parallel_rank(),
+                places=places_of_ranks(platform.device),
+                every=every,
+                device=platform.device,
+            )
+        )
+    if run.training.spike_factor is not None:
+        callbacks.append(SpikeGuard(run.training.spike_factor))
+    if validation is not None:
+        steps = run.logging.eval_steps or run.checkpoint.save_steps
+        callbacks.append(Evaluate(engine, feed, validation, reporters, every=steps))
+    return callbacks
+
+
+def account_of(run: RunConfig, output_dir: Path, start: Progress, *, on_gpus: bool) -> Account | None:
+    """Return what keeps the ledger, on rank 0."""
+    if dist.get_rank() != 0:
+        return None
+    dtype, world_size = run.model.torch_dtype or "bfloat16", dist.get_world_size()
+    facts = beginning(os.environ, dtype=dtype, on_gpus=on_gpus, world_size=world_size)
+    every = run.logging.logging_steps
+    return Account(output_dir, every=every, clock=time.time, start={**facts, "step": start.step})
+
+
+def wall_time_of(run: RunConfig, interrupt: Interrupt, *, step: int, validates: bool) -> WallTime:
+    """Return what tells the run to stop: a signal, or the end of its time on a cluster."""
+    # One rank watches the clock: its word reaches the others with the step's totals.
+    end = job_end(os.environ) if dist.get_rank() == 0 else None
+    return WallTime(
+        interrupt,
+        Governor(start=time.time(), end=end),
+        step=step,
+        save_every=_save_steps(run),
+        validate_every=run.logging.eval_steps if validates else None,
+        clock=time.time,
+    )
+
+
+def saving(run: RunConfig, feed: TrainFeed, save: Callable[[Progress], None]) -> Save:
+    """Return what calls `save` when it is due."""
+    return Save(
+        feed,
+        save,
+        every_steps=_save_steps(run),
+        every_epoch=run.checkpoint.save_strategy == "epoch",
+        stop_after_first=run.checkpoint.exit_after_save,
+    )
+
+
+def _save_steps(run: RunConfig) -> int | None:
+    return run.checkpoint.save_steps if run.checkpoint.save_strategy == "steps" else None
