@@ -69,7 +69,6 @@ class Computed(Protocol):
 
 Span = Literal | Copy | Computed
 
-
 _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h: begin to write the changed pages, and do not wait
 _sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)  # Linux only, and not in os
 if _sync_file_range is not None:
@@ -103,9 +102,8 @@ class SpanWriter:
             else:
                 for at, data in span.chunks():
                     write_at(self._file, data, at)
-        if (
-            _sync_file_range is not None
-        ):  # the disk begins now, not when the last byte is there; a failure shows in fsync
+        if _sync_file_range is not None:
+            # The disk begins now, not when the last byte is there; a failure shows in fsync.
             _sync_file_range(self._file, 0, 0, _SYNC_FILE_RANGE_WRITE)
 
 

@@ -205,8 +205,5 @@ def merged_weight(parameter: LiveParameter) -> torch.Tensor:
     update = module.lora_b.weight.detach().float() @ module.lora_a.weight.detach().float()
     merged_NC = parameter.weight.float() + float(module.lora_scale) * update
     if module.lora_magnitude is not None:
-        tiny = torch.finfo(torch.float32).tiny  # rows of padded heads are zeros
-        merged_NC *= (module.lora_magnitude.weight.detach().float() / module.row_norms().clamp_min(tiny))[
-            :, None
-        ]
+        merged_NC *= module.row_factors().detach()[:, None]
     return merged_NC.to(parameter.weight.dtype)

@@ -13,9 +13,7 @@ from megaswift.errors import ConfigError
 from megaswift.logs import get_logger, setup_logging
 
 if TYPE_CHECKING:  # the help waits for neither numpy nor the tokenizer
-    from megaswift.data.forms import Form
     from megaswift.data.prepared import Prepared
-    from megaswift.data.template import Template
 
 log = get_logger("cli")
 
@@ -72,13 +70,15 @@ def run(argv: list[str]) -> int:
 
 
 def _prepare(run: RunConfig, home: Path) -> None:
+    from megaswift.data.first_rows import template_of
+    from megaswift.data.forms import form_of
     from megaswift.data.prepare import make_plan, prepare
     from megaswift.data.prepared import read_prepared
 
     if run.model.model is None:
         raise ConfigError("prepare needs the tokenizer of a model. Give --model with a hub id or a folder.")
-    template, stop_ids = _template(run)
-    form = _form(run)
+    template, stop_ids = template_of(run)
+    form = form_of(run)
     assert template.max_length is not None, "a model has a context"
     packing_length = run.data.packing_length or form.per_row * template.max_length
     plan = make_plan(
@@ -111,6 +111,8 @@ def _show(run: RunConfig) -> None:
     # The tokenizer, numpy and rich take seconds; the help must not.
     from rich.console import Console
 
+    from megaswift.data.first_rows import template_of
+    from megaswift.data.forms import form_of
     from megaswift.data.prepared import named_prepared
     from megaswift.data.preview import make_preview, render
     from megaswift.data.read import read_datasets
@@ -122,37 +124,9 @@ def _show(run: RunConfig) -> None:
     read = read_datasets(run.data, seed=run.training.seed, use_hf=run.model.use_hf)
     preview = make_preview(
         read,
-        _template(run)[0] if run.model.model is not None else None,
-        form=_form(run),
+        template_of(run)[0] if run.model.model is not None else None,
+        form=form_of(run),
         packing_length=run.data.packing_length,
         processes=run.data.dataset_num_proc,
     )
     Console().print(render(preview))
-
-
-def _template(run: RunConfig) -> "tuple[Template, tuple[int, ...]]":
-    """Return the template of a run and the model's eos_token_ids."""
-    from megaswift.data.template import Template
-    from megaswift.data.tokenizer import load_tokenizer
-    from megaswift.metadata.hub import Files
-    from megaswift.metadata.read import get_model_meta
-
-    assert run.model.model is not None, "checked by the caller"
-    meta = get_model_meta(
-        run.model.model,
-        revision=run.model.model_revision,
-        use_hf=run.model.use_hf,
-        trust_remote_code=run.model.trust_remote_code,
-        files=Files.FACTS,
-    )
-    folder = meta.folder or Path(run.model.model)
-    tokenizer = load_tokenizer(folder, trust_remote_code=run.model.trust_remote_code)
-    max_length = run.data.max_length or meta.max_length
-    template = Template.from_config(run.data, tokenizer, max_length=max_length, stop_ids=meta.eos_token_ids)
-    return template, tuple(meta.eos_token_ids)
-
-
-def _form(run: RunConfig) -> "Form":
-    from megaswift.data.forms import form_of
-
-    return form_of(run)

@@ -27,12 +27,9 @@ from megaswift.metadata.read import get_model_meta
 FIRST_ROWS = 32  # of each set: enough for every kind of row that people mix, and read in no time
 
 
-def check_first_rows(run: RunConfig) -> dict[str, Any]:
-    """Return how many rows were encoded, which were bad, and which sets are not on this machine's disk.
-
-    Raises DataError as training would: for a set without a usable row, and with --strict for a bad one.
-    """
-    assert run.model.model is not None, "checked before"
+def template_of(run: RunConfig) -> tuple[Template, tuple[int, ...]]:
+    """Return the template of a run and the model's eos_token_ids, from the model's small files alone."""
+    assert run.model.model is not None, "checked by the caller"
     meta = get_model_meta(
         run.model.model,
         revision=run.model.model_revision,
@@ -40,13 +37,22 @@ def check_first_rows(run: RunConfig) -> dict[str, Any]:
         trust_remote_code=run.model.trust_remote_code,
         files=Files.FACTS,
     )
-    tokenizer = load_tokenizer(str(meta.folder), trust_remote_code=run.model.trust_remote_code)
+    tokenizer = load_tokenizer(meta.folder or run.model.model, trust_remote_code=run.model.trust_remote_code)
     max_length = run.data.max_length or meta.max_length
     template = Template.from_config(run.data, tokenizer, max_length=max_length, stop_ids=meta.eos_token_ids)
+    return template, tuple(meta.eos_token_ids)
+
+
+def check_first_rows(run: RunConfig) -> dict[str, Any]:
+    """Return how many rows were encoded, which were bad, and which sets are not on this machine's disk.
+
+    Raises DataError as training would: for a set without a usable row, and with --strict for a bad one.
+    """
+    template, stop_ids = template_of(run)
     form = form_of(run)
     prepared = named_prepared(run.data)
     if prepared is not None:
-        own = template_facts(template, form=form, stop_ids=meta.eos_token_ids)
+        own = template_facts(template, form=form, stop_ids=stop_ids)
         check_fits(prepared, own, strict=run.data.strict)
         return {"encoded": 0, "bad": [], "elsewhere": []}
     encoded, bad, elsewhere = 0, [], []

@@ -295,12 +295,17 @@ class AdaptedLinear:
 
         Dropout changes the adapter's input only; peft drops the base weight's input too while it trains.
         """
-        ratio_F = self.lora_magnitude() / self.row_norms().clamp_min(torch.finfo(torch.float32).tiny)
-        ratio_F = ratio_F.to(output.dtype)  # zeros stay zeros: padded heads have no norm
+        ratio_F = self.row_factors().to(output.dtype)
         own_F = self.bias if bias is None else None  # in the output already
         if own_F is None or not own_F.numel():
             return output * ratio_F
         return (output - own_F) * ratio_F + own_F
+
+    def row_factors(self: Any) -> torch.Tensor:
+        """Return what DoRA multiplies this rank's rows of W + s B A by, float32 [F]; every rank of the tp group calls it."""
+        tiny = torch.finfo(torch.float32).tiny  # zeros stay zeros: padded heads have no norm
+        factors_F: torch.Tensor = self.lora_magnitude() / self.row_norms().clamp_min(tiny)
+        return factors_F
 
     @torch.no_grad()
     def row_norms(self: Any) -> torch.Tensor:
