@@ -11,6 +11,7 @@ from megaswift.metadata.meta import ModelMeta
 from megaswift.models.activations import XIELU
 from megaswift.models.causal_lm import CausalLM
 from megaswift.models.fp8 import emulate_fp8
+from megaswift.models.product import has_half_products, multiply_in_float32
 from megaswift.models.rope import RotaryPositions
 from megaswift.models.score import score_head
 from megaswift.models.specs import decoder_spec
@@ -57,6 +58,8 @@ def build_model(meta: ModelMeta, run: RunConfig, layout: Layout, platform: Platf
         assert len(model.decoder.layers) == len(layers), (
             f"{len(model.decoder.layers)} layers built, {len(layers)} planned"
         )
+        if platform.name == "cpu" and not has_half_products(config.params_dtype):
+            multiply_in_float32(model)
         if run.precision.fp8_format != "none" and platform.name == "cpu":
             emulate_fp8(model, run.precision, num_layers=meta.num_layers)
         chunks.append(model.to(platform.device))

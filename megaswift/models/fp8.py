@@ -13,16 +13,12 @@ from typing import Any, Protocol
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 from megaswift.config.precision import PrecisionConfig
 from megaswift.kernels.block_fp8.ops import Block, round_trip
 from megaswift.models.causal_lm import CausalLM
+from megaswift.models.product import replace_product
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
@@ -145,38 +141,21 @@ def emulate_fp8(model: CausalLM, precision: PrecisionConfig, *, num_layers: int)
             continue
         for module in layer.modules():
             if isinstance(module, ColumnParallelLinear | RowParallelLinear):
-                module.__class__ = type(f"FP8{type(module).__name__}", (EmulatedLinear, type(module)), {})
-                module.fp8_scaling = scaling_of(precision)
+                replace_product(module, FP8Product(scaling_of(precision)))
 
 
-class EmulatedLinear:
-    """A mixin in front of one of Megatron's parallel linears; see emulate_fp8."""
+class FP8Product:
+    """The product of one linear; see models/product.py."""
 
-    fp8_scaling: Scaling
+    def __init__(self, scaling: Scaling) -> None:
+        self.scaling = scaling
 
-    def _forward_impl(
-        self,
-        input: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None = None,
-        *,
-        sequence_parallel: bool = False,
-        allreduce_dgrad: bool = False,
-        tp_group: Any = None,
-        **_: Any,
-    ) -> torch.Tensor:
-        """Return input @ weight^T + bias; takes the place of Megatron's product, with its messages between ranks of tp."""
-        if sequence_parallel:
-            input = gather_from_sequence_parallel_region(
-                input, tensor_parallel_output_grad=True, group=tp_group
-            )
-        elif allreduce_dgrad:
-            input = copy_to_tensor_model_parallel_region(input, group=tp_group)
-        output = _Multiply.apply(input.flatten(0, -2), weight, self.fp8_scaling)
-        if isinstance(self.fp8_scaling, Delayed) and torch.is_grad_enabled():
-            self.fp8_scaling.learn({Operand.INPUT: input, Operand.WEIGHT: weight})
-        output = output.unflatten(0, input.shape[:-1])
-        return output if bias is None else output + bias
+    def __call__(self, x_TD: torch.Tensor, w_FD: torch.Tensor) -> torch.Tensor:
+        """Return x w^T, and let a scaling that follows from earlier values see these."""
+        output: torch.Tensor = _Multiply.apply(x_TD, w_FD, self.scaling)
+        if isinstance(self.scaling, Delayed) and torch.is_grad_enabled():
+            self.scaling.learn({Operand.INPUT: x_TD, Operand.WEIGHT: w_FD})
+        return output
 
 
 class _Multiply(torch.autograd.Function):
