@@ -10,6 +10,7 @@ from megaswift.checkpoint.state import (
     model_tensors,
     optimizer_tensors,
     random_states,
+    renew_host_copies,
     restore_loss_scale,
     restore_random_states,
 )
@@ -73,6 +74,7 @@ def load_checkpoint(checkpoint: Checkpoint, *, chunks: list[Any], optimizer: Any
         data: Any = value.data
         if loaded[name].data_ptr() != data.data_ptr():
             data.detach().copy_(loaded[name])
+    renew_host_copies(optimizer)
     if same_layout:
         restore_random_states(loaded["random"])
     restore_loss_scale(optimizer, manifest.loss_scale)

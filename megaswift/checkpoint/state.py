@@ -19,6 +19,7 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensorFactory,
     is_main_replica,
 )
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
@@ -103,16 +104,29 @@ def allocate_states(optimizer: Any, *, updates: int) -> None:
             continue
         config = part.config
         names = STATES[config.optimizer] if config.optimizer != "sgd" or config.sgd_momentum else ()
-        counts_by_tensor = isinstance(part.optimizer, torch.optim.Adam)  # AdamW is one too
-        for group in part.optimizer.param_groups:
-            for parameter in group["params"]:
-                state = part.optimizer.state[parameter]
-                for name in names:
-                    state[name] = torch.zeros_like(parameter, dtype=torch.float32)
-                if counts_by_tensor:
-                    state["step"] = torch.tensor(float(updates), device=parameter.device)
-            if config.optimizer == "adam" and not counts_by_tensor:
-                group["step"] = updates  # apex and Transformer Engine count in the group
+        host = part.optimizer if isinstance(part.optimizer, HybridDeviceOptimizer) else None
+        for inner in host.sub_optimizers if host else [part.optimizer]:
+            counts_by_tensor = isinstance(inner, torch.optim.Adam)  # AdamW is one too
+            for group in inner.param_groups:
+                for parameter in group["params"]:
+                    state = inner.state[parameter]
+                    for name in names:
+                        state[name] = torch.zeros_like(parameter, dtype=torch.float32)
+                    if counts_by_tensor:
+                        state["step"] = torch.tensor(float(updates), device=parameter.device)
+                if config.optimizer == "adam" and not counts_by_tensor:
+                    group["step"] = updates  # apex and Transformer Engine count in the group
+        if host:
+            host._sync_sub_optimizers_state_to_hdo()
+
+
+def renew_host_copies(optimizer: Any) -> None:
+    """Let an optimizer in host memory take over the float32 weights that were read; it reads masters of others in place."""
+    for part in optimizer.chained_optimizers:
+        if isinstance(part.optimizer, HybridDeviceOptimizer):
+            for weight, copy in part.optimizer.param_to_inner_param.items():
+                if copy is not weight and weight.dtype is torch.float32:
+                    copy.data.copy_(weight.data)
 
 
 def loss_scale(optimizer: Any) -> dict[str, float] | None:
@@ -174,7 +188,8 @@ def _states(part: Any, parameter: torch.Tensor, main: torch.Tensor) -> dict[str,
     state = part.optimizer.state[main]
     tensors = {name: state[name] for name in STATES[part.config.optimizer] if name in state}
     if parameter.dtype is not torch.float32:
-        tensors["master"] = main.detach()
+        # An optimizer in host memory has the weight itself in its groups, and the master in its state.
+        tensors["master"] = state.get("master_param", main).detach()
     return {name: tensor.view(-1) for name, tensor in tensors.items()}
 
 

@@ -43,3 +43,7 @@ class OptimizerConfig:
     adam_beta2: float = setting(0.95, "second-moment decay")
     adam_eps: float = setting(1e-8, "added to the root of the second moment", aliases=("adam_epsilon",))
     sgd_momentum: float = setting(0.9, "momentum of SGD")
+    optimizer_cpu_offload: bool = setting(
+        False, "keep AdamW's state and the master weights in host memory, and step there"
+    )
+    optimizer_offload_fraction: float = setting(1.0, "share of the weights whose state is kept there")

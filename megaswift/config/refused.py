@@ -134,12 +134,6 @@ REFUSED: dict[str, Refused] = {
         deepspeed_autotp_size="none 1",
     ),
     **_refuse(
-        "moving optimizer state to the CPU",
-        "Shard it over more data-parallel ranks.",
-        optimizer_cpu_offload="false",
-        optimizer_offload_fraction="1.0 1",
-    ),
-    **_refuse(
         "optimizer state in low precision",
         use_precision_aware_optimizer="false",
         main_grads_dtype="fp32",

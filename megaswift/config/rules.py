@@ -66,6 +66,7 @@ RULES: tuple[Rule, ...] = (
     training.recomputation_is_complete,
     training.the_learning_rate_has_a_default,
     training.the_schedule_is_complete,
+    training.host_memory_holds_adamw_shards,
     training.lengths_fit_the_model,
     training.packs_are_free_of_padding,
     training.text_is_split_for_pre_training_only,

@@ -215,6 +215,22 @@ def the_schedule_is_complete(case: Case) -> None:
         raise ConfigError("lr_decay_style=WSD needs --lr_wsd_decay_iters, the steps of its last phase.")
 
 
+def host_memory_holds_adamw_shards(case: Case) -> None:
+    """Megatron offloads the state of a distributed AdamW alone (HybridDeviceOptimizer, OptimizerConfig; 0.16.1)."""
+    chosen = case.run.optimizer
+    if not chosen.optimizer_cpu_offload:
+        return
+    if chosen.optimizer != "adamw" or not case.run.parallel.use_distributed_optimizer:
+        raise ConfigError(
+            "optimizer_cpu_offload=true needs --optimizer adamw and --use_distributed_optimizer true. Set both, or leave "
+            "the flag out."
+        )
+    if not 0.0 < chosen.optimizer_offload_fraction <= 1.0:
+        raise ConfigError(
+            f"optimizer_offload_fraction={chosen.optimizer_offload_fraction} is not a share. Give more than 0 and at most 1."
+        )
+
+
 def lengths_fit_the_model(case: Case) -> Case:
     """Samples fit the context, and packs hold at least one sample."""
     data, context = case.run.data, case.meta.max_length

@@ -1,8 +1,12 @@
 """The one door for patches of Megatron-Core itself; each states its reason and ends where the upstream fault ends."""
 
+import torch
+from megatron.core import optimizer
+from megatron.core.optimizer import distrib_optimizer, optimizer_config
 from megatron.core.transformer import attention, multi_latent_attention
 from megatron.core.transformer.moe import moe_utils
 
+from megaswift.mcore.offload import OffloadedOptimizer
 from megaswift.mcore.rotary import apply_rotary
 
 
@@ -11,6 +15,7 @@ def apply_patches() -> None:
     _define_missing_te_gemm()
     _deny_missing_te_linear()
     _turn_in_one_pass()
+    _offload_float32_too()
 
 
 def _define_missing_te_gemm() -> None:
@@ -30,3 +35,11 @@ def _deny_missing_te_linear() -> None:
 def _turn_in_one_pass() -> None:
     # 0.16-0.19: without Transformer Engine a query is copied several times to be turned, in the type of the weights.
     attention.apply_rotary_pos_emb = apply_rotary
+
+
+def _offload_float32_too() -> None:
+    # The reasons are in mcore/offload.py; both modules have bound the class by name.
+    optimizer.HybridDeviceOptimizer = distrib_optimizer.HybridDeviceOptimizer = OffloadedOptimizer
+    if not torch.cuda.is_available():
+        # 0.16-0.19: the settings compare Transformer Engine's version where there is none.
+        optimizer_config.is_te_min_version = lambda version: False

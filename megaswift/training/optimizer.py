@@ -102,6 +102,11 @@ def _optimizer_config(run: RunConfig) -> OptimizerConfig:
         params_dtype=DTYPES[str(dtype)],
         use_distributed_optimizer=distributed,
         overlap_param_gather=run.parallel.overlap_param_gather and distributed,
+        optimizer_cpu_offload=chosen.optimizer_cpu_offload,
+        optimizer_offload_fraction=chosen.optimizer_offload_fraction,
+        use_precision_aware_optimizer=chosen.optimizer_cpu_offload,  # master weights belong to the state
+        overlap_cpu_optimizer_d2h_h2d=True,
+        pin_cpu_grads=torch.cuda.is_available(),
     )
 
 
