@@ -3,7 +3,9 @@
 All ranks of a group compute each other's plans from ModelMeta, so that a shard travels without a word about it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from math import prod
 from typing import Any
 
 import torch
@@ -11,13 +13,13 @@ import torch.distributed as dist
 
 from megaswift.converters.export import merged_weight
 from megaswift.converters.live import as_matrix, live_parameters, rows_of
-from megaswift.converters.plan import Piece, file_tensors, float32_tensors, plan_chunk
+from megaswift.converters.plan import Parameter, Piece, file_tensors, float32_tensors, plan_chunk
 from megaswift.metadata.meta import ModelMeta
 from megaswift.parallel.layout import Layout, coordinates
 
 
 @torch.no_grad()
-def gather_model(
+def stream_model(
     chunks: Sequence[torch.nn.Module],
     meta: ModelMeta,
     layout: Layout,
@@ -26,23 +28,24 @@ def gather_model(
     group: Any,
     dtype: torch.dtype,
     keep: bool,
-) -> dict[str, torch.Tensor]:
-    """Return the tensors of the model's file where `keep` is true, on the device of the shards, and {} elsewhere.
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors of the model's file by name where `keep` is true, on the device of the shards, and none elsewhere.
 
-    `group` holds every part of the model; all its ranks call it alike. What moves: each shard once, broadcast in the group.
-    Adapters are merged in. Tensors have `dtype`, or float32 where files always do.
+    `group` holds every part of the model; all its ranks call it alike and draw all of it. What moves: each shard once, broadcast
+    in the group. Shards of the same parameter follow each other, so that few tensors are unfinished at a time. Adapters are
+    merged in. Tensors have `dtype`, or float32 where files always do.
     """
     live = live_parameters(chunks, meta, layout, rank=rank)
     device = next(chunks[0].parameters()).device
     members = dist.get_process_group_ranks(group)
     shapes, in_float32 = file_tensors(meta), float32_tensors(meta)
-    found: dict[str, torch.Tensor] = {}
+    unfinished: dict[str, torch.Tensor] = {}
+    missing = {name: prod(shape) for name, shape in shapes.items()}  # elements
     seen: set[tuple[Piece, ...]] = set()
-    for member in members:
-        at = coordinates(layout, member)
-        plan = (one for vp_rank in range(layout.vpp) for one in plan_chunk(meta, layout, at, vp_rank=vp_rank))
-        for number, planned in enumerate(plan):
-            if planned.is_copy or not planned.pieces or planned.pieces in seen:
+    plans = (_plan(meta, layout, member) for member in members)
+    for number, row in enumerate(zip_longest(*plans)):
+        for member, planned in zip(members, row, strict=True):
+            if planned is None or planned.is_copy or not planned.pieces or planned.pieces in seen:
                 continue  # other ranks have the same
             seen.add(planned.pieces)
             sent = torch.float32 if planned.pieces[0].tensor in in_float32 else dtype
@@ -54,14 +57,36 @@ def gather_model(
                 dist.broadcast(
                     matrix_NC.view(torch.uint8), member, group=group
                 )  # gloo does not know every dtype
-            if keep:
-                for piece in planned.pieces:
-                    shape = shapes[piece.tensor]
-                    if piece.tensor not in found:
-                        found[piece.tensor] = torch.empty(shape, dtype=sent, device=device)
-                    _place(found[piece.tensor], piece, matrix_NC)
-    assert not keep or found.keys() == shapes.keys(), f"{shapes.keys() - found.keys()} are in no shard"
-    return found
+            if not keep:
+                continue
+            for piece in planned.pieces:
+                name = piece.tensor
+                if name not in unfinished:
+                    unfinished[name] = torch.empty(shapes[name], dtype=sent, device=device)
+                _place(unfinished[name], piece, matrix_NC)
+                missing[name] -= piece.size
+                if not missing[name]:
+                    yield name, unfinished.pop(name)
+    assert not keep or not any(missing.values()), f"{[name for name in missing if missing[name]]} lack parts"
+
+
+def gather_model(
+    chunks: Sequence[torch.nn.Module],
+    meta: ModelMeta,
+    layout: Layout,
+    rank: int,
+    *,
+    group: Any,
+    dtype: torch.dtype,
+    keep: bool,
+) -> dict[str, torch.Tensor]:
+    """Return all that stream_model() yields."""
+    return dict(stream_model(chunks, meta, layout, rank, group=group, dtype=dtype, keep=keep))
+
+
+def _plan(meta: ModelMeta, layout: Layout, rank: int) -> list[Parameter]:
+    at = coordinates(layout, rank)
+    return [one for vp_rank in range(layout.vpp) for one in plan_chunk(meta, layout, at, vp_rank=vp_rank)]
 
 
 def _place(tensor: torch.Tensor, piece: Piece, matrix_NC: torch.Tensor) -> None:

@@ -17,11 +17,39 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from megaswift.config.rollout import RolloutConfig
 from megaswift.metadata.meta import ModelMeta
 from megaswift.parity.reference import without_progress_bars
+from megaswift.rollout.engine import Answer, Prompt, Sampling, Weights
 
 AT_ONCE = 128  # rows of one call: their keys and values lie beside the training state
+
+
+class EmbeddedEngine:
+    """The trained model by itself, as a RolloutEngine: each token is decided by the key of its prompt, on any layout."""
+
+    def __init__(self, meta: ModelMeta, *, pad_id: int, trust_remote_code: bool = False) -> None:
+        self._meta, self._pad_id, self._trust = meta, pad_id, trust_remote_code
+        self._model: Any = None
+
+    def load(self, weights: Weights) -> None:
+        """Open the weights with transformers."""
+        self._model = generating_model(self._meta, dict(weights), trust_remote_code=self._trust)
+
+    def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Answer]:
+        """Return one completion of each prompt."""
+        found = complete(
+            self._model,
+            [prompt.ids for prompt in prompts],
+            [chances(prompt.key, length=sampling.max_tokens) for prompt in prompts],
+            sampling,
+            pad_id=self._pad_id,
+        )
+        stops = set(sampling.stop_ids)
+        return [Answer(ids=ids, stopped=ids[-1] in stops) for ids in found]
+
+    def rest(self) -> None:
+        """Drop the model."""
+        self._model = None
 
 
 def generating_model(
@@ -46,19 +74,18 @@ def complete(
     model: Any,
     prompts: Sequence[np.ndarray],
     chances: Sequence[np.ndarray],
-    chosen: RolloutConfig,
+    sampling: Sampling,
     *,
-    stop_ids: Sequence[int],
     pad_id: int,
 ) -> list[list[int]]:
-    """Return one completion of each prompt: its ids up to and with the first of `stop_ids`, or as many as there is room for.
+    """Return one completion of each prompt: its ids up to and with the first of the stop ids, or as many as there is room for.
 
     `chances` are numbers from 0 to 1, float64 [L] for each prompt, that decide every token of its completion.
     """
     found: list[list[int]] = []
     for start in range(0, len(prompts), AT_ONCE):
         some = slice(start, start + AT_ONCE)
-        found += _complete(model, prompts[some], np.stack(chances[some]), chosen, list(stop_ids), pad_id)
+        found += _complete(model, prompts[some], np.stack(chances[some]), sampling, pad_id)
     return found
 
 
@@ -66,8 +93,7 @@ def _complete(
     model: Any,
     prompts: Sequence[np.ndarray],
     chances_BL: np.ndarray,
-    chosen: RolloutConfig,
-    stop_ids: list[int],
+    sampling: Sampling,
     pad_id: int,
 ) -> list[list[int]]:
     longest = max(map(len, prompts))
@@ -76,15 +102,15 @@ def _complete(
     for row, prompt in enumerate(prompts):
         ids_BS[row, longest - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
         mask_BS[row, longest - len(prompt) :] = 1
-    steps: list[Any] = [TemperatureLogitsWarper(chosen.temperature)]
-    if chosen.top_k > 0:
-        steps.append(TopKLogitsWarper(chosen.top_k))
-    if chosen.top_p < 1:
-        steps.append(TopPLogitsWarper(chosen.top_p))
+    steps: list[Any] = [TemperatureLogitsWarper(sampling.temperature)]
+    if sampling.top_k > 0:
+        steps.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        steps.append(TopPLogitsWarper(sampling.top_p))
     settings = GenerationConfig(
         max_new_tokens=chances_BL.shape[1],
         do_sample=False,
-        eos_token_id=stop_ids or None,
+        eos_token_id=list(sampling.stop_ids) or None,
         pad_token_id=pad_id,
     )
     model.generation_config = settings  # transformers fills what is not given from there
@@ -94,7 +120,7 @@ def _complete(
         generation_config=settings,
         logits_processor=LogitsProcessorList([*steps, _Draw(chances_BL, prompt_length=longest)]),
     )[:, longest:].tolist()
-    return [_until(row, set(stop_ids)) for row in out_BL]
+    return [_until(row, set(sampling.stop_ids)) for row in out_BL]
 
 
 def _until(ids: list[int], stop_ids: set[int]) -> list[int]:
@@ -118,11 +144,6 @@ class _Draw(LogitsProcessor):
         return torch.full_like(scores, float("-inf")).scatter_(1, token_B1, 0.0)
 
 
-def chances(*, seed: int, position: int, generation: int, length: int) -> np.ndarray:
-    """Return what decides the tokens of a completion, float64 [length]: a function of the numbers given alone.
-
-    `position` is that of the prompt in the endless stream of prompts, `generation` that of the completion in its group.
-    """
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, position, generation)))).random(
-        length
-    )
+def chances(key: Sequence[int], *, length: int) -> np.ndarray:
+    """Return what decides the tokens of a completion, float64 [length]: a function of the key alone."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(tuple(key)))).random(length)

@@ -1,8 +1,8 @@
 """What one rank is fed when the model writes its own training data: completions of prompts, rewarded and compared.
 
-A generation: one rank of each data-parallel copy of the model gathers the weights (converters/gather.py), answers its share of
-the prompts and rewards the answers; then every rank has all of them. Sampling and order depend on seed and position in the
-stream of prompts alone.
+A generation: an engine (rollout/engine.py) gets the weights out of the shards (converters/gather.py) and answers prompts; ranks
+that ask it reward the answers, and then every rank has all of them. With the trained model as engine one rank of each
+data-parallel copy does so, and sampling and order depend on seed and position in the stream of prompts alone.
 
 Letters: N completions, T tokens of all prompts with their completions.
 """
@@ -20,7 +20,7 @@ from megatron.core import parallel_state
 from megaswift.checkpoint.store import Checkpoint
 from megaswift.config.rollout_rules import reward_weights
 from megaswift.config.run import RunConfig
-from megaswift.converters.gather import gather_model
+from megaswift.converters.gather import stream_model
 from megaswift.converters.live import TORCH_DTYPES
 from megaswift.converters.tensor_files import DTYPE_NAMES
 from megaswift.data.batches import BatchSettings, MicroBatch, TrainData
@@ -30,7 +30,8 @@ from megaswift.metadata.meta import ModelMeta
 from megaswift.models.lora import adapters_off
 from megaswift.parallel.agreement import agree
 from megaswift.parallel.layout import Layout
-from megaswift.rollout.generate import chances, complete, generating_model
+from megaswift.rollout.engine import Answer, Prompt, RolloutEngine, Sampling, Seat, Weights
+from megaswift.rollout.generate import EmbeddedEngine
 from megaswift.rollout.rewards import load_rewards, rewards_of
 from megaswift.rollout.rollout import Rollout
 from megaswift.tasks.grpo import advantages
@@ -49,7 +50,7 @@ class _Completion:
     """What one rank tells the others about a completion."""
 
     place: int  # among those of the generation
-    ids: list[int]
+    answer: Answer
     text: str
     rewards: list[float]
 
@@ -81,7 +82,9 @@ class RolloutFeed(TrainFeed):
         size = self._settings.global_batch_size
         if self._rollout is None or (self._rollout.position, len(self._rollout)) != (position, size):
             step = consumed // self.items_per_step + 1
-            self._rollout = self._roller.roll(self._roller.prompts.items(position), position=position, step=step)
+            self._rollout = self._roller.roll(
+                self._roller.prompts.items(position), position=position, step=step
+            )
         return list(
             self._rollout.micro_batches(
                 self._settings, dp_rank=self._dp_rank, dp=self._dp, pad_id=self._roller.pad_id
@@ -133,14 +136,28 @@ class Roller:
         self.tokenizer = load_tokenizer(folder, trust_remote_code=trust)
         self.pad_id = pad_id_of(self.tokenizer)
         self.chunks = [chunk.module for chunk in self.engine.chunks]
+        self.sampling = Sampling(
+            temperature=self.run.rollout.temperature,
+            top_p=self.run.rollout.top_p,
+            top_k=self.run.rollout.top_k,
+            max_tokens=self.run.rollout.max_completion_length,
+            stop_ids=self.stop_ids,
+        )
+        self.seat, self.holders = self._place()
+        trust = self.run.model.trust_remote_code
+        self.writer: RolloutEngine = EmbeddedEngine(self.meta, pad_id=self.pad_id, trust_remote_code=trust)
+
+    def _place(self) -> tuple[Seat, Any]:
+        """Return what this rank does when completions are generated, and the group whose ranks hold the whole model."""
         # Experts may lie on ranks of other data-parallel copies: then all ranks send, and every copy listens.
         spread = self.layout.ep * self.layout.etp > 1
-        self.holders = dist.group.WORLD if spread else parallel_state.get_model_parallel_group()
+        holders = dist.group.WORLD if spread else parallel_state.get_model_parallel_group()
         first = (
             parallel_state.get_tensor_model_parallel_rank(),
             parallel_state.get_pipeline_model_parallel_rank(),
-        )
-        self.generates = first == (0, 0)
+        ) == (0, 0)
+        number = parallel_state.get_data_parallel_rank()
+        return Seat(number=number, of=self.layout.dp, loads=first, answers=first, reports=first), holders
 
     def roll(self, entries: np.ndarray, *, position: int, step: int) -> Rollout:
         """Return rewarded completions of these prompts; every rank of the world calls it. Raises UserError."""
@@ -154,60 +171,71 @@ class Roller:
         return rollout
 
     def _gathered_completions(self, entries: np.ndarray, position: int) -> list[_Completion]:
-        tensors = gather_model(
+        weights = stream_model(
             self.chunks,
             self.meta,
             self.layout,
             dist.get_rank(),
             group=self.holders,
             dtype=TORCH_DTYPES[DTYPE_NAMES[self.run.model.torch_dtype or self.meta.dtype]],
-            keep=self.generates,
+            keep=self.seat.loads,
         )
-        mine = agree(lambda: self._answer(tensors, entries, position), group=self.group)
+        agree(lambda: self._load(weights), group=self.group)
+        mine = agree(lambda: self._answer(entries, position), group=self.group)
         shares: list[list[_Completion]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(shares, mine, group=self.group)
         return sorted((one for share in shares for one in share), key=lambda one: one.place)
 
-    def _answer(
-        self, tensors: dict[str, torch.Tensor], entries: np.ndarray, position: int
-    ) -> list[_Completion]:
-        """Return this rank's share of the completions, with rewards; the model that wrote them is gone then."""
-        dp_rank, chosen = parallel_state.get_data_parallel_rank(), self.run.rollout
-        own = range(dp_rank, len(entries), self.layout.dp)
-        if not self.generates or not own:
+    def _load(self, weights: Weights) -> None:
+        try:
+            if self.seat.loads:
+                with torch.random.fork_rng(devices=self._devices):  # dropout must stay alike on all tp ranks
+                    self.writer.load(weights)
+        finally:
+            for _ in weights:  # the other ranks of the group send and listen too
+                pass
+
+    def _answer(self, entries: np.ndarray, position: int) -> list[_Completion]:
+        """Return this rank's share of the completions, with rewards."""
+        group = self.run.rollout.num_generations
+        own = range(self.seat.number, len(entries), self.seat.of)
+        if not self.seat.answers or not own:
             return []
-        places = [
-            prompt * chosen.num_generations + k for prompt in own for k in range(chosen.num_generations)
+        places = [prompt * group + k for prompt in own for k in range(group)]
+        prompts = [
+            Prompt(ids=self._prompt(entries[place // group]), key=self._key(place, position))
+            for place in places
         ]
-        model = generating_model(self.meta, tensors, trust_remote_code=self.run.model.trust_remote_code)
-        tensors.clear()
-        devices = [model.device] if model.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):  # dropout must stay alike on all tp ranks
-            ids = complete(
-                model,
-                [self._prompt(entries[place // chosen.num_generations]) for place in places],
-                [self._chances(place, position) for place in places],
-                chosen,
-                stop_ids=self.stop_ids,
-                pad_id=self.pad_id,
-            )
-        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        with torch.random.fork_rng(devices=self._devices):
+            answers = self.writer.complete(prompts, self.sampling)
+            self.writer.rest()
+        if not self.seat.reports:
+            return []
+        texts = self.tokenizer.batch_decode([one.ids for one in answers], skip_special_tokens=True)
         found = []
-        for start in range(0, len(places), chosen.num_generations):
-            some = slice(start, start + chosen.num_generations)
-            row = self._row(entries[places[start] // chosen.num_generations])
-            rewards = zip(*rewards_of(self.rewards, row, texts[some], ids[some]), strict=True)
+        for start in range(0, len(places), group):
+            some = slice(start, start + group)
+            row = self._row(entries[places[start] // group])
+            ids = [one.ids for one in answers[some]]
+            rewards = zip(*rewards_of(self.rewards, row, texts[some], ids), strict=True)
             found += [
-                _Completion(place=place, ids=one, text=text, rewards=list(each))
-                for place, one, text, each in zip(places[some], ids[some], texts[some], rewards, strict=True)
+                _Completion(place=place, answer=answer, text=text, rewards=list(each))
+                for place, answer, text, each in zip(
+                    places[some], answers[some], texts[some], rewards, strict=True
+                )
             ]
         return found
 
     @property
-    def stop_ids(self) -> list[int]:
+    def _devices(self) -> list[torch.device]:
+        device = next(self.chunks[0].parameters()).device
+        return [device] if device.type == "cuda" else []
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
         """The tokens at which a completion ends."""
         eos = self.tokenizer.eos_token_id
-        return sorted({*self.meta.eos_token_ids, *([] if eos is None else [eos])})
+        return tuple(sorted({*self.meta.eos_token_ids, *([] if eos is None else [eos])}))
 
     def _prompt(self, entry: int) -> np.ndarray:
         encoded = self.prompts.encoded
@@ -216,25 +244,24 @@ class Roller:
     def _row(self, entry: int) -> PromptRow:
         return self.rows[int(self.prompts.encoded.samples[entry])]
 
-    def _chances(self, place: int, position: int) -> np.ndarray:
+    def _key(self, place: int, position: int) -> tuple[int, int, int]:
+        """Return what decides a completion: the prompt's place in the endless stream of prompts, and its own in the group."""
         prompt, generation = divmod(place, self.run.rollout.num_generations)
-        length = self.run.rollout.max_completion_length
-        return chances(
-            seed=self.run.training.seed, position=position + prompt, generation=generation, length=length
-        )
+        return self.run.training.seed, position + prompt, generation
 
     def _joined(self, entries: np.ndarray, position: int, found: list[_Completion]) -> Rollout:
         group = self.run.rollout.num_generations
         prompts = [self._prompt(entry) for entry in entries]
-        documents = [np.concatenate([prompts[one.place // group], one.ids]).astype(np.int32) for one in found]
-        stops = set(self.stop_ids)
+        documents = [
+            np.concatenate([prompts[one.place // group], one.answer.ids]).astype(np.int32) for one in found
+        ]
         return Rollout(
             position=position,
             group=group,
             input_ids=np.concatenate(documents),
             starts=np.cumsum([0, *map(len, documents)]),
             prompt_lengths=np.array([len(prompts[one.place // group]) for one in found]),
-            stopped=np.array([one.ids[-1] in stops for one in found]),
+            stopped=np.array([one.answer.stopped for one in found]),
             trains_cut=not self.run.rollout.overlong_filter,
             rewards=np.array([one.rewards for one in found]),
         )
@@ -288,7 +315,7 @@ class Roller:
                     "source": row.source,
                     "prompt": row.messages,
                     "completion": one.text,
-                    "tokens": len(one.ids),
+                    "tokens": len(one.answer.ids),
                     "rewards": dict(zip(self.rewards, one.rewards, strict=True)),
                     "advantage": advantage,
                 }

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from megaswift.config.parse import parse_run
 from megaswift.data.tokenizer import load_tokenizer
 from megaswift.errors import UserError
+from megaswift.rollout.engine import Sampling
 from megaswift.rollout.generate import chances, complete
 from tests.distributed.test_rlhf_runs import train_all
 from tests.harness.distributed import run_distributed
@@ -187,14 +188,17 @@ def test_completions_are_those_of_the_exported_model(training: str) -> None:
         tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True).input_ids for row in rows
     ]
     draws = [
-        chances(
-            seed=run.training.seed, position=(STEPS - 1) * 2 + place // 4, generation=place % 4, length=10
-        )
-        for place in range(8)
+        chances((run.training.seed, (STEPS - 1) * 2 + place // 4, place % 4), length=10) for place in range(8)
     ]
-    ids = complete(
-        model, [np.array(one) for one in prompts], draws, run.rollout, stop_ids=[2, *range(20, 50)], pad_id=0
+    chosen = run.rollout
+    sampling = Sampling(
+        temperature=chosen.temperature,
+        top_p=chosen.top_p,
+        top_k=chosen.top_k,
+        max_tokens=10,
+        stop_ids=(2, *range(20, 50)),
     )
+    ids = complete(model, [np.array(one) for one in prompts], draws, sampling, pad_id=0)
     assert tokenizer.batch_decode(ids, skip_special_tokens=True) == [row["completion"] for row in rows]
     first = table(training, "one", "completions.jsonl")[:8]
     assert [row["completion"] for row in first] != [row["completion"] for row in rows]

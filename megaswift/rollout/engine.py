@@ -1,0 +1,71 @@
+"""What generates completions: token ids in, token ids and their log-probabilities out, with weights that the trainer hands over.
+
+The trained model by itself is one such engine (rollout/generate.py), vLLM in the same process or behind HTTP are two more.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+Weights = Iterator[
+    tuple[str, torch.Tensor]
+]  # tensors under the names of the model's file, each once, in any order
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen, and when a completion ends."""
+
+    temperature: float
+    top_p: float  # 1: all tokens
+    top_k: int  # below 1: all tokens
+    max_tokens: int
+    stop_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One completion that is asked for; several of the same ids differ in their key."""
+
+    ids: np.ndarray  # int32 [tokens]
+    key: tuple[int, ...]  # decides what is drawn: the same key draws the same
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A completion."""
+
+    ids: list[int]  # with the token at which it stopped
+    stopped: bool  # at one of stop_ids, not for want of room
+    # log of the probability with which each token was drawn, after temperature, top_k and top_p; None: the trained model's own
+    logps: list[float] | None = None
+
+
+class RolloutEngine(Protocol):
+    """Answers prompts with the weights that it was given last; raises UserError."""
+
+    def load(self, weights: Weights) -> None:
+        """Take the weights of the whole model; needs not exhaust `weights` where it fails."""
+        ...
+
+    def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Answer]:
+        """Return one completion of each prompt."""
+        ...
+
+    def rest(self) -> None:
+        """Give back what is not needed until the next load()."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seat:
+    """What one rank of the trainer does when completions are generated; prompts are dealt to `of` engines in turn."""
+
+    number: int  # of the engine that this rank belongs to
+    of: int
+    loads: bool  # hands weights to the engine
+    answers: bool  # calls it
+    reports: bool  # tells the other ranks what it said; one rank an engine does
