@@ -199,11 +199,11 @@ def merged_weight(parameter: LiveParameter) -> torch.Tensor:
     Column-parallel: B [N/tp, r], A [r, C]; row-parallel: B [N, r], A [r, C/tp]. Both give the shard's own rows and columns.
     With DoRA its rows have the trained norms. Every rank of the tensor-parallel group calls it.
     """
-    module = parameter.adapted_module
+    module, weight_NC = parameter.adapted_module, parameter.weight
     if module is None:
-        return parameter.weight
+        return weight_NC
     update = module.lora_b.weight.detach().float() @ module.lora_a.weight.detach().float()
-    merged_NC = parameter.weight.float() + float(module.lora_scale) * update
+    merged_NC = weight_NC.float() + float(module.lora_scale) * update
     if module.lora_magnitude is not None:
         merged_NC *= module.row_factors().detach()[:, None]
-    return merged_NC.to(parameter.weight.dtype)
+    return merged_NC.to(weight_NC.dtype)

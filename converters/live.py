@@ -1,7 +1,8 @@
 """The parameters of a live model beside its plan, and stripes as views of torch tensors."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ class LiveParameter:
     """A parameter of the model, its place in the plan, and the module that owns it."""
 
     planned: Parameter
-    weight: torch.Tensor  # a view of the parameter's memory, or its values where the model keeps it in FP8
+    numbers: Callable[[], torch.Tensor]
     chunk: torch.nn.Module
     name: str  # in the chunk, as its own layer spec spells it
     in_fp8: torch.Tensor | None = (
@@ -35,6 +36,11 @@ class LiveParameter:
         """Quantise what was written to `weight` where the model keeps the parameter in FP8."""
         if self.in_fp8 is not None:
             self.in_fp8.copy_(self.weight.view(self.in_fp8.shape))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The parameter in its planned shape: a view of its memory, its values in FP8, or what its four bits stand for now."""
+        return self.numbers().view(self.planned.shape)
 
     @property
     def adapted_module(self) -> Any | None:
@@ -59,17 +65,23 @@ def live_parameters(
                 faults.append(f"{planned.name} is not in the model")
                 continue
             name, weight = weights.pop(planned.name)
-            if _without_ones(weight.shape) != _without_ones(planned.shape):
+            product = getattr(chunk.get_submodule(name.rpartition(".")[0]), "product", None)
+            in_four_bits = weight.dtype is torch.uint8 and product is not None  # models/nf4.py
+            shape = product.shape if in_four_bits else weight.shape
+            if _without_ones(shape) != _without_ones(planned.shape):
                 faults.append(
-                    f"{planned.name} is {list(weight.shape)} in the model, {list(planned.shape)} by its table"
+                    f"{planned.name} is {list(shape)} in the model, {list(planned.shape)} by its table"
                 )
                 continue
-            in_fp8 = weight.data if is_float8tensor(weight.data) else None
-            numbers = weight.data if in_fp8 is None else dequantize_fp8_tensor(in_fp8).contiguous()
+            in_fp8 = None
+            if in_four_bits:
+                numbers = partial(product.dequantised, weight.data)
+            else:
+                in_fp8 = weight.data if is_float8tensor(weight.data) else None
+                values = weight.data if in_fp8 is None else dequantize_fp8_tensor(in_fp8).contiguous()
+                numbers = partial(_itself, values)
             found.append(
-                LiveParameter(
-                    planned=planned, weight=numbers.view(planned.shape), chunk=chunk, name=name, in_fp8=in_fp8
-                )
+                LiveParameter(planned=planned, numbers=numbers, chunk=chunk, name=name, in_fp8=in_fp8)
             )
         faults += [f"{name} has no row in the table, it would stay unfilled" for name in weights]
     if faults:
@@ -85,6 +97,10 @@ def _base_parameters(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor
     yield from (
         (name, buffer) for name, buffer in chunk.named_buffers() if name.rpartition(".")[2] in FILE_BUFFERS
     )
+
+
+def _itself(values: torch.Tensor) -> torch.Tensor:
+    return values
 
 
 def _without_ones(shape: Sequence[int]) -> tuple[int, ...]:

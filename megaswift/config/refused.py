@@ -231,18 +231,12 @@ REFUSED: dict[str, Refused] = {
     ),
     **_refuse("training single parameters", trainable_parameters="", trainable_parameters_regex="none"),
     **_refuse(
-        "quantised base weights",
-        quant_method="none",
-        quant_bits="none",
+        "another way of quantising base weights",
+        "Four bits are --quant_method bnb --quant_bits 4; products have --torch_dtype.",
         hqq_axis="none",
         load_in_4bit="false",
         load_in_8bit="false",
-    ),
-    **_refuse(
-        "quantised base weights",
         bnb_4bit_compute_dtype="none",
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant="true",
         bnb_4bit_quant_storage="none",
     ),
     # Checkpoints and logs

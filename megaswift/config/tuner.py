@@ -30,5 +30,13 @@ class TunerConfig:
     lorap_lr_ratio: float | None = setting(
         None, "learning rate of B over that of A (LoRA+, arXiv 2402.12354); default: the same"
     )
+    quant_method: str | None = setting(None, "what quantises the frozen base", choices=("bnb",))
+    quant_bits: int | None = setting(
+        None,
+        "bits of the frozen base's matrices (QLoRA, arXiv 2305.14314); default: not quantised",
+        choices=(4,),
+    )
+    bnb_4bit_quant_type: str = setting("nf4", "numbers that four bits stand for", choices=("nf4", "fp4"))
+    bnb_4bit_use_double_quant: bool = setting(True, "quantise the scales of the blocks too")
     adapters: list[str] = setting([], "PEFT adapter folder to start from", aliases=("adapter_load",))
     merge_lora: bool = setting(False, "export the merged model as well as the adapter")

@@ -196,6 +196,7 @@ def _precision(meta: ModelMeta, run: RunConfig, platform: Platform) -> dict[str,
         # The weights are about to be loaded: an initialiser that does nothing keeps the attributes that initialising sets
         # (grad-norm and checkpointing read tensor_model_parallel), at no cost.
         "perform_initialization": True,
+        "use_cpu_initialization": run.tuner.quant_bits is not None,
         **(
             {}
             if run.model.random_init

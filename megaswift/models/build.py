@@ -1,5 +1,7 @@
 """Build this rank's part of the model."""
 
+from dataclasses import replace
+
 from megatron.core import parallel_state
 
 from megaswift.config.reference import distils
@@ -26,6 +28,9 @@ def build_model(meta: ModelMeta, run: RunConfig, layout: Layout, platform: Platf
     """
     check_supported(meta)
     apply_patches()
+    if run.tuner.quant_bits:
+        # Their weights are of modules that multiply by torch, and are read into host memory: models/nf4.py.
+        platform = replace(platform, transformer_engine=False)
     config = transformer_config(meta, run, layout, platform)
     pp_rank = parallel_state.get_pipeline_model_parallel_rank()
     chunks = []
@@ -62,5 +67,5 @@ def build_model(meta: ModelMeta, run: RunConfig, layout: Layout, platform: Platf
             multiply_in_float32(model)
         if run.precision.fp8_format != "none" and platform.name == "cpu":
             emulate_fp8(model, run.precision, num_layers=meta.num_layers)
-        chunks.append(model.to(platform.device))
+        chunks.append(model if run.tuner.quant_bits else model.to(platform.device))
     return chunks

@@ -30,6 +30,7 @@ from megaswift.config.tuner import TunerConfig
 from megaswift.errors import ConfigError, nearest
 from megaswift.metadata.meta import ModelMeta
 from megaswift.models.causal_lm import CausalLM
+from megaswift.models.nf4 import whole_weight
 
 COLUMN_PARALLEL = ("linear_qkv", "linear_fc1")
 ROW_PARALLEL = ("linear_proj", "linear_fc2")
@@ -311,7 +312,7 @@ class AdaptedLinear:
     def row_norms(self: Any) -> torch.Tensor:
         """Return the norms of this rank's rows of W + s B A, over all their columns, float32 [F]; every rank of the tp group calls it."""
         adapted_FD = torch.addmm(
-            self.weight.float(), self.lora_b().float(), self.lora_a().float(), alpha=self.lora_scale
+            whole_weight(self).float(), self.lora_b().float(), self.lora_a().float(), alpha=self.lora_scale
         )
         squares_F = adapted_FD.square().sum(1)
         if self.lora_is_row and self.tp_group.size() > 1:

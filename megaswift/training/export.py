@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megaswift.checkpoint.save import SHARDS
@@ -30,6 +31,7 @@ from megaswift.metadata.meta import ModelMeta
 from megaswift.metadata.read import get_model_meta
 from megaswift.models.build import build_model
 from megaswift.models.lora import apply_lora, start_magnitudes
+from megaswift.models.nf4 import quantise_base
 from megaswift.parallel.layout import Layout
 from megaswift.platforms.platform import init_distributed, select_platform
 from megaswift.tasks.catalogue import trained_model
@@ -146,6 +148,8 @@ def _fill(
         apply_lora(chunks, run.tuner, meta, seed=run.training.seed, ranks=ranks)
     if checkpoint is None or adapted:
         load_weights(chunks, meta, layout, 0, folder)
+    if run.tuner.quant_bits:
+        quantise_base(chunks, run.tuner, device=torch.device("cpu"))  # what the adapters were trained beside
     start_magnitudes(chunks)
     if checkpoint is not None:
         load_tensors(checkpoint.folder / SHARDS, model_tensors(chunks))

@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from megaswift.config.reference import distils
 from megaswift.config.rules import resolve
 from megaswift.config.run import RunConfig
+from megaswift.config.tuner import TunerConfig
 from megaswift.converters.load import load_weights
 from megaswift.data.batches import BatchSettings, MicroBatch, ValidationData
 from megaswift.data.encode import EncodedSet
@@ -46,7 +47,8 @@ def frozen_copy(
     reference = alike(lambda: _reference_meta(run, meta))
     if distils(run):  # a model of another size, under the same layout
         alike(lambda: resolve(run, reference, layout.world, platform.name))
-    chunks = alike(lambda: build_model(reference, run, layout, platform))
+    plain = replace(run, tuner=TunerConfig())  # neither adapted nor in four bits
+    chunks = alike(lambda: build_model(reference, plain, layout, platform))
     agree(
         lambda: load_weights(chunks, reference, layout, dist.get_rank(), Path(str(reference.folder))),
         group=group,
