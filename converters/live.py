@@ -65,17 +65,17 @@ def live_parameters(
                 faults.append(f"{planned.name} is not in the model")
                 continue
             name, weight = weights.pop(planned.name)
-            product = getattr(chunk.get_submodule(name.rpartition(".")[0]), "product", None)
-            in_four_bits = weight.dtype is torch.uint8 and product is not None  # models/nf4.py
-            shape = product.shape if in_four_bits else weight.shape
+            codes = weight.dtype is torch.uint8  # models/nf4.py
+            four_bits: Any = chunk.get_submodule(name.rpartition(".")[0]).product if codes else None
+            shape = four_bits.shape if four_bits else weight.shape
             if _without_ones(shape) != _without_ones(planned.shape):
                 faults.append(
                     f"{planned.name} is {list(shape)} in the model, {list(planned.shape)} by its table"
                 )
                 continue
             in_fp8 = None
-            if in_four_bits:
-                numbers = partial(product.dequantised, weight.data)
+            if four_bits:
+                numbers = partial(four_bits.dequantised, weight.data)
             else:
                 in_fp8 = weight.data if is_float8tensor(weight.data) else None
                 values = weight.data if in_fp8 is None else dequantize_fp8_tensor(in_fp8).contiguous()

@@ -96,7 +96,12 @@ def _plans(answer: Answer, top: int) -> Table:
 def _recompute(plan: Plan) -> str:
     candidate = plan.candidate
     layers = f" {candidate.recompute_layers} layers" if candidate.recompute_layers else ""
-    return candidate.recompute + layers + (", offload" if candidate.offload_optimizer else "")
+    return (
+        candidate.recompute
+        + layers
+        + (", offload" if candidate.offload_optimizer else "")
+        + (", 4 bits" if candidate.four_bits else "")
+    )
 
 
 def _memory(answer: Answer, plan: Plan) -> Table:

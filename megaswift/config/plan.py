@@ -32,7 +32,10 @@ class SearchConfig:
     document_length: int | None = setting(
         None, "mean tokens of the samples in a pack; default: a pack is one sample"
     )
-    offload: bool = setting(True, "consider optimizer state in host memory where nothing fits without")
+    offload: bool = setting(
+        True,
+        "where nothing fits: consider optimizer state in host memory, and LoRA's frozen base in four bits",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

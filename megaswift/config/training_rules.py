@@ -284,6 +284,8 @@ def adapters_need_lora(case: Case) -> None:
         )
     if (tuner.quant_bits is None) != (tuner.quant_method is None):
         raise ConfigError("quant_method and quant_bits belong together. Give --quant_method bnb --quant_bits 4.")
+    if tuner.quant_bits not in (None, 4):
+        raise ConfigError(f"quant_bits={tuner.quant_bits} is not built. Give 4.")
     if tuner.quant_bits and case.run.precision.fp8_format != "none":
         raise ConfigError("quant_bits=4 leaves no weights for FP8 products. Leave one of quant_bits and fp8_format out.")
     if len(tuner.adapters) > 1:

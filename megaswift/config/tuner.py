@@ -32,9 +32,7 @@ class TunerConfig:
     )
     quant_method: str | None = setting(None, "what quantises the frozen base", choices=("bnb",))
     quant_bits: int | None = setting(
-        None,
-        "bits of the frozen base's matrices (QLoRA, arXiv 2305.14314); default: not quantised",
-        choices=(4,),
+        None, "bits of the frozen base's matrices: 4 (QLoRA, arXiv 2305.14314); default: not quantised"
     )
     bnb_4bit_quant_type: str = setting("nf4", "numbers that four bits stand for", choices=("nf4", "fp4"))
     bnb_4bit_use_double_quant: bool = setting(True, "quantise the scales of the blocks too")

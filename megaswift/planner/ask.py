@@ -77,6 +77,7 @@ def ask(
         lora_rank=run.tuner.lora_rank,
         lora_dropout=run.tuner.lora_dropout > 0,
         use_dora=run.tuner.use_dora,
+        four_bits=run.tuner.quant_bits is not None,
         document_len=document_len,
         reference=needs_copy(run),
         answers=texts,
@@ -84,7 +85,7 @@ def ask(
     fixed = _fixed(run, given)
     if "cp_comm" in fixed and fixed["cp_comm"] == "auto":
         del fixed["cp_comm"]
-    space = Space(precisions=_precisions(machine.device, precision), offload=offload, fixed=fixed)
+    space = Space(precisions=_precisions(machine.device, precision), last_resort=offload, fixed=fixed)
     return Question(job=job, space=space, assumed=tuple(assumed))
 
 

@@ -41,6 +41,8 @@ def flags_of(plan: Plan, job: Job) -> dict[str, str]:
         flags["fp8_recipe"] = RECIPES[candidate.precision]
     if candidate.offload_optimizer:
         flags["optimizer_cpu_offload"] = "true"
+    if candidate.four_bits:
+        flags["quant_method"], flags["quant_bits"] = "bnb", 4
     if layout.dp > 1:
         flags["overlap_grad_reduce"] = "true"
         flags["overlap_param_gather"] = "true"

@@ -19,6 +19,7 @@ class Job:
     lora_rank: int = 8
     lora_dropout: bool = False  # every adapter's input is kept once more, with its mask
     use_dora: bool = False  # every adapted output is kept before its rows are scaled
+    four_bits: bool = False  # the frozen matrices are asked for in four bits
     document_len: int | None = None  # mean tokens of the documents in a pack; None: one document
     mtp_layers: int = 0  # multi-token-prediction layers that train
     reference: bool = False  # a frozen copy of the model is in memory too
@@ -49,6 +50,7 @@ def job_of(
     lora_rank: int = 8,
     lora_dropout: bool = False,
     use_dora: bool = False,
+    four_bits: bool = False,
     document_len: int | None = None,
     mtp_layers: int = 0,
     reference: bool = False,
@@ -64,6 +66,7 @@ def job_of(
         lora_rank=lora_rank,
         lora_dropout=lora_dropout,
         use_dora=use_dora,
+        four_bits=four_bits,
         document_len=document_len,
         mtp_layers=mtp_layers,
         reference=reference,
@@ -95,6 +98,7 @@ class Candidate:
     recompute: str = "none"
     recompute_layers: int | None = None  # with full: layers of a stage that are recomputed; None: all
     offload_optimizer: bool = False  # optimizer state and update in host memory
+    four_bits: bool = False  # the frozen matrices, though nobody asked
     cp_comm: str = "p2p"
     fully_sharded: bool = False  # weights and gradients sharded over dp too (not built here)
 

@@ -12,6 +12,7 @@ from megaswift.planner.work import (
     Passes,
     attention_gemms,
     core_attention,
+    dequantisation,
     elementwise,
     gemm_passes,
     mlp_gemms,
@@ -53,6 +54,8 @@ def layer_time(
     full = candidate.recompute == "full"
     if full:
         compute += forward
+    if job.four_bits or candidate.four_bits:
+        compute += (2 + full) * dequantisation(candidate, kind, device, constants)
     elif candidate.recompute == "selective":
         compute += (
             0.3 * small.forward if kind.is_moe else mlp.forward

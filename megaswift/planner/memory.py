@@ -16,6 +16,9 @@ from megaswift.planner.stages import Stage, StageParams, in_flight, stage_params
 
 HALF = 2  # bytes of a bf16 element
 WIDE = 4  # of an fp32 element
+FOUR_BITS = (
+    0.5 + 1 / 64
+)  # a code, and a byte of scale for a block of 64 (models/nf4.py; scales of scales are left out)
 MASTER = 12  # fp32 master weight and two Adam moments
 # Bytes an element that FP8 recipes keep beside the bf16 weight: both orientations (Transformer Engine, linear modules).
 WEIGHT_COPIES = {"fp8": 2.0, "mxfp8": 2.0, "nvfp4": 1.125}
@@ -124,6 +127,8 @@ def _states(
     copies += size * params.base if job.reference else 0.0
     if job.frozen:
         trained = params.adapters
+        if job.four_bits or candidate.four_bits:
+            copies -= (size - FOUR_BITS) * (params.linear + params.experts)
         return (
             size * (params.base + trained) + copies,
             software.gradient_bytes * trained,

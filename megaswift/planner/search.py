@@ -9,7 +9,7 @@ from megaswift.parallel.layout import Layout, padded_kv_heads
 from megaswift.planner.costs import Costs
 from megaswift.planner.job import Candidate, Job, recompute_modules
 from megaswift.planner.machine import Machine
-from megaswift.planner.memory import MASTER
+from megaswift.planner.memory import FOUR_BITS, MASTER
 from megaswift.planner.plan import Plan, cost_of, memory_limit
 from megaswift.planner.software import Software
 from megaswift.planner.splits import pipeline_splits
@@ -28,7 +28,9 @@ class Space:
 
     precisions: tuple[str, ...] = ("bf16",)
     context_parallel: bool = True
-    offload: bool = True  # optimizer state in host memory, tried only where nothing fits without it
+    last_resort: bool = (
+        True  # where nothing fits: optimizer state in host memory, or the frozen base in four bits
+    )
     fixed: dict[str, object] = field(default_factory=dict)
 
     def allows(self, axis: str, value: object) -> bool:
@@ -61,21 +63,23 @@ def axis_values(candidate: Candidate) -> dict[str, object]:
         "recompute": candidate.recompute,
         "precision": candidate.precision,
         "offload": candidate.offload_optimizer,
+        "four_bits": candidate.four_bits,
     }
 
 
 def search(job: Job, machine: Machine, *, software: Software, space: Space, keep: int = 20) -> Found:
     """Return the best plans that fit; `plans` is empty where nothing does.
 
-    Shorter pieces of sequences, then optimizer state in host memory, are tried only where nothing fits without them.
+    Shorter pieces of sequences, then the last resort (optimizer state in host memory, or a frozen base in four bits), are
+    tried only where nothing fits without them.
     """
     costs = Costs(job, machine, software)
-    found = _search(costs, space, piece=SHORT_PIECE, offload=False, keep=keep)
+    found = _search(costs, space, piece=SHORT_PIECE, last_resort=False, keep=keep)
     if not found.plans and space.context_parallel and job.seq_len > SHORTEST_PIECE:
-        found = _search(costs, space, piece=SHORTEST_PIECE, offload=False, keep=keep)
-    if not found.plans and space.offload and not job.frozen:
-        offloaded = _search(costs, space, piece=SHORT_PIECE, offload=True, keep=keep)
-        found = offloaded if offloaded.plans else found
+        found = _search(costs, space, piece=SHORTEST_PIECE, last_resort=False, keep=keep)
+    if not found.plans and space.last_resort and not job.four_bits:
+        smaller = _search(costs, space, piece=SHORT_PIECE, last_resort=True, keep=keep)
+        found = smaller if smaller.plans else found
     return found
 
 
@@ -85,15 +89,15 @@ def anything_fits(job: Job, machine: Machine, *, software: Software, space: Spac
     limit = memory_limit(machine)
     least = space.fixed.get("recompute", "full")
     for piece in (SHORT_PIECE, SHORTEST_PIECE) if space.context_parallel else (SHORT_PIECE,):
-        for offload in (False, True) if space.offload and not job.frozen else (False,):
-            for candidate in _candidates(costs, space, piece, offload):
+        for last_resort in (False, True) if space.last_resort and not job.four_bits else (False,):
+            for candidate in _candidates(costs, space, piece, last_resort):
                 stages = costs.stages(candidate.layout)
                 if costs.memory(replace(candidate, recompute=str(least)), stages).total <= limit:
                     return True
     return False
 
 
-def _search(costs: Costs, space: Space, *, piece: int, offload: bool, keep: int) -> Found:
+def _search(costs: Costs, space: Space, *, piece: int, last_resort: bool, keep: int) -> Found:
     """Look at candidates in the order of what they cost at least: most then need no second look."""
     modules = recompute_modules(costs.job)
     kinds = [
@@ -103,7 +107,7 @@ def _search(costs: Costs, space: Space, *, piece: int, offload: bool, keep: int)
     ]
     candidates = [
         (cost_of(one, step_time(costs, one, costs.stages(one.layout))), number, one)
-        for number, one in enumerate(_candidates(costs, space, piece, offload))
+        for number, one in enumerate(_candidates(costs, space, piece, last_resort))
     ]
     chosen = _Chosen(keep)
     for least, _, candidate in sorted(candidates, key=lambda entry: entry[:2]):
@@ -189,12 +193,13 @@ def _fewest_layers(costs: Costs, candidate: Candidate, stages: tuple[Stage, ...]
     return replace(candidate, recompute_layers=high)
 
 
-def _candidates(costs: Costs, space: Space, piece: int, offload: bool) -> Iterator[Candidate]:
+def _candidates(costs: Costs, space: Space, piece: int, last_resort: bool) -> Iterator[Candidate]:
     """Yield every candidate without recomputation whose weights alone leave room."""
     job, machine = costs.job, costs.machine
     limit = memory_limit(machine)
+    offload, four_bits = last_resort and not job.frozen, last_resort and job.frozen
     for layout in layouts(job, machine, space, piece):
-        if _least_bytes(job, layout, costs.software, offload) > limit:
+        if _least_bytes(job, layout, costs.software, last_resort) > limit:
             continue
         per_rank = job.global_batch // layout.dp
         for split in pipeline_splits(job.meta.num_layers, layout):
@@ -209,6 +214,7 @@ def _candidates(costs: Costs, space: Space, piece: int, offload: bool) -> Iterat
                             precision=precision,
                             cp_comm=cp_comm,
                             offload_optimizer=offload,
+                            four_bits=four_bits,
                         )
 
 
@@ -290,14 +296,16 @@ def _expert_sizes(job: Job, stage_ranks: int, tp: int) -> list[tuple[int, int]]:
     ]
 
 
-def _least_bytes(job: Job, layout: Layout, software: Software, offload: bool) -> float:
+def _least_bytes(job: Job, layout: Layout, software: Software, last_resort: bool) -> float:
     """Return weights, gradients and optimizer state of an average stage: the fullest rank needs more."""
     parts = job.parts
     all_experts = sum(parts.kinds[kind].experts for kind in parts.layers)
     all_dense = sum(parts.kinds[kind].total for kind in parts.layers) - all_experts
     dense, experts = all_dense / (layout.tp * layout.pp), all_experts / (layout.etp * layout.ep * layout.pp)
-    total = (2.0 if job.frozen else 2.0 + software.gradient_bytes) * (dense + experts)
-    if not job.frozen and not offload:
+    if job.frozen:
+        return (FOUR_BITS if last_resort or job.four_bits else 2.0) * (dense + experts)
+    total = (2.0 + software.gradient_bytes) * (dense + experts)
+    if not last_resort:
         total += MASTER * (dense / (layout.dp * layout.cp) + experts / max(1, layout.edp))
     return total
 

@@ -227,3 +227,15 @@ def model_flops(job: Job) -> float:
         span = min(length, kind.span or length)
         scores += meta.num_heads * width * span * (1 - 0.5 * span / length)
     return 3 * job.tokens * 2 * (active + scores)
+
+
+def dequantisation(candidate: Candidate, kind: LayerKind, device: Device, constants: TimeConstants) -> float:
+    """Return the time of turning one layer's matrices from four bits into numbers once: half a byte in, two or four out."""
+    layout = candidate.layout
+    dense = (kind.total - kind.experts - kind.replicated) / layout.tp
+    elements = dense + kind.experts / (layout.etp * layout.ep)
+    return (
+        elements
+        * (0.5 + OPERAND_BYTES.get(plain_precision(candidate), 2.0))
+        / (device.memory_bytes_s * constants.memory)
+    )

@@ -3,6 +3,7 @@
 import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from megaswift.launch.profile import profile_of_name
 from megaswift.metadata.meta import ModelMeta
@@ -23,9 +24,9 @@ def golden_meta(name: str) -> ModelMeta:
     return meta_from_config(content.get("config", content))
 
 
-def golden_job(name: str, *, seq_len: int = 4096, global_batch: int = 256, trained: str = "full") -> Job:
+def golden_job(name: str, *, seq_len: int = 4096, global_batch: int = 256, **job: Any) -> Job:
     """Return the job of training one of the published models."""
-    return job_of(golden_meta(name), seq_len=seq_len, global_batch=global_batch, trained=trained)
+    return job_of(golden_meta(name), seq_len=seq_len, global_batch=global_batch, **job)
 
 
 def devices(gpu: str, count: int) -> Machine:

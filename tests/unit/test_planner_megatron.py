@@ -21,7 +21,8 @@ DRAWS = 200
 GPU_RANK = Platform(
     name="cuda", backend="nccl", device=torch.device("meta"), transformer_engine=True, apex=False, fp8=False
 )
-NOT_A_CONFIG = {"optimizer_cpu_offload", "fp8_format", "fp8_recipe"}  # of the optimizer, or not built here
+# Of the optimizer, of the base of adapters, or not built here.
+NOT_A_CONFIG = {"optimizer_cpu_offload", "quant_method", "quant_bits", "fp8_format", "fp8_recipe"}
 
 
 def run_of(plan: Plan, job: Job) -> RunConfig:

@@ -62,6 +62,15 @@ def test_lora_has_gradients_and_optimizer_state_of_adapters_only() -> None:
     assert found.total < 0.4 * memory(full, candidate).total
 
 
+def test_four_bits_leave_embedding_head_and_norms_as_they_are() -> None:
+    lora, small = (golden_job("llama-3.1-8b", trained="lora", four_bits=on) for on in (False, True))
+    candidate = Candidate(layout=Layout())
+    saved_bytes = memory(lora, candidate).weights - memory(small, candidate).weights
+    matrices = 32 * (4096 * (4096 + 2 * 1024 + 4096) + 3 * 4096 * 14336)
+    assert saved_bytes == pytest.approx((2 - 0.5 - 1 / 64) * matrices)
+    assert memory(small, candidate).total == memory(lora, replace(candidate, four_bits=True)).total
+
+
 def test_recomputation_keeps_less_the_more_it_repeats() -> None:
     job = golden_job("llama-3.1-8b")
     candidate = Candidate(layout=Layout())

@@ -41,6 +41,17 @@ def test_a_thousand_gpus_hold_the_largest_models(name: str) -> None:
     assert found_for(golden_job(name, global_batch=1024), devices("H100", 1024)).plans
 
 
+@pytest.mark.parametrize(("trained", "flag"), [("lora", "quant_bits"), ("full", "optimizer_cpu_offload")])
+def test_where_nothing_fits_the_last_resort_is_taken_and_nowhere_else(trained: str, flag: str) -> None:
+    name = "mixtral-8x7b" if trained == "lora" else "llama-3.1-8b"
+    job = golden_job(name, seq_len=2048, global_batch=8, trained=trained)
+    for gpus, taken in ((1, True), (8, False)):
+        found = found_for(job, devices("H100", gpus))
+        assert [flag in flags_of(plan, job) for plan in found.plans] == [taken] * len(found.plans)
+        assert found.plans
+    assert not found_for(job, devices("H100", 1), last_resort=False).plans
+
+
 def test_layers_that_do_not_divide_get_lighter_ends() -> None:
     # GLM-4.5-Air: 46 layers.
     from megaswift.parallel.layout import Layout
