@@ -90,16 +90,11 @@ def rollout_numbers_are_in_range(run: RunConfig) -> None:
 
 
 def what_rollouts_do_not_reach(run: RunConfig) -> None:
-    """Completions are rows of the step's own: not packed, not validated, not spread over ranks."""
+    """Completions are rows of the step's own: not padded, not validated."""
     if not generates(run):
         return
     data = run.data
     for asked, what, instead in (
-        (
-            data.packing,
-            "packing=true",
-            "The completions of a micro batch lie end to end anyway. Leave it out.",
-        ),
         (not data.padding_free, "padding_free=false", "Leave it out."),
         (bool(data.val_dataset), "val_dataset", "Leave it out; rewards are logged at every step."),
         (
@@ -111,11 +106,6 @@ def what_rollouts_do_not_reach(run: RunConfig) -> None:
             data.truncation_strategy != "delete",
             f"truncation_strategy={data.truncation_strategy}",
             "Prompts that leave no room for a completion are reported and left out.",
-        ),
-        (
-            run.parallel.cp > 1,
-            f"context_parallel_size={run.parallel.cp}",
-            "Use --tensor_model_parallel_size or --pipeline_model_parallel_size.",
         ),
     ):
         if asked:

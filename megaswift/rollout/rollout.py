@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megaswift.data.batches import BatchSettings, MicroBatch, TrainData
+from megaswift.data.batches import BatchSettings, MicroBatch, TrainData, all_packed
 from megaswift.data.encode import EncodedSet
 
 FILE = "rollout.npz"
@@ -58,9 +58,13 @@ class Rollout:
     def micro_batches(
         self, settings: BatchSettings, *, dp_rank: int, dp: int, pad_id: int
     ) -> Iterator[MicroBatch]:
-        """Yield the micro batches of one data-parallel rank; `settings.global_batch_size` is N."""
-        data = TrainData(self.encoded, replace(settings, shuffle=False), pad_id=pad_id)
-        for batch in data.micro_batches(0, dp_rank=dp_rank, dp=dp):
+        """Yield the micro batches of one data-parallel rank; `settings.global_batch_size` is N, packed or not."""
+        if settings.packing:
+            batches = all_packed(self.encoded, settings, dp_rank=dp_rank, dp=dp, pad_id=pad_id)
+        else:
+            data = TrainData(self.encoded, replace(settings, shuffle=False), pad_id=pad_id)
+            batches = data.micro_batches(0, dp_rank=dp_rank, dp=dp)
+        for batch in batches:
             yield replace(
                 batch,
                 old_logps=self._of_labels(batch, self.old_logps),

@@ -34,8 +34,10 @@ from megaswift.rollout.engine import Answer, Prompt, RolloutEngine, Sampling, Se
 from megaswift.rollout.generate import EmbeddedEngine
 from megaswift.rollout.rewards import load_rewards, rewards_of
 from megaswift.rollout.rollout import Rollout
+from megaswift.tasks.answers import whole_rows
 from megaswift.tasks.grpo import advantages
 from megaswift.tasks.task import RunModel, look
+from megaswift.training.context import context_share
 from megaswift.training.engine import Engine
 from megaswift.training.feed import TrainFeed
 from megaswift.training.reporters import JsonLines
@@ -144,6 +146,7 @@ class Roller:
             stop_ids=self.stop_ids,
         )
         self.seat, self.holders = self._place()
+        self.share = context_share(self.layout)
         trust = self.run.model.trust_remote_code
         self.writer: RolloutEngine = EmbeddedEngine(self.meta, pad_id=self.pad_id, trust_remote_code=trust)
 
@@ -156,8 +159,10 @@ class Roller:
             parallel_state.get_tensor_model_parallel_rank(),
             parallel_state.get_pipeline_model_parallel_rank(),
         ) == (0, 0)
-        number = parallel_state.get_data_parallel_rank()
-        return Seat(number=number, of=self.layout.dp, loads=first, answers=first, reports=first), holders
+        # Every copy of the model answers its share, also those that share out sequences in training.
+        number = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+        of = self.layout.dp * self.layout.cp
+        return Seat(number=number, of=of, loads=first, answers=first, reports=first), holders
 
     def roll(self, entries: np.ndarray, *, position: int, step: int) -> Rollout:
         """Return rewarded completions of these prompts; every rank of the world calls it. Raises UserError."""
@@ -282,12 +287,14 @@ class Roller:
     def _logps(self, rollout: Rollout, chunks: Sequence[Any]) -> np.ndarray:
         """Return the log-probability of every completion's tokens, float32 [T]; every rank of the world calls it."""
         dp_rank = parallel_state.get_data_parallel_rank()
-        batches = list(
-            rollout.micro_batches(self.settings, dp_rank=dp_rank, dp=self.layout.dp, pad_id=self.pad_id)
-        )
+        whole = rollout.micro_batches(self.settings, dp_rank=dp_rank, dp=self.layout.dp, pad_id=self.pad_id)
+        batches = list(whole if self.share is None else map(self.share, whole))
         table_T = torch.zeros(len(rollout.input_ids), device=next(chunks[0].parameters()).device)
-        counts = parallel_state.get_tensor_model_parallel_rank() == 0
-        for batch, logps_S in look(chunks, batches, lambda batch, out: (batch, -out[0]), run=self.run_model):
+        counts = (
+            parallel_state.get_tensor_model_parallel_rank() == 0
+            and parallel_state.get_context_parallel_rank() == 0
+        )
+        for batch, logps_S in look(chunks, batches, _row_of_logps, run=self.run_model):
             for number, begin in zip(
                 batch.sample_ids if counts else (), batch.cu_seqlens.tolist(), strict=False
             ):
@@ -320,6 +327,10 @@ class Roller:
                     "advantage": advantage,
                 }
             )
+
+
+def _row_of_logps(batch: MicroBatch, losses_1S: torch.Tensor) -> tuple[MicroBatch, torch.Tensor]:
+    return batch, whole_rows(-losses_1S, batch)[0]
 
 
 def rollout_feed(

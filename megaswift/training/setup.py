@@ -134,7 +134,7 @@ def load_sets(
     def form_items() -> Sets:
         if generates(run):
             asked = settings.global_batch_size // run.rollout.num_generations
-            of_prompts = replace(settings, global_batch_size=asked, micro_batch_size=1)
+            of_prompts = replace(settings, global_batch_size=asked, micro_batch_size=1, packing=False)
             prompts = TrainData(encoded[0], of_prompts, pad_id=pad_id)
             return Sets(
                 train=prompts,
@@ -164,6 +164,7 @@ def batch_settings(run: RunConfig, meta: ModelMeta, layout: Layout) -> BatchSett
         seed=run.training.seed if run.data.data_seed is None else run.data.data_seed,
         pad_to_multiple=token_multiple(run.precision)
         * pad_multiple(cp=layout.cp, tp=layout.tp, sequence_parallel=layout.sequence_parallel),
+        round_size=layout.pp if layout.vpp > 1 else 1,
     )
 
 
