@@ -38,7 +38,7 @@ _RLHF = """
     vllm_enforce_eager vllm_max_num_seqs vllm_enable_lora vllm_engine_kwargs vllm_server_host vllm_server_port
     vllm_server_timeout vllm_server_base_url vllm_server_group_port sleep_level offload_model offload_optimizer
     offload_bridge use_ray ld_alpha discopop_tau loss_weights reward_model reward_adapters num_ppo_epochs kl_coef
-    cliprange vf_coef cliprange_value gamma lam num_mini_batches response_length async_generate sync_ref_model seq_kd
+    cliprange vf_coef cliprange_value gamma lam num_mini_batches response_length async_generate sync_ref_model
     whiten_rewards missing_eos_penalty
 """.split()
 
@@ -325,11 +325,6 @@ REFUSED: dict[str, Refused] = {
         mcore_ref_adapter="none",
     ),
     **_refuse("another divergence from the reference", f_divergence_type="reverse_kl"),
-    **_refuse(
-        "distillation on the student's own completions",
-        "Give --lmbda 0: the teacher is learnt from on the rows' answers.",
-        lmbda="0 0.0",
-    ),
     **_refuse("a second loss beside the teacher's", sft_alpha="0 0.0"),
     **_refuse(
         "completions by vLLM",

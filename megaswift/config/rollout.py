@@ -9,13 +9,13 @@ REWARDS = ("accuracy", "format", "repetition", "soft_overlong")  # rollout/rewar
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
-    """How completions are sampled, rewarded and weighted (`megaswift rlhf --rlhf_type grpo`)."""
+    """How completions are sampled, and for `megaswift rlhf --rlhf_type grpo` rewarded and weighted."""
 
     num_generations: int = setting(
         8, "completions of each prompt: a group; they share out --global_batch_size"
     )
     max_completion_length: int = setting(512, "tokens of a completion")
-    temperature: float = setting(0.9, "the logits are divided by it, when sampling and in the loss")
+    temperature: float = setting(0.9, "the logits are divided by it when sampling, and in grpo's loss")
     top_p: float = setting(1.0, "sample from the likeliest tokens that have this probability together")
     top_k: int = setting(-1, "sample from so many of the likeliest tokens; -1: from all")
     reward_funcs: list[str] = setting(
@@ -56,4 +56,4 @@ class RolloutConfig:
     soft_cache_length: int | None = setting(
         None, "soft_overlong: tokens before that over which the reward falls; default: a fifth of them"
     )
-    log_completions: bool = setting(False, "write every completion with its rewards to completions.jsonl")
+    log_completions: bool = setting(False, "write every completion, with its rewards, to completions.jsonl")

@@ -1,4 +1,4 @@
-"""Rules of `megaswift rlhf --rlhf_type grpo`: which settings belong together, and what they are when not given."""
+"""Rules of completions, of `megaswift rlhf --rlhf_type grpo` and gkd: which settings belong together, and their defaults."""
 
 from math import ceil
 from typing import Any
@@ -8,23 +8,32 @@ from megaswift.config.rollout import REWARDS, RolloutConfig
 from megaswift.config.run import RunConfig
 from megaswift.errors import ConfigError, nearest
 
+SAMPLING = ("max_completion_length", "temperature", "top_p", "top_k", "log_completions")  # what gkd reads too
 SOFT_PART = 5  # DAPO (arXiv 2503.14476, section 4.1): the last 4096 of 20480 tokens
 
 
 def generates(run: RunConfig) -> bool:
-    """Whether the task learns from the model's own completions."""
+    """Whether the rows are prompts, and the task learns from rewards of the model's completions alone."""
     return run.task == "rlhf" and run.preference.rlhf_type == "grpo"
 
 
-def rollouts_are_for_grpo(run: RunConfig) -> None:
+def distils_completions(run: RunConfig) -> bool:
+    """Whether the task learns a teacher's distributions on completions, in some of the steps at least."""
+    settings = run.preference
+    return run.task == "rlhf" and settings.rlhf_type == "gkd" and (settings.lmbda > 0 or settings.seq_kd)
+
+
+def completions_are_for_grpo_and_gkd(run: RunConfig) -> None:
     """Settings of completions and rewards mean nothing to other tasks."""
     if generates(run):
         return
-    blank = RolloutConfig()
+    blank, samples = RolloutConfig(), distils_completions(run)
     for name, value in vars(run.rollout).items():
-        if value != getattr(blank, name):
-            text = " ".join(value) if isinstance(value, list) else value
-            raise ConfigError(f"{name}={text} is for `megaswift rlhf --rlhf_type grpo`. Leave it out.")
+        if value == getattr(blank, name) or (samples and name in SAMPLING):
+            continue
+        text = " ".join(value) if isinstance(value, list) else value
+        readers = "grpo, or gkd with --lmbda above 0" if name in SAMPLING else "grpo"
+        raise ConfigError(f"{name}={text} is for `megaswift rlhf --rlhf_type {readers}`. Leave it out.")
 
 
 def rewards_are_named(run: RunConfig) -> None:
@@ -112,6 +121,14 @@ def what_rollouts_do_not_reach(run: RunConfig) -> None:
             raise ConfigError(f"{what} is not built for rlhf_type=grpo. {instead}")
 
 
+def what_distilled_completions_do_not_reach(run: RunConfig) -> None:
+    """Prompts are whole, and end where the answer begins."""
+    if distils_completions(run) and run.data.truncation_strategy == "right":
+        raise ConfigError(
+            "truncation_strategy=right cuts prompts off where their completions begin. Choose delete or left, or give --lmbda 0."
+        )
+
+
 def groups_are_whole(case: Case) -> None:
     """A step learns from all completions of its prompts."""
     size, group = case.run.training.global_batch_size, case.run.rollout.num_generations
@@ -126,7 +143,8 @@ def groups_are_whole(case: Case) -> None:
 def completions_have_room(case: Case) -> None:
     """A sample is a prompt and its completion."""
     length, longest = case.run.rollout.max_completion_length, case.run.data.max_length
-    if generates(case.run) and longest is not None and length >= longest:
+    completes = generates(case.run) or distils_completions(case.run)
+    if completes and longest is not None and length >= longest:
         raise ConfigError(
             f"max_completion_length={length} leaves no room for a prompt in max_length={longest}, which counts both. Lower it."
         )

@@ -1,14 +1,14 @@
 """What one rank is fed when the model writes its own training data: completions of prompts, rewarded and compared.
 
-A generation: an engine (rollout/engine.py) gets the weights out of the shards (converters/gather.py) and answers prompts; ranks
-that ask it reward the answers, and then every rank has all of them. With the trained model as engine one rank of each
-data-parallel copy does so, and sampling and order depend on seed and position in the stream of prompts alone.
+The ranks that ask for completions (training/author.py) reward them at once. With the trained model as engine, sampling and
+order depend on seed and position in the stream of prompts alone.
 
 Letters: N completions, T tokens of all prompts with their completions.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,6 @@ from megatron.core import parallel_state
 from megaswift.checkpoint.store import Checkpoint
 from megaswift.config.rollout_rules import reward_weights
 from megaswift.config.run import RunConfig
-from megaswift.converters.gather import stream_model
-from megaswift.converters.live import TORCH_DTYPES
-from megaswift.converters.tensor_files import DTYPE_NAMES
 from megaswift.data.batches import BatchSettings, MicroBatch, TrainData
 from megaswift.data.prompts import PromptRow, PromptRows
 from megaswift.data.tokenizer import load_tokenizer, pad_id_of
@@ -30,20 +27,19 @@ from megaswift.metadata.meta import ModelMeta
 from megaswift.models.lora import adapters_off
 from megaswift.parallel.agreement import agree
 from megaswift.parallel.layout import Layout
-from megaswift.rollout.engine import Answer, Prompt, RolloutEngine, Sampling, Seat, Weights
-from megaswift.rollout.generate import EmbeddedEngine
+from megaswift.rollout.engine import Answer, Prompt
 from megaswift.rollout.rewards import load_rewards, rewards_of
-from megaswift.rollout.rollout import Rollout
+from megaswift.rollout.rollout import Rollout, joined
 from megaswift.tasks.answers import whole_rows
 from megaswift.tasks.grpo import advantages
 from megaswift.tasks.task import RunModel, look
+from megaswift.training.author import Author, completions_table, stop_ids_of
 from megaswift.training.context import context_share
 from megaswift.training.engine import Engine
 from megaswift.training.feed import TrainFeed
 from megaswift.training.reporters import JsonLines
 from megaswift.training.setup import Sets
 
-COMPLETIONS = "completions.jsonl"  # below the run's folder
 KEPT = "rollout"  # the folder of a checkpoint with completions that are not used up
 
 
@@ -137,37 +133,21 @@ class Roller:
         folder, trust = str(self.meta.folder), self.run.model.trust_remote_code
         self.tokenizer = load_tokenizer(folder, trust_remote_code=trust)
         self.pad_id = pad_id_of(self.tokenizer)
-        self.chunks = [chunk.module for chunk in self.engine.chunks]
-        self.sampling = Sampling(
-            temperature=self.run.rollout.temperature,
-            top_p=self.run.rollout.top_p,
-            top_k=self.run.rollout.top_k,
-            max_tokens=self.run.rollout.max_completion_length,
-            stop_ids=self.stop_ids,
-        )
-        self.seat, self.holders = self._place()
         self.share = context_share(self.layout)
-        trust = self.run.model.trust_remote_code
-        self.writer: RolloutEngine = EmbeddedEngine(self.meta, pad_id=self.pad_id, trust_remote_code=trust)
-
-    def _place(self) -> tuple[Seat, Any]:
-        """Return what this rank does when completions are generated, and the group whose ranks hold the whole model."""
-        # Experts may lie on ranks of other data-parallel copies: then all ranks send, and every copy listens.
-        spread = self.layout.ep * self.layout.etp > 1
-        holders = dist.group.WORLD if spread else parallel_state.get_model_parallel_group()
-        first = (
-            parallel_state.get_tensor_model_parallel_rank(),
-            parallel_state.get_pipeline_model_parallel_rank(),
-        ) == (0, 0)
-        # Every copy of the model answers its share, also those that share out sequences in training.
-        number = parallel_state.get_data_parallel_rank(with_context_parallel=True)
-        of = self.layout.dp * self.layout.cp
-        return Seat(number=number, of=of, loads=first, answers=first, reports=first), holders
+        self.author = Author(
+            self.run,
+            self.meta,
+            self.layout,
+            [chunk.module for chunk in self.engine.chunks],
+            stop_ids=stop_ids_of(self.meta, self.tokenizer),
+            pad_id=self.pad_id,
+            group=self.group,
+        )
 
     def roll(self, entries: np.ndarray, *, position: int, step: int) -> Rollout:
         """Return rewarded completions of these prompts; every rank of the world calls it. Raises UserError."""
         with self.engine.settled_parameters():
-            found = self._gathered_completions(entries, position)
+            found = self._completions(entries, position)
             rollout = self._joined(entries, position, found)
             rollout = self._with_logps(rollout)
         rollout = self._with_advantages(rollout)
@@ -175,47 +155,17 @@ class Roller:
             self._write(entries, found, rollout, step)
         return rollout
 
-    def _gathered_completions(self, entries: np.ndarray, position: int) -> list[_Completion]:
-        weights = stream_model(
-            self.chunks,
-            self.meta,
-            self.layout,
-            dist.get_rank(),
-            group=self.holders,
-            dtype=TORCH_DTYPES[DTYPE_NAMES[self.run.model.torch_dtype or self.meta.dtype]],
-            keep=self.seat.loads,
-        )
-        agree(lambda: self._load(weights), group=self.group)
-        mine = agree(lambda: self._answer(entries, position), group=self.group)
-        shares: list[list[_Completion]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(shares, mine, group=self.group)
-        return sorted((one for share in shares for one in share), key=lambda one: one.place)
-
-    def _load(self, weights: Weights) -> None:
-        try:
-            if self.seat.loads:
-                with torch.random.fork_rng(devices=self._devices):  # dropout must stay alike on all tp ranks
-                    self.writer.load(weights)
-        finally:
-            for _ in weights:  # the other ranks of the group send and listen too
-                pass
-
-    def _answer(self, entries: np.ndarray, position: int) -> list[_Completion]:
-        """Return this rank's share of the completions, with rewards."""
+    def _completions(self, entries: np.ndarray, position: int) -> list[_Completion]:
         group = self.run.rollout.num_generations
-        own = range(self.seat.number, len(entries), self.seat.of)
-        if not self.seat.answers or not own:
-            return []
-        places = [prompt * group + k for prompt in own for k in range(group)]
         prompts = [
             Prompt(ids=self._prompt(entries[place // group]), key=self._key(place, position))
-            for place in places
+            for place in range(len(entries) * group)
         ]
-        with torch.random.fork_rng(devices=self._devices):
-            answers = self.writer.complete(prompts, self.sampling)
-            self.writer.rest()
-        if not self.seat.reports:
-            return []
+        return self.author.write(prompts, partial(self._judged, entries), together=group)
+
+    def _judged(self, entries: np.ndarray, places: Sequence[int], answers: list[Answer]) -> list[_Completion]:
+        """Return completions of whole groups with their rewards."""
+        group = self.run.rollout.num_generations
         texts = self.tokenizer.batch_decode([one.ids for one in answers], skip_special_tokens=True)
         found = []
         for start in range(0, len(places), group):
@@ -230,17 +180,6 @@ class Roller:
                 )
             ]
         return found
-
-    @property
-    def _devices(self) -> list[torch.device]:
-        device = next(self.chunks[0].parameters()).device
-        return [device] if device.type == "cuda" else []
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
-        """The tokens at which a completion ends."""
-        eos = self.tokenizer.eos_token_id
-        return tuple(sorted({*self.meta.eos_token_ids, *([] if eos is None else [eos])}))
 
     def _prompt(self, entry: int) -> np.ndarray:
         encoded = self.prompts.encoded
@@ -257,16 +196,10 @@ class Roller:
     def _joined(self, entries: np.ndarray, position: int, found: list[_Completion]) -> Rollout:
         group = self.run.rollout.num_generations
         prompts = [self._prompt(entry) for entry in entries]
-        documents = [
-            np.concatenate([prompts[one.place // group], one.answer.ids]).astype(np.int32) for one in found
-        ]
         return Rollout(
+            **joined([prompts[one.place // group] for one in found], [one.answer for one in found]),
             position=position,
             group=group,
-            input_ids=np.concatenate(documents),
-            starts=np.cumsum([0, *map(len, documents)]),
-            prompt_lengths=np.array([len(prompts[one.place // group]) for one in found]),
-            stopped=np.array([one.answer.stopped for one in found]),
             trains_cut=not self.run.rollout.overlong_filter,
             rewards=np.array([one.rewards for one in found]),
         )
@@ -347,10 +280,6 @@ def rollout_feed(
 ) -> RolloutFeed:
     """Return the feed of a resolved run; `checkpoint` is the one that it goes on from. Every rank calls it; raises UserError."""
     assert sets.rows is not None and isinstance(sets.train, TrainData), "the rows are prompts"
-    table = None
-    if run.rollout.log_completions and dist.get_rank() == 0:
-        done = 0 if checkpoint is None else checkpoint.manifest.step
-        table = JsonLines(Path(run.checkpoint.output_dir), resumed_step=done, name=COMPLETIONS)
     roller = Roller(
         run=run,
         meta=meta,
@@ -362,7 +291,7 @@ def rollout_feed(
         run_model=run_model,
         group=group,
         reference=reference,
-        table=table,
+        table=completions_table(run, checkpoint),
     )
     return RolloutFeed(
         sets.train,

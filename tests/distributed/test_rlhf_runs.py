@@ -47,7 +47,7 @@ RUNS: dict[str, tuple[int, tuple[str, ...]]] = {
     "rm lora spread": (2, ("--rlhf_type", "rm", *CP2, *LORA)),
     "labels": (2, (*LABELS, "--packing", "true", "--max_length", "64", *TP2)),
     "labels lora": (1, (*LABELS, *LORA)),
-    "gkd lora": (1, ("--rlhf_type", "gkd", "--beta", "0.3", *LORA)),
+    "gkd lora": (1, ("--rlhf_type", "gkd", "--lmbda", "0", "--beta", "0.3", *LORA)),
     "texts": (2, ("--task_type", "embedding", "--infonce_hard_negatives", "1", "--micro_batch_size", "2")),
 }
 
