@@ -27,12 +27,18 @@ LOSS_TOLERANCE, NORM_TOLERANCE = 1e-5, 1e-4
 STEPS, BATCH, LONGEST, SEED = 4, 4, 8, 12
 STOPS = (2, *range(20, 50))
 CALM = ("--adam_eps", "1e-3")  # gradients that are 0 but for rounding move nothing
-PACKED = ("--packing", "true", "--max_length", "40")
 # what is trained -> flags
 TRAININGS: dict[str, tuple[str, ...]] = {
-    "mixed": ("--lmbda", "0.5", "--seq_kd", "true", "--temperature", "0.7", "--top_k", "40", *CALM),
-    "own": ("--lmbda", "0.5", "--beta", "1", "--tuner_type", "lora", "--lora_dropout", "0", *PACKED, *CALM),
-}
+    "mixed": (
+        "--lmbda", "0.5", "--seq_kd", "true", "--temperature", "0.7", "--top_k", "40",
+        "--global_batch_size", str(BATCH), "--micro_batch_size", "2", *CALM,
+    ),
+    # One pack holds all completions of a step: of two micro batches one is empty.
+    "own": (
+        "--lmbda", "0.5", "--beta", "1", "--tuner_type", "lora", "--lora_dropout", "0", "--packing", "true", "--max_length", "400",
+        "--global_batch_size", "2", "--micro_batch_size", "1", *CALM,
+    ),
+}  # fmt: skip
 # layout -> (ranks, flags)
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "one": (1, ()),
@@ -59,7 +65,7 @@ def flags(training: str, layout: str) -> list[str]:
     return [
         "--rlhf_type", "gkd", "--model", str(folder() / "model"), "--teacher_model", str(folder() / "teacher" / "model"),
         "--dataset", str(folder() / "rows.jsonl"), "--output_dir", str(folder() / f"{training} {layout}"), "--seed", str(SEED),
-        "--train_iters", str(STEPS), "--global_batch_size", str(BATCH), "--micro_batch_size", "2", "--learning_rate", "1e-2",
+        "--train_iters", str(STEPS), "--learning_rate", "1e-2",
         "--lr_decay_style", "constant", "--save_steps", "1", "--logging_steps", "1", "--report_to", "none",
         "--max_completion_length", str(LONGEST), "--log_completions", "true", *TRAININGS[training], *LAYOUTS[layout][1],
     ]  # fmt: skip
