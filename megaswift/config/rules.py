@@ -34,6 +34,7 @@ REQUEST_RULES = (
     preference.distillation_has_a_teacher,
     rollout.completions_are_for_grpo_and_gkd,
     rollout.rewards_are_named,
+    rollout.turns_have_a_scheduler,
     rollout.rollout_numbers_are_in_range,
     rollout.what_rollouts_do_not_reach,
     rollout.what_distilled_completions_do_not_reach,

@@ -27,6 +27,7 @@ class Completions:
     starts: np.ndarray  # int64 [N + 1]
     prompt_lengths: np.ndarray  # int64 [N]
     stopped: np.ndarray  # bool [N]: ended by itself
+    own: np.ndarray | None = None  # bool [T]: what the model wrote; None: all behind the prompts
     trains_cut: bool = True  # completions that were cut off carry loss
 
     def __len__(self) -> int:
@@ -34,7 +35,9 @@ class Completions:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of the completions, int64 [N]."""
+        """Tokens that the model wrote, int64 [N]."""
+        if self.own is not None:
+            return np.add.reduceat(self.own.astype(np.int64), self.starts[:-1])
         return np.diff(self.starts) - self.prompt_lengths
 
     @cached_property
@@ -42,7 +45,8 @@ class Completions:
         """The documents; completions carry loss."""
         weights = np.zeros(len(self.input_ids), np.uint8)
         for number in np.flatnonzero(self.stopped | self.trains_cut):
-            weights[self.starts[number] + self.prompt_lengths[number] : self.starts[number + 1]] = 1
+            some = slice(self.starts[number] + self.prompt_lengths[number], self.starts[number + 1])
+            weights[some] = 1 if self.own is None else self.own[some]
         return EncodedSet(
             input_ids=self.input_ids,
             loss_weights=weights,
@@ -76,7 +80,16 @@ def joined(prompts: Sequence[np.ndarray], answers: Sequence[Answer]) -> dict[str
         np.concatenate([prompt, answer.ids]).astype(np.int32)
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
+    own = None
+    if any(answer.own is not None for answer in answers):
+        parts = [
+            part
+            for prompt, answer in zip(prompts, answers, strict=True)
+            for part in (np.zeros(len(prompt), bool), answer.own or np.ones(len(answer.ids), bool))
+        ]
+        own = np.concatenate(parts)
     return {
+        "own": own,
         "input_ids": np.concatenate(documents),
         "starts": np.cumsum([0, *map(len, documents)]),
         "prompt_lengths": np.array([len(prompt) for prompt in prompts]),

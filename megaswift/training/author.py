@@ -26,7 +26,17 @@ from megaswift.rollout.generate import EmbeddedEngine
 from megaswift.training.reporters import JsonLines
 
 T = TypeVar("T")
+Complete = Callable[[Sequence[Prompt], Sampling], list[Answer]]
+# (places among all prompts, their prompts, what completes prompts, how) -> an answer for each
+Lead = Callable[[Sequence[int], Sequence[Prompt], Complete, Sampling], Sequence[Any]]
 COMPLETIONS = "completions.jsonl"  # below the run's folder
+
+
+def complete_once(
+    places: Sequence[int], prompts: Sequence[Prompt], complete: Complete, sampling: Sampling
+) -> list[Answer]:
+    """Return what is written for prompts that are not talked about any further."""
+    return complete(prompts, sampling)
 
 
 class Author:
@@ -60,14 +70,16 @@ class Author:
     def write(
         self,
         prompts: Sequence[Prompt],
-        judge: Callable[[Sequence[int], list[Answer]], list[T]],
+        judge: Callable[[Sequence[int], Sequence[Any]], list[T]],
         *,
         together: int = 1,
+        lead: Lead = complete_once,
     ) -> list[T]:
         """Return what `judge` makes of the completions, one for each prompt and in their order. Raises UserError.
 
         `judge` gets places among the prompts and what was written for them, once on some rank for every place; prompts come to
-        it in whole groups of `together` that follow each other.
+        it in whole groups of `together` that follow each other. `lead` asks the engine, on every rank that does so, maybe several
+        times for a place.
         """
         weights = stream_model(
             self._chunks,
@@ -84,7 +96,7 @@ class Author:
             for first in range(self.seat.number * together, len(prompts), self.seat.of * together)
             for place in range(first, first + together)
         ]
-        mine = agree(lambda: self._share(prompts, places, judge), group=self._group)
+        mine = agree(lambda: self._share(prompts, places, judge, lead), group=self._group)
         shares: list[list[tuple[int, T]]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(shares, mine, group=self._group)
         found = dict(one for share in shares for one in share)
@@ -103,14 +115,16 @@ class Author:
         self,
         prompts: Sequence[Prompt],
         places: list[int],
-        judge: Callable[[Sequence[int], list[Answer]], list[T]],
+        judge: Callable[[Sequence[int], Sequence[Any]], list[T]],
+        lead: Lead,
     ) -> list[tuple[int, T]]:
         if not self.seat.answers:
             return []
-        answers: list[Answer] = []
+        answers: Sequence[Any] = []
         with torch.random.fork_rng(devices=self._devices):
             if places:
-                answers = self._engine.complete([prompts[place] for place in places], self.sampling)
+                own = [prompts[place] for place in places]
+                answers = lead(places, own, self._engine.complete, self.sampling)
             self._engine.rest()
         if not self.seat.reports or not places:
             return []

@@ -90,7 +90,7 @@ class DistillationFeed(TrainFeed):
             for epoch, entry in self._entries(consumed)
         ]
         with self._engine.settled_parameters() if writer is Writer.STUDENT else nullcontext():
-            answers = self._authors[writer].write(prompts, lambda places, answers: answers)
+            answers = self._authors[writer].write(prompts, lambda places, answers: list(answers))
         completions = Completions(**joined([prompt.ids for prompt in prompts], answers))
         self._figures |= completions.length_figures()
         if self._table is not None:

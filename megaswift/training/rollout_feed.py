@@ -18,18 +18,22 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megaswift.checkpoint.store import Checkpoint
-from megaswift.config.rollout_rules import reward_weights
+from megaswift.config.rollout_rules import reward_names, reward_weights
 from megaswift.config.run import RunConfig
+from megaswift.converters.live import TORCH_DTYPES
+from megaswift.converters.tensor_files import DTYPE_NAMES
 from megaswift.data.batches import BatchSettings, MicroBatch, TrainData
 from megaswift.data.prompts import PromptRow, PromptRows
+from megaswift.data.template import Template
 from megaswift.data.tokenizer import load_tokenizer, pad_id_of
 from megaswift.metadata.meta import ModelMeta
 from megaswift.models.lora import adapters_off
 from megaswift.parallel.agreement import agree
 from megaswift.parallel.layout import Layout
 from megaswift.rollout.engine import Answer, Prompt
-from megaswift.rollout.rewards import load_rewards, rewards_of
+from megaswift.rollout.rewards import Judged, RewardFunction, load_rewards, rewards_of
 from megaswift.rollout.rollout import Rollout, joined
+from megaswift.rollout.turns import Talked, Talks, load_scheduler
 from megaswift.tasks.answers import whole_rows
 from megaswift.tasks.grpo import advantages
 from megaswift.tasks.task import RunModel, look
@@ -49,7 +53,7 @@ class _Completion:
 
     place: int  # among those of the generation
     answer: Answer
-    text: str
+    judged: Judged
     rewards: list[float]
 
 
@@ -100,7 +104,7 @@ class RolloutFeed(TrainFeed):
     def figures(self) -> dict[str, float]:
         """Return rewards and lengths of the newest completions."""
         assert self._rollout is not None, "asked after a step"
-        return self._rollout.figures(list(self._roller.rewards), self._roller.weights)
+        return self._rollout.figures(self._roller.names, self._roller.weights)
 
     def writers(self) -> dict[str, Callable[[Path], None]]:
         """Return what writes the completions that later steps use again."""
@@ -128,8 +132,7 @@ class Roller:
     table: JsonLines | None  # of completions; rank 0's, where they are logged
 
     def __post_init__(self) -> None:
-        self.rewards = agree(lambda: load_rewards(self.run.rollout), group=self.group)
-        self.weights = reward_weights(self.run.rollout)
+        self.names, self.weights = reward_names(self.run.rollout), reward_weights(self.run.rollout)
         folder, trust = str(self.meta.folder), self.run.model.trust_remote_code
         self.tokenizer = load_tokenizer(folder, trust_remote_code=trust)
         self.pad_id = pad_id_of(self.tokenizer)
@@ -142,6 +145,36 @@ class Roller:
             stop_ids=stop_ids_of(self.meta, self.tokenizer),
             pad_id=self.pad_id,
             group=self.group,
+        )
+        self.rewards = agree(self._load_rewards, group=self.group)
+        self.talks = agree(self._load_talks, group=self.group)
+
+    def _load_rewards(self) -> dict[str, RewardFunction]:
+        """Return reward functions, and where this rank judges completions the reward models."""
+        functions, wanted = load_rewards(self.run.rollout), self.run.rollout.reward_model
+        if not wanted or not self.author.seat.reports:
+            return functions
+        from megaswift.rollout.reward_models import load_reward_models  # transformers' models: seconds
+
+        device = next(self.engine.chunks[0].parameters()).device
+        dtype = TORCH_DTYPES[DTYPE_NAMES[self.run.model.torch_dtype or self.meta.dtype]]
+        return {**functions, **load_reward_models(self.run, device=device, dtype=dtype)}
+
+    def _load_talks(self) -> Talks | None:
+        """Return what leads conversations of several turns, where there are any."""
+        chosen, longest = self.run.rollout, self.run.data.max_length
+        scheduler = load_scheduler(chosen)
+        if scheduler is None:
+            return None
+        assert longest is not None, "resolved"
+        return Talks(
+            scheduler=scheduler,
+            template=Template.from_config(
+                self.run.data, self.tokenizer, max_length=None, stop_ids=self.author.sampling.stop_ids
+            ),
+            decode=partial(self.tokenizer.decode, skip_special_tokens=True),
+            max_turns=chosen.max_turns,
+            max_length=longest,
         )
 
     def roll(self, entries: np.ndarray, *, position: int, step: int) -> Rollout:
@@ -161,25 +194,40 @@ class Roller:
             Prompt(ids=self._prompt(entries[place // group]), key=self._key(place, position))
             for place in range(len(entries) * group)
         ]
-        return self.author.write(prompts, partial(self._judged, entries), together=group)
+        talks = self.talks
+        if talks is None:
+            return self.author.write(prompts, partial(self._judged, entries), together=group)
 
-    def _judged(self, entries: np.ndarray, places: Sequence[int], answers: list[Answer]) -> list[_Completion]:
+        def lead(places: Sequence[int], prompts: Sequence[Prompt], *how: Any) -> list[Talked]:
+            return talks.lead(prompts, [self._row(entries[place // group]) for place in places], *how)
+
+        return self.author.write(prompts, partial(self._judged, entries), together=group, lead=lead)
+
+    def _judged(
+        self, entries: np.ndarray, places: Sequence[int], answers: Sequence[Answer]
+    ) -> list[_Completion]:
         """Return completions of whole groups with their rewards."""
         group = self.run.rollout.num_generations
-        texts = self.tokenizer.batch_decode([one.ids for one in answers], skip_special_tokens=True)
+        judged = [self._as_judged(answer) for answer in answers]
         found = []
         for start in range(0, len(places), group):
             some = slice(start, start + group)
             row = self._row(entries[places[start] // group])
-            ids = [one.ids for one in answers[some]]
-            rewards = zip(*rewards_of(self.rewards, row, texts[some], ids), strict=True)
+            rewards = zip(*rewards_of(self.rewards, row, judged[some]), strict=True)
             found += [
-                _Completion(place=place, answer=answer, text=text, rewards=list(each))
-                for place, answer, text, each in zip(
-                    places[some], answers[some], texts[some], rewards, strict=True
+                _Completion(place=place, answer=answer, judged=one, rewards=list(each))
+                for place, answer, one, each in zip(
+                    places[some], answers[some], judged[some], rewards, strict=True
                 )
             ]
         return found
+
+    def _as_judged(self, answer: Answer) -> Judged:
+        if isinstance(answer, Talked):
+            own = [token for token, is_own in zip(answer.ids, answer.own or (), strict=True) if is_own]
+            return Judged(ids=own, turns=answer.turns)
+        text = self.tokenizer.decode(answer.ids, skip_special_tokens=True)
+        return Judged(ids=answer.ids, turns=[{"role": "assistant", "content": text}])
 
     def _prompt(self, entry: int) -> np.ndarray:
         encoded = self.prompts.encoded
@@ -254,9 +302,10 @@ class Roller:
                     "step": step,
                     "source": row.source,
                     "prompt": row.messages,
-                    "completion": one.text,
-                    "tokens": len(one.answer.ids),
-                    "rewards": dict(zip(self.rewards, one.rewards, strict=True)),
+                    "completion": one.judged.text,
+                    **({"turns": one.judged.turns} if self.talks is not None else {}),
+                    "tokens": len(one.judged.ids),
+                    "rewards": dict(zip(self.names, one.rewards, strict=True)),
                     "advantage": advantage,
                 }
             )
