@@ -3,7 +3,7 @@
 from math import isclose
 
 from megaswift.config.data import DataConfig
-from megaswift.config.rollout_rules import generates
+from megaswift.config.rollout_rules import distils_completions, generates
 from megaswift.config.run import RunConfig
 from megaswift.errors import ConfigError
 
@@ -59,6 +59,10 @@ def streams_have_an_end(run: RunConfig) -> None:
     if generates(run):
         raise ConfigError(
             f"streaming=true does not give the prompts of rlhf_type={run.preference.rlhf_type}. Leave it out."
+        )
+    if distils_completions(run):
+        raise ConfigError(
+            "streaming=true gives no prompts to complete. Give --lmbda 0 and leave --seq_kd out, or leave it out."
         )
     if run.preference.precompute_ref_log_probs:
         raise ConfigError(

@@ -42,7 +42,11 @@ class PreferenceConfig:
         None, "model of the same kind to compare with; default: --model as it is before training"
     )
     teacher_model: str | None = setting(
-        None, "gkd: model with the same vocabulary whose distributions are learnt, on the rows' own answers"
+        None, "gkd: model with the same vocabulary whose distributions are learnt"
+    )
+    lmbda: float = setting(0.5, "gkd: share of the steps on completions by the trained model; 0: none")
+    seq_kd: bool = setting(
+        False, "gkd: the other steps are on completions by the teacher instead of the rows' own answers"
     )
     precompute_ref_log_probs: bool = setting(
         False, "compute the reference's log-probabilities once, to disk, instead of at every step"

@@ -32,6 +32,8 @@ BELONGS: dict[str, tuple[str, ...]] = {
     "ref_model": ("dpo", "kto", "grpo"),
     "precompute_ref_log_probs": ("dpo", "kto"),
     "teacher_model": ("gkd",),
+    "lmbda": ("gkd",),
+    "seq_kd": ("gkd",),
 }
 NEEDS_REFERENCE = ("dpo", "kto", "grpo")
 DEFAULT_BETA = {"simpo": 2.0, "grpo": 0.04, "gkd": 0.5}  # others 0.1
@@ -81,6 +83,12 @@ def preference_numbers_are_in_range(run: RunConfig) -> None:
         raise ConfigError(f"beta={chosen.beta:g} is too small. Give more than 0.")
     if chosen.beta is not None and chosen.beta > 1 and chosen.rlhf_type == "gkd":
         raise ConfigError(f"beta={chosen.beta:g} is not a share. Give 0 to 1 for rlhf_type=gkd.")
+    if not 0 <= chosen.lmbda <= 1:
+        raise ConfigError(f"lmbda={chosen.lmbda:g} is not a share of the steps. Give 0 to 1.")
+    if chosen.seq_kd and chosen.lmbda == 1:
+        raise ConfigError(
+            "seq_kd=true has no steps, as lmbda=1 leaves none to the teacher. Leave one of them out."
+        )
     if not 0 <= chosen.label_smoothing < 0.5:
         raise ConfigError(f"label_smoothing={chosen.label_smoothing:g} is not from 0 to below 0.5.")
     for name in (
@@ -109,12 +117,16 @@ def distillation_has_a_teacher(run: RunConfig) -> None:
         )
 
 
-def distillation_reads_the_rows(case: Case) -> Case | None:
+def the_answers_of_distillation_have_authors(case: Case) -> Case | None:
     """Say which answers the teacher is asked about."""
-    if case.run.task != "rlhf" or case.run.preference.rlhf_type != "gkd":
+    chosen = case.run.preference
+    if case.run.task != "rlhf" or chosen.rlhf_type != "gkd":
         return None
+    others = "completions by the teacher" if chosen.seq_kd else "the rows' own answers"
+    own = f"completions by the trained model in a share of {chosen.lmbda:g} of the steps"
+    texts = {0.0: others, 1.0: "completions by the trained model"}.get(chosen.lmbda, f"{own}, else {others}")
     return case.change(
-        "preference", "rlhf_type=gkd: the teacher is learnt from on the rows' own answers (lmbda=0)."
+        "preference", f"rlhf_type=gkd: the teacher is learnt from on {texts} (lmbda={chosen.lmbda:g})."
     )
 
 

@@ -33,12 +33,12 @@ _RLHF = """
     repetition_penalty delta dynamic_sample max_resample_times
     cosine_min_len_value_wrong cosine_max_len_value_wrong cosine_min_len_value_correct cosine_max_len_value_correct
     cosine_max_len log_entropy top_entropy_quantile rollout_importance_sampling_mode
-    rollout_importance_sampling_threshold off_policy_sequence_mask_delta multi_turn_scheduler max_turns use_gym_env
+    rollout_importance_sampling_threshold off_policy_sequence_mask_delta use_gym_env
     vllm_mode vllm_gpu_memory_utilization vllm_tensor_parallel_size vllm_max_model_len vllm_enable_prefix_caching
     vllm_enforce_eager vllm_max_num_seqs vllm_enable_lora vllm_engine_kwargs vllm_server_host vllm_server_port
     vllm_server_timeout vllm_server_base_url vllm_server_group_port sleep_level offload_model offload_optimizer
-    offload_bridge use_ray ld_alpha discopop_tau loss_weights reward_model reward_adapters num_ppo_epochs kl_coef
-    cliprange vf_coef cliprange_value gamma lam num_mini_batches response_length async_generate sync_ref_model seq_kd
+    offload_bridge use_ray ld_alpha discopop_tau loss_weights reward_adapters num_ppo_epochs kl_coef
+    cliprange vf_coef cliprange_value gamma lam num_mini_batches response_length async_generate sync_ref_model
     whiten_rewards missing_eos_penalty
 """.split()
 
@@ -325,11 +325,6 @@ REFUSED: dict[str, Refused] = {
         mcore_ref_adapter="none",
     ),
     **_refuse("another divergence from the reference", f_divergence_type="reverse_kl"),
-    **_refuse(
-        "distillation on the student's own completions",
-        "Give --lmbda 0: the teacher is learnt from on the rows' answers.",
-        lmbda="0 0.0",
-    ),
     **_refuse("a second loss beside the teacher's", sft_alpha="0 0.0"),
     **_refuse(
         "completions by vLLM",

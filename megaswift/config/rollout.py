@@ -9,21 +9,35 @@ REWARDS = ("accuracy", "format", "repetition", "soft_overlong")  # rollout/rewar
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
-    """How completions are sampled, rewarded and weighted (`megaswift rlhf --rlhf_type grpo`)."""
+    """How completions are sampled, and for `megaswift rlhf --rlhf_type grpo` rewarded and weighted."""
 
     num_generations: int = setting(
         8, "completions of each prompt: a group; they share out --global_batch_size"
     )
-    max_completion_length: int = setting(512, "tokens of a completion")
-    temperature: float = setting(0.9, "the logits are divided by it, when sampling and in the loss")
+    max_completion_length: int = setting(512, "tokens of a completion, of each turn")
+    temperature: float = setting(0.9, "the logits are divided by it when sampling, and in grpo's loss")
     top_p: float = setting(1.0, "sample from the likeliest tokens that have this probability together")
     top_k: int = setting(-1, "sample from so many of the likeliest tokens; -1: from all")
     reward_funcs: list[str] = setting(
         [],
-        f"reward functions: {', '.join(REWARDS)}, or functions of --external_plugins",
+        f"reward functions: {', '.join(REWARDS)}, functions of --external_plugins, or entry points of the group megaswift.rewards",
     )
-    reward_weights: list[str] = setting([], "a number for each reward function; default: 1 each")
+    reward_model: list[str] = setting(
+        [],
+        "sequence-classification models with one label that score conversations, as rlhf_type rm exports them",
+    )
+    reward_weights: list[str] = setting(
+        [], "a number for each of reward_funcs, then for each reward_model; default: 1 each"
+    )
     external_plugins: list[str] = setting([], "Python files with reward functions")
+    multi_turn_scheduler: str | None = setting(
+        None,
+        "FILE.py:NAME, or an entry point of the group megaswift.multi_turn: a function that gets a conversation and a completion, "
+        "and returns the next message or None",
+    )
+    max_turns: int | None = setting(
+        None, "completions of one conversation at most; default: as many as --max_length has room for"
+    )
     advantage_estimator: str = setting(
         "grpo",
         "what a completion is compared with: the mean of its group (grpo), or of the others in it (rloo)",
@@ -56,4 +70,4 @@ class RolloutConfig:
     soft_cache_length: int | None = setting(
         None, "soft_overlong: tokens before that over which the reward falls; default: a fifth of them"
     )
-    log_completions: bool = setting(False, "write every completion with its rewards to completions.jsonl")
+    log_completions: bool = setting(False, "write every completion, with its rewards, to completions.jsonl")

@@ -1,5 +1,6 @@
-"""Rules of `megaswift rlhf --rlhf_type grpo`: which settings belong together, and what they are when not given."""
+"""Rules of completions, of `megaswift rlhf --rlhf_type grpo` and gkd: which settings belong together, and their defaults."""
 
+from importlib.metadata import entry_points
 from math import ceil
 from typing import Any
 
@@ -8,23 +9,33 @@ from megaswift.config.rollout import REWARDS, RolloutConfig
 from megaswift.config.run import RunConfig
 from megaswift.errors import ConfigError, nearest
 
+SAMPLING = ("max_completion_length", "temperature", "top_p", "top_k", "log_completions")  # what gkd reads too
+REWARD_GROUP, SCHEDULER_GROUP = "megaswift.rewards", "megaswift.multi_turn"  # of entry points
 SOFT_PART = 5  # DAPO (arXiv 2503.14476, section 4.1): the last 4096 of 20480 tokens
 
 
 def generates(run: RunConfig) -> bool:
-    """Whether the task learns from the model's own completions."""
+    """Whether the rows are prompts, and the task learns from rewards of the model's completions alone."""
     return run.task == "rlhf" and run.preference.rlhf_type == "grpo"
 
 
-def rollouts_are_for_grpo(run: RunConfig) -> None:
+def distils_completions(run: RunConfig) -> bool:
+    """Whether the task learns a teacher's distributions on completions, in some of the steps at least."""
+    settings = run.preference
+    return run.task == "rlhf" and settings.rlhf_type == "gkd" and (settings.lmbda > 0 or settings.seq_kd)
+
+
+def completions_are_for_grpo_and_gkd(run: RunConfig) -> None:
     """Settings of completions and rewards mean nothing to other tasks."""
     if generates(run):
         return
-    blank = RolloutConfig()
+    blank, samples = RolloutConfig(), distils_completions(run)
     for name, value in vars(run.rollout).items():
-        if value != getattr(blank, name):
-            text = " ".join(value) if isinstance(value, list) else value
-            raise ConfigError(f"{name}={text} is for `megaswift rlhf --rlhf_type grpo`. Leave it out.")
+        if value == getattr(blank, name) or (samples and name in SAMPLING):
+            continue
+        text = " ".join(value) if isinstance(value, list) else value
+        readers = "grpo, or gkd with --lmbda above 0" if name in SAMPLING else "grpo"
+        raise ConfigError(f"{name}={text} is for `megaswift rlhf --rlhf_type {readers}`. Leave it out.")
 
 
 def rewards_are_named(run: RunConfig) -> None:
@@ -32,34 +43,69 @@ def rewards_are_named(run: RunConfig) -> None:
     if not generates(run):
         return
     chosen = run.rollout
-    if not chosen.reward_funcs:
+    if not chosen.reward_funcs and not chosen.reward_model:
         raise ConfigError(
-            f"reward_funcs is not set. Name reward functions: {', '.join(REWARDS)}, or functions of --external_plugins."
+            f"reward_funcs is not set. Name reward functions: {', '.join(REWARDS)}, or functions of --external_plugins; or give "
+            "a --reward_model."
         )
     if len(set(chosen.reward_funcs)) < len(chosen.reward_funcs):
         raise ConfigError(f"reward_funcs={' '.join(chosen.reward_funcs)} names a function twice.")
     if not chosen.external_plugins:
+        known = (*REWARDS, *entry_points(group=REWARD_GROUP).names)
         for name in chosen.reward_funcs:
-            if name not in REWARDS:
+            if name not in known:
                 raise ConfigError(
-                    f"reward_funcs={name} is not built in.{nearest(name, REWARDS)} Functions of your own need "
-                    "--external_plugins file.py."
+                    f"reward_funcs={name} is neither built in nor an entry point of {REWARD_GROUP}.{nearest(name, known)} Functions "
+                    "of your own need --external_plugins file.py."
                 )
     reward_weights(chosen)
 
 
+def reward_names(chosen: RolloutConfig) -> list[str]:
+    """Return what rewards are logged as: functions by their names, then reward models."""
+    several = len(chosen.reward_model) > 1
+    models = [
+        f"reward_model_{number}" if several else "reward_model"
+        for number, _ in enumerate(chosen.reward_model, 1)
+    ]
+    return [*chosen.reward_funcs, *models]
+
+
 def reward_weights(chosen: RolloutConfig) -> list[float]:
-    """Return the weight of every reward function; raises ConfigError where numbers and functions differ."""
+    """Return the weight of every reward function, then model; raises ConfigError where there are more or fewer numbers."""
+    names = reward_names(chosen)
     if not chosen.reward_weights:
-        return [1.0] * len(chosen.reward_funcs)
-    if len(chosen.reward_weights) != len(chosen.reward_funcs):
+        return [1.0] * len(names)
+    if len(chosen.reward_weights) != len(names):
         raise ConfigError(
-            f"reward_weights has {len(chosen.reward_weights)} numbers for {len(chosen.reward_funcs)} reward_funcs. Give one each."
+            f"reward_weights has {len(chosen.reward_weights)} numbers for {len(names)} rewards: {' '.join(names)}. Give one each."
         )
     try:
         return [float(word) for word in chosen.reward_weights]
     except ValueError:
         raise ConfigError(f"reward_weights={' '.join(chosen.reward_weights)} are not numbers.") from None
+
+
+def turns_have_a_scheduler(run: RunConfig) -> None:
+    """Somebody answers the model between its turns."""
+    asked, turns = run.rollout.multi_turn_scheduler, run.rollout.max_turns
+    if asked is None:
+        if turns is not None:
+            raise ConfigError(
+                f"max_turns={turns} needs --multi_turn_scheduler, which answers the model. Leave it out."
+            )
+        return
+    if not run.data.use_chat_template:
+        raise ConfigError(
+            "multi_turn_scheduler needs a chat template to write turns with. Leave --use_chat_template out."
+        )
+    if turns is not None and turns < 1:
+        raise ConfigError(f"max_turns={turns} is too small. Give 1 or more.")
+    known = entry_points(group=SCHEDULER_GROUP).names
+    if ".py:" not in asked and asked not in known:
+        raise ConfigError(
+            f"multi_turn_scheduler={asked} is neither FILE.py:NAME nor an entry point of {SCHEDULER_GROUP}.{nearest(asked, known)}"
+        )
 
 
 def rollout_numbers_are_in_range(run: RunConfig) -> None:
@@ -90,16 +136,11 @@ def rollout_numbers_are_in_range(run: RunConfig) -> None:
 
 
 def what_rollouts_do_not_reach(run: RunConfig) -> None:
-    """Completions are rows of the step's own: not packed, not validated, not spread over ranks."""
+    """Completions are rows of the step's own: not padded, not validated."""
     if not generates(run):
         return
     data = run.data
     for asked, what, instead in (
-        (
-            data.packing,
-            "packing=true",
-            "The completions of a micro batch lie end to end anyway. Leave it out.",
-        ),
         (not data.padding_free, "padding_free=false", "Leave it out."),
         (bool(data.val_dataset), "val_dataset", "Leave it out; rewards are logged at every step."),
         (
@@ -112,14 +153,17 @@ def what_rollouts_do_not_reach(run: RunConfig) -> None:
             f"truncation_strategy={data.truncation_strategy}",
             "Prompts that leave no room for a completion are reported and left out.",
         ),
-        (
-            run.parallel.cp > 1,
-            f"context_parallel_size={run.parallel.cp}",
-            "Use --tensor_model_parallel_size or --pipeline_model_parallel_size.",
-        ),
     ):
         if asked:
             raise ConfigError(f"{what} is not built for rlhf_type=grpo. {instead}")
+
+
+def what_distilled_completions_do_not_reach(run: RunConfig) -> None:
+    """Prompts are whole, and end where the answer begins."""
+    if distils_completions(run) and run.data.truncation_strategy == "right":
+        raise ConfigError(
+            "truncation_strategy=right cuts prompts off where their completions begin. Choose delete or left, or give --lmbda 0."
+        )
 
 
 def groups_are_whole(case: Case) -> None:
@@ -136,7 +180,8 @@ def groups_are_whole(case: Case) -> None:
 def completions_have_room(case: Case) -> None:
     """A sample is a prompt and its completion."""
     length, longest = case.run.rollout.max_completion_length, case.run.data.max_length
-    if generates(case.run) and longest is not None and length >= longest:
+    completes = generates(case.run) or distils_completions(case.run)
+    if completes and longest is not None and length >= longest:
         raise ConfigError(
             f"max_completion_length={length} leaves no room for a prompt in max_length={longest}, which counts both. Lower it."
         )

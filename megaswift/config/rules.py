@@ -32,10 +32,12 @@ REQUEST_RULES = (
     preference.the_loss_type_is_known,
     preference.preference_numbers_are_in_range,
     preference.distillation_has_a_teacher,
-    rollout.rollouts_are_for_grpo,
+    rollout.completions_are_for_grpo_and_gkd,
     rollout.rewards_are_named,
+    rollout.turns_have_a_scheduler,
     rollout.rollout_numbers_are_in_range,
     rollout.what_rollouts_do_not_reach,
+    rollout.what_distilled_completions_do_not_reach,
 )
 
 RULES: tuple[Rule, ...] = (
@@ -77,7 +79,7 @@ RULES: tuple[Rule, ...] = (
     training.router_losses_have_a_kind,
     preference.preference_settings_have_defaults,
     preference.the_reference_is_not_the_adapted_model,
-    preference.distillation_reads_the_rows,
+    preference.the_answers_of_distillation_have_authors,
     head.rows_are_whole_documents,
     rollout.groups_are_whole,
     rollout.completions_have_room,

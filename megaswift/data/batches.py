@@ -35,6 +35,7 @@ class BatchSettings:
     shuffle: bool = True
     seed: int = 42
     pad_to_multiple: int = 1  # S is a multiple of this (tp for sequence parallel)
+    round_size: int = 1  # the interleaved schedule takes micro batches in rounds of so many
     token_cost: float = (
         0.0  # of a token outside attention, in keys: what so many more keys to attend to would cost
     )
@@ -162,6 +163,20 @@ class ValidationData:
         items[: len(present)] = present
         for share in rank_share(items, self.settings.micro_batch_size, dp_rank=dp_rank, dp=dp):
             yield self._rows.build(share[share >= 0])
+
+
+def all_packed(
+    encoded: EncodedSet, settings: BatchSettings, *, dp_rank: int, dp: int, pad_id: int
+) -> Iterator[MicroBatch]:
+    """Yield one data-parallel rank's micro batches of one step that takes a whole set, packed; some may be empty."""
+    assert settings.packing_length is not None, "resolved"
+    packs = pack(encoded.row_lengths, settings.packing_length)
+    round_size = settings.micro_batch_size * dp * settings.round_size
+    size = -(-len(packs) // round_size) * round_size
+    data = ValidationData(
+        replace(encoded, packs=packs), replace(settings, global_batch_size=size), pad_id=pad_id
+    )
+    yield from data.micro_batches(0, dp_rank=dp_rank, dp=dp)
 
 
 def rank_share(items: np.ndarray, micro_batch_size: int, *, dp_rank: int, dp: int) -> Iterator[np.ndarray]:

@@ -11,6 +11,9 @@ from megaswift.data.batches import MicroBatch
 from megaswift.kernels.context_attention.index import rank_tokens
 from megaswift.kernels.context_attention.plan import make_plan
 
+# What a micro batch holds of every token [B, S]
+PER_TOKEN = ("input_ids", "labels", "loss_mask", "position_ids", "old_logps", "reference_logps")
+
 
 def spread(batch: MicroBatch, *, rank: int, ring: int, inner: int) -> MicroBatch:
     """Return what cp rank `rank` of ring * inner holds of a micro batch: tensors [1, T] and the plan of all documents.
@@ -25,8 +28,9 @@ def spread(batch: MicroBatch, *, rank: int, ring: int, inner: int) -> MicroBatch
     return replace(
         batch,
         **{
-            name: getattr(batch, name).reshape(-1)[tokens_T][None]
-            for name in ("input_ids", "labels", "loss_mask", "position_ids")
+            name: values.reshape(-1)[tokens_T][None]
+            for name in PER_TOKEN
+            if (values := getattr(batch, name)) is not None
         },
         cu_seqlens=torch.tensor([0, *plan.lengths]).cumsum(0).to(torch.int32),
         plan=plan,

@@ -1,20 +1,24 @@
 """Everything between the command line and the batches, in one call."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megaswift.config.data import DataConfig
 from megaswift.data.address import template_facts
 from megaswift.data.encode import EncodedSet, encode_samples
-from megaswift.data.forms import CONVERSATIONS, Form
+from megaswift.data.forms import CONVERSATIONS, PROMPTS, Form
 from megaswift.data.prepare import make_plan
 from megaswift.data.prepared import Prepared, check_fits, named_prepared, read_prepared
 from megaswift.data.read import ReadData, read_datasets
 from megaswift.data.report import Report, merge
+from megaswift.data.sample import Sample
 from megaswift.data.sources import is_prepared
 from megaswift.data.template import Template
+from megaswift.errors import DataError
 from megaswift.logs import get_logger
 
 logger = get_logger(__name__)
@@ -76,6 +80,30 @@ def load_data(
         len(lengths), lengths.sum(), lengths.mean(), lengths.max(), 100 * (loaded.train.loss_weights > 0).mean(),
     )  # fmt: skip
     return loaded
+
+
+def with_prompts(
+    encoded: EncodedSet, samples: Sequence[Sample], template: Template, config: DataConfig
+) -> tuple[EncodedSet, EncodedSet]:
+    """Return the conversations and, entry by entry, their prompts: each up to its last answer.
+
+    `samples` are those that `encoded` was made of. A row whose prompt cannot be used is reported and left out of both. Raises
+    DataError.
+    """
+    prompts, _ = encode_samples(
+        samples,
+        template,
+        form=PROMPTS,
+        processes=config.dataset_num_proc,
+        strict=config.strict,
+        what="prompts of the training rows",
+    )
+    both, rows, rows_of_prompts = np.intersect1d(encoded.samples, prompts.samples, return_indices=True)
+    if not len(both):
+        raise DataError(
+            "No training row has a prompt that can be used. Raise --max_length, or lower --max_completion_length."
+        )
+    return encoded.take(rows), prompts.take(rows_of_prompts)
 
 
 def _open(prepared: Prepared) -> LoadedData:

@@ -40,6 +40,9 @@ class Answer:
 
     ids: list[int]  # with the token at which it stopped
     stopped: bool  # at one of stop_ids, not for want of room
+    own: list[bool] | None = (
+        None  # which ids the model wrote, not an environment between its turns; None: all
+    )
     # log of the probability with which each token was drawn, after temperature, top_k and top_p; None: the trained model's own
     logps: list[float] | None = None
 

@@ -1,18 +1,22 @@
-"""Reward functions: built-in ones, and plain Python functions out of files.
+"""Reward functions: built-in ones, plain Python functions out of files, and those that installed packages offer.
 
-A function takes `completions`, a list of texts, and as keywords what belongs to each of them: `prompts` (the messages),
-`completion_ids`, and every other column of the row. It returns as many numbers.
+A function takes `completions`, a list of texts, and as keywords what belongs to each of them: `prompts` (the messages), `messages`
+(the whole conversation with what was completed), `completion_ids`, and every other column of the row. It returns as many numbers.
 """
 
 import importlib.util
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
 from megaswift.config.rollout import RolloutConfig
+from megaswift.config.rollout_rules import REWARD_GROUP
 from megaswift.data.prompts import PromptRow
+from megaswift.data.sample import Message
 from megaswift.errors import ConfigError, DataError, TrainingError, nearest
 
 RewardFunction = Callable[..., Sequence[float]]
@@ -34,40 +38,72 @@ def load_rewards(chosen: RolloutConfig) -> dict[str, RewardFunction]:
     }
     own: dict[str, RewardFunction] = {}
     for path in chosen.external_plugins:
-        own |= _functions_of(Path(path).expanduser())
+        own |= functions_of(Path(path).expanduser(), asked="external_plugins")
+    offered = entry_points(group=REWARD_GROUP)
+    known = [*own, *built_in, *offered.names]
+    found = {}
     for name in chosen.reward_funcs:
-        if name not in own and name not in built_in:
+        if name not in known:
             raise ConfigError(
-                f"reward_funcs={name} is neither built in nor in {' '.join(chosen.external_plugins)}.{nearest(name, [*own, *built_in])}"
+                f"reward_funcs={name} is neither built in nor in {' '.join(chosen.external_plugins)}.{nearest(name, known)}"
             )
-    return {name: own.get(name) or built_in[name] for name in chosen.reward_funcs}
+        found[name] = own.get(name) or built_in.get(name) or loaded(offered[name], asked="reward_funcs")
+    return found
 
 
-def _functions_of(path: Path) -> dict[str, RewardFunction]:
+def loaded(offered: EntryPoint, *, asked: str) -> Callable[..., Any]:
+    """Return what an installed package offers under a name; raises ConfigError, which says what was `asked` for."""
+    try:
+        value: Callable[..., Any] = offered.load()
+    except Exception as error:  # whatever a person's package raises is his to mend
+        raise ConfigError(
+            f"{asked}={offered.name}, the entry point {offered.value}, fails: {type(error).__name__}: {error}. Mend it."
+        ) from error
+    return value
+
+
+def functions_of(path: Path, *, asked: str) -> dict[str, Callable[..., Any]]:
+    """Return functions and classes of a Python file by name; raises ConfigError, which says what was `asked` for."""
     spec = importlib.util.spec_from_file_location(f"megaswift_plugin_{path.stem}", path)
     if not path.is_file() or spec is None or spec.loader is None:
-        raise ConfigError(f"external_plugins={path} is not a Python file. Give a .py file that exists.")
+        raise ConfigError(f"{asked}={path} is not a Python file. Give a .py file that exists.")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever a person's file raises is his to mend
-        raise ConfigError(
-            f"external_plugins={path} fails: {type(error).__name__}: {error}. Mend it."
-        ) from error
+        raise ConfigError(f"{asked}={path} fails: {type(error).__name__}: {error}. Mend it.") from error
     return {
         name: value for name, value in vars(module).items() if callable(value) and not name.startswith("_")
     }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """A completion as reward functions see it."""
+
+    ids: list[int]  # that the model wrote, in all its turns
+    turns: list[Message]  # that follow the prompt: the model's, and those of an environment between them
+
+    @property
+    def text(self) -> str:
+        """What the model wrote last."""
+        return str(self.turns[-1]["content"])
+
+
 def rewards_of(
-    functions: dict[str, RewardFunction], row: PromptRow, texts: list[str], ids: list[list[int]]
+    functions: dict[str, RewardFunction], row: PromptRow, given: Sequence[Judged]
 ) -> list[list[float]]:
     """Return each function's reward of every completion of one row [functions, completions].
 
     Raises DataError or TrainingError, which name the function and the row.
     """
+    texts = [one.text for one in given]
     columns = {name: [value] * len(texts) for name, value in row.columns.items()}
-    columns |= {"prompts": [list(row.messages)] * len(texts), "completion_ids": ids}
+    columns |= {
+        "prompts": [list(row.messages)] * len(texts),
+        "messages": [[*row.messages, *one.turns] for one in given],
+        "completion_ids": [one.ids for one in given],
+    }
     found = []
     for name, function in functions.items():
         try:

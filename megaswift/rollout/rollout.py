@@ -1,4 +1,4 @@
-"""Completions of the prompts of one step with what the loss needs to know, in flat arrays that are the same on every rank.
+"""Completions of the prompts of one step, and what the loss needs to know of them, in flat arrays that are the same on every rank.
 
 Letters: N completions, those of a prompt next to each other; T tokens of all prompts with their completions; F reward functions.
 """
@@ -7,60 +7,117 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from megaswift.data.batches import BatchSettings, MicroBatch, TrainData
+from megaswift.data.batches import BatchSettings, MicroBatch, TrainData, all_packed
 from megaswift.data.encode import EncodedSet
+from megaswift.rollout.engine import Answer
 
 FILE = "rollout.npz"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rollout:
-    """The prompts and completions of one generation."""
+class Completions:
+    """Prompts, each with a completion."""
 
-    position: int  # of the first prompt in the endless stream of prompts
-    group: int  # completions of a prompt
     input_ids: np.ndarray  # int32 [T]
     starts: np.ndarray  # int64 [N + 1]
     prompt_lengths: np.ndarray  # int64 [N]
     stopped: np.ndarray  # bool [N]: ended by itself
+    own: np.ndarray | None = None  # bool [T]: what the model wrote; None: all behind the prompts
     trains_cut: bool = True  # completions that were cut off carry loss
-    rewards: np.ndarray  # float64 [N, F]
-    advantages: np.ndarray | None = None  # float32 [N]
-    old_logps: np.ndarray | None = None  # float32 [T], of the completions' tokens, 0 elsewhere
-    reference_logps: np.ndarray | None = None  # the same under the reference model
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of the completions, int64 [N]."""
+        """Tokens that the model wrote, int64 [N]."""
+        if self.own is not None:
+            return np.add.reduceat(self.own.astype(np.int64), self.starts[:-1])
         return np.diff(self.starts) - self.prompt_lengths
 
     @cached_property
     def encoded(self) -> EncodedSet:
-        """The documents; completions carry loss, and advantages are their targets."""
+        """The documents; completions carry loss."""
         weights = np.zeros(len(self.input_ids), np.uint8)
         for number in np.flatnonzero(self.stopped | self.trains_cut):
-            weights[self.starts[number] + self.prompt_lengths[number] : self.starts[number + 1]] = 1
+            some = slice(self.starts[number] + self.prompt_lengths[number], self.starts[number + 1])
+            weights[some] = 1 if self.own is None else self.own[some]
         return EncodedSet(
             input_ids=self.input_ids,
             loss_weights=weights,
             starts=self.starts,
             samples=np.arange(len(self)),
-            targets=self.advantages,
         )
 
     def micro_batches(
         self, settings: BatchSettings, *, dp_rank: int, dp: int, pad_id: int
     ) -> Iterator[MicroBatch]:
-        """Yield the micro batches of one data-parallel rank; `settings.global_batch_size` is N."""
-        data = TrainData(self.encoded, replace(settings, shuffle=False), pad_id=pad_id)
-        for batch in data.micro_batches(0, dp_rank=dp_rank, dp=dp):
+        """Yield the micro batches of one data-parallel rank; `settings.global_batch_size` is N, packed or not."""
+        if settings.packing:
+            batches = all_packed(self.encoded, settings, dp_rank=dp_rank, dp=dp, pad_id=pad_id)
+        else:
+            data = TrainData(self.encoded, replace(settings, shuffle=False), pad_id=pad_id)
+            batches = data.micro_batches(0, dp_rank=dp_rank, dp=dp)
+        yield from batches
+
+    def length_figures(self) -> dict[str, float]:
+        """Return what is logged of the lengths, under TRL's names."""
+        return {
+            "completions/mean_length": float(self.lengths.mean()),
+            "completions/max_length": float(self.lengths.max()),
+            "completions/clipped_ratio": float(1 - self.stopped.mean()),
+        }
+
+
+def joined(prompts: Sequence[np.ndarray], answers: Sequence[Answer]) -> dict[str, Any]:
+    """Return the fields of Completions for prompts [N] and their answers."""
+    documents = [
+        np.concatenate([prompt, answer.ids]).astype(np.int32)
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    own = None
+    if any(answer.own is not None for answer in answers):
+        parts = [
+            part
+            for prompt, answer in zip(prompts, answers, strict=True)
+            for part in (np.zeros(len(prompt), bool), answer.own or np.ones(len(answer.ids), bool))
+        ]
+        own = np.concatenate(parts)
+    return {
+        "own": own,
+        "input_ids": np.concatenate(documents),
+        "starts": np.cumsum([0, *map(len, documents)]),
+        "prompt_lengths": np.array([len(prompt) for prompt in prompts]),
+        "stopped": np.array([answer.stopped for answer in answers]),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout(Completions):
+    """Rewarded completions of one generation, those of a prompt next to each other."""
+
+    position: int  # of the first prompt in the endless stream of prompts
+    group: int  # completions of a prompt
+    rewards: np.ndarray  # float64 [N, F]
+    advantages: np.ndarray | None = None  # float32 [N]
+    old_logps: np.ndarray | None = None  # float32 [T], of the completions' tokens, 0 elsewhere
+    reference_logps: np.ndarray | None = None  # the same under the reference model
+
+    @cached_property
+    def encoded(self) -> EncodedSet:
+        """The documents; advantages are their targets."""
+        return replace(super().encoded, targets=self.advantages)
+
+    def micro_batches(
+        self, settings: BatchSettings, *, dp_rank: int, dp: int, pad_id: int
+    ) -> Iterator[MicroBatch]:
+        """Yield the micro batches of one data-parallel rank with log-probabilities at the places of the labels."""
+        for batch in super().micro_batches(settings, dp_rank=dp_rank, dp=dp, pad_id=pad_id):
             yield replace(
                 batch,
                 old_logps=self._of_labels(batch, self.old_logps),
@@ -92,9 +149,7 @@ class Rollout:
             "reward_std": float(spread_P.mean()),
             "frac_reward_zero_std": float((spread_P == 0).mean()),
             **each,
-            "completions/mean_length": float(self.lengths.mean()),
-            "completions/max_length": float(self.lengths.max()),
-            "completions/clipped_ratio": float(1 - self.stopped.mean()),
+            **self.length_figures(),
         }
 
     def save(self, folder: Path) -> None:

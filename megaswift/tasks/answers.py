@@ -95,6 +95,21 @@ def tokens_here(batch: MicroBatch) -> list[int]:
     ]
 
 
+def whole_rows(values_CT: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+    """Return values of this cp rank's tokens at their places in the whole row of documents [C, S], with those of other ranks.
+
+    Every cp rank calls it alike; a gradient goes to the tokens of this rank, as all ranks compute the same loss from the row.
+    """
+    if batch.plan is None:
+        return values_CT
+    assert batch.cu_seqlens is not None, "rows of several documents"
+    firsts_T = batch.cu_seqlens[:-1].repeat_interleave(torch.tensor(tokens_here(batch)))
+    places_T = (firsts_T + batch.position_ids[0]).to(values_CT.device, non_blocking=True)
+    row_CS = values_CT.new_zeros(len(values_CT), int(batch.cu_seqlens[-1]))
+    row_CS = row_CS.index_copy(1, places_T, values_CT)
+    return reduce_from_tensor_model_parallel_region(row_CS, group=parallel_state.get_context_parallel_group())
+
+
 def answers_of(batch: MicroBatch, losses_BS: torch.Tensor) -> Answers:
     """Return the answers of a micro batch, given each token's cross-entropy on the last pipeline stage."""
     device = losses_BS.device

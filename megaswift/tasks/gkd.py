@@ -1,7 +1,8 @@
 """Distillation: the student learns the teacher's distribution of every token of the answers.
 
 The loss of a token is the generalised Jensen-Shannon divergence of both distributions: Agarwal et al. 2023 (arXiv 2306.13649),
-eq. 1 and 2, on the rows' own answers (lambda 0 of algorithm 1); a mean over the tokens of the global batch, as in TRL 1.16.
+eq. 1 and 2; a mean over the tokens of the global batch, as in TRL 1.16. Whose answers these are is algorithm 1's lambda
+(training/distillation_feed.py). Completions are sampled at --temperature; both distributions are taken at 1, as in TRL.
 Both models end at their last hidden states, and chunks of their logits are formed together (kernels/linear_divergence).
 
 Letters: B batch, S sequence, T tokens that carry loss, D model size, E that of the teacher.

@@ -10,7 +10,7 @@ A              (r - mean r) / std r over the group   Shao et al., section 4.1.2;
                the mean over the tokens of the global batch (Yu et al., eq. 8; a micro batch, by which TRL's bnpo divides, is a matter of
                the layout here); dr_grpo, the sum over completions / (completions * max_completion_length) (Liu et al., section 3).
 
-Letters: B batch, S sequence, N completions of a micro batch, T their tokens end to end, P prompts, G completions of a prompt.
+Letters: B batch, S sequence, C rows of values, N completions of a micro batch, T their tokens end to end, P prompts, G completions of a prompt.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ from megaswift.config.preference import PreferenceConfig
 from megaswift.config.rollout import RolloutConfig
 from megaswift.data.batches import MicroBatch
 from megaswift.metadata.meta import ModelMeta
-from megaswift.tasks.answers import Outcome, document_sums
+from megaswift.tasks.answers import Outcome, document_sums, whole_rows
 from megaswift.tasks.preference import rows_loss
 from megaswift.tasks.task import Loss, RunModel, run_model
 
@@ -77,20 +77,27 @@ class Grpo:
 
 
 def completions_of(batch: MicroBatch, losses_BS: torch.Tensor) -> Completions:
-    """Return the completions of a micro batch, given each token's cross-entropy on the last pipeline stage."""
+    """Return the completions of a micro batch, given each token's cross-entropy on the last pipeline stage.
+
+    Every cp rank calls it alike and gets whole completions, of which its own tokens carry gradients.
+    """
     device = losses_BS.device
     chosen_BS = (batch.loss_mask != 0).to(device, non_blocking=True)
-
-    def chosen(values_BS: torch.Tensor | None) -> torch.Tensor | None:
-        return None if values_BS is None else values_BS.to(device, non_blocking=True)[chosen_BS].double()
-
+    given = {"old_T": batch.old_logps, "references_T": batch.reference_logps}
+    found = {
+        name: values_BS.to(device, non_blocking=True)
+        for name, values_BS in given.items()
+        if values_BS is not None
+    }
+    values_CS = torch.cat([chosen_BS, -losses_BS, *found.values()]).double()
+    row_CS = whole_rows(values_CS, batch)
+    logps_T, *others = row_CS[1:, row_CS[0] != 0]
     assert batch.targets is not None, "completions come with advantages"
     return Completions(
-        logps_T=-losses_BS[chosen_BS].double(),
+        logps_T=logps_T,
         lengths_N=document_sums(chosen_BS, batch).long(),
         advantages_N=batch.targets.to(device, torch.float64, non_blocking=True),
-        old_T=chosen(batch.old_logps),
-        references_T=chosen(batch.reference_logps),
+        **dict(zip(found, others, strict=True)),
     )
 
 
@@ -127,7 +134,9 @@ def grpo_loss(completions: Completions, settings: PreferenceConfig, rollout: Rol
 def sums_of(values_T: torch.Tensor, lengths_N: torch.Tensor) -> torch.Tensor:
     """Return the sum over each completion [N]; piece by piece, so that a GPU adds in a fixed order."""
     pieces = values_T.split(lengths_N.tolist())
-    return torch.stack([piece.sum() for piece in pieces]) if pieces else values_T.new_zeros(0)
+    return (
+        torch.stack([piece.sum() for piece in pieces]) if pieces else values_T
+    )  # nothing, which is differentiable
 
 
 def at_temperature(meta: ModelMeta, temperature: float) -> ModelMeta:

@@ -44,7 +44,7 @@ def frozen_copy(
 
     `group` holds all ranks and is patient. Raises UserError where --ref_model or --teacher_model does not fit.
     """
-    reference = alike(lambda: _reference_meta(run, meta))
+    reference = alike(lambda: reference_meta(run, meta))
     if distils(run):  # a model of another size, under the same layout
         alike(lambda: resolve(run, reference, layout.world, platform.name))
     plain = replace(run, tuner=TunerConfig())  # neither adapted nor in four bits
@@ -58,7 +58,8 @@ def frozen_copy(
     return list(chunks)
 
 
-def _reference_meta(run: RunConfig, meta: ModelMeta) -> ModelMeta:
+def reference_meta(run: RunConfig, meta: ModelMeta) -> ModelMeta:
+    """Return the facts of the model that frozen_copy() makes; raises ConfigError."""
     flag = "teacher_model" if distils(run) else "ref_model"
     name = run.preference.teacher_model or run.preference.ref_model
     if name is None:
@@ -129,7 +130,7 @@ class References:
 
     def _key(self, encoded: EncodedSet) -> str:
         """Return what the log-probabilities depend on: the tokens, and the weights as far as their files tell."""
-        folder = Path(str(_reference_meta(self.run, self.meta).folder))
+        folder = Path(str(reference_meta(self.run, self.meta).folder))
         files = sorted(
             (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.glob("*.safetensors")
         )

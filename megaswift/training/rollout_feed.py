@@ -1,14 +1,14 @@
 """What one rank is fed when the model writes its own training data: completions of prompts, rewarded and compared.
 
-A generation: an engine (rollout/engine.py) gets the weights out of the shards (converters/gather.py) and answers prompts; ranks
-that ask it reward the answers, and then every rank has all of them. With the trained model as engine one rank of each
-data-parallel copy does so, and sampling and order depend on seed and position in the stream of prompts alone.
+The ranks that ask for completions (training/author.py) reward them at once. With the trained model as engine, sampling and
+order depend on seed and position in the stream of prompts alone.
 
 Letters: N completions, T tokens of all prompts with their completions.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +18,32 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megaswift.checkpoint.store import Checkpoint
-from megaswift.config.rollout_rules import reward_weights
+from megaswift.config.rollout_rules import reward_names, reward_weights
 from megaswift.config.run import RunConfig
-from megaswift.converters.gather import stream_model
 from megaswift.converters.live import TORCH_DTYPES
 from megaswift.converters.tensor_files import DTYPE_NAMES
 from megaswift.data.batches import BatchSettings, MicroBatch, TrainData
 from megaswift.data.prompts import PromptRow, PromptRows
+from megaswift.data.template import Template
 from megaswift.data.tokenizer import load_tokenizer, pad_id_of
 from megaswift.metadata.meta import ModelMeta
 from megaswift.models.lora import adapters_off
 from megaswift.parallel.agreement import agree
 from megaswift.parallel.layout import Layout
-from megaswift.rollout.engine import Answer, Prompt, RolloutEngine, Sampling, Seat, Weights
-from megaswift.rollout.generate import EmbeddedEngine
-from megaswift.rollout.rewards import load_rewards, rewards_of
-from megaswift.rollout.rollout import Rollout
+from megaswift.rollout.engine import Answer, Prompt
+from megaswift.rollout.rewards import Judged, RewardFunction, load_rewards, rewards_of
+from megaswift.rollout.rollout import Rollout, joined
+from megaswift.rollout.turns import Talked, Talks, load_scheduler
+from megaswift.tasks.answers import whole_rows
 from megaswift.tasks.grpo import advantages
 from megaswift.tasks.task import RunModel, look
+from megaswift.training.author import Author, completions_table, stop_ids_of
+from megaswift.training.context import context_share
 from megaswift.training.engine import Engine
 from megaswift.training.feed import TrainFeed
 from megaswift.training.reporters import JsonLines
 from megaswift.training.setup import Sets
 
-COMPLETIONS = "completions.jsonl"  # below the run's folder
 KEPT = "rollout"  # the folder of a checkpoint with completions that are not used up
 
 
@@ -51,7 +53,7 @@ class _Completion:
 
     place: int  # among those of the generation
     answer: Answer
-    text: str
+    judged: Judged
     rewards: list[float]
 
 
@@ -102,7 +104,7 @@ class RolloutFeed(TrainFeed):
     def figures(self) -> dict[str, float]:
         """Return rewards and lengths of the newest completions."""
         assert self._rollout is not None, "asked after a step"
-        return self._rollout.figures(list(self._roller.rewards), self._roller.weights)
+        return self._rollout.figures(self._roller.names, self._roller.weights)
 
     def writers(self) -> dict[str, Callable[[Path], None]]:
         """Return what writes the completions that later steps use again."""
@@ -130,39 +132,55 @@ class Roller:
     table: JsonLines | None  # of completions; rank 0's, where they are logged
 
     def __post_init__(self) -> None:
-        self.rewards = agree(lambda: load_rewards(self.run.rollout), group=self.group)
-        self.weights = reward_weights(self.run.rollout)
+        self.names, self.weights = reward_names(self.run.rollout), reward_weights(self.run.rollout)
         folder, trust = str(self.meta.folder), self.run.model.trust_remote_code
         self.tokenizer = load_tokenizer(folder, trust_remote_code=trust)
         self.pad_id = pad_id_of(self.tokenizer)
-        self.chunks = [chunk.module for chunk in self.engine.chunks]
-        self.sampling = Sampling(
-            temperature=self.run.rollout.temperature,
-            top_p=self.run.rollout.top_p,
-            top_k=self.run.rollout.top_k,
-            max_tokens=self.run.rollout.max_completion_length,
-            stop_ids=self.stop_ids,
+        self.share = context_share(self.layout)
+        self.author = Author(
+            self.run,
+            self.meta,
+            self.layout,
+            [chunk.module for chunk in self.engine.chunks],
+            stop_ids=stop_ids_of(self.meta, self.tokenizer),
+            pad_id=self.pad_id,
+            group=self.group,
         )
-        self.seat, self.holders = self._place()
-        trust = self.run.model.trust_remote_code
-        self.writer: RolloutEngine = EmbeddedEngine(self.meta, pad_id=self.pad_id, trust_remote_code=trust)
+        self.rewards = agree(self._load_rewards, group=self.group)
+        self.talks = agree(self._load_talks, group=self.group)
 
-    def _place(self) -> tuple[Seat, Any]:
-        """Return what this rank does when completions are generated, and the group whose ranks hold the whole model."""
-        # Experts may lie on ranks of other data-parallel copies: then all ranks send, and every copy listens.
-        spread = self.layout.ep * self.layout.etp > 1
-        holders = dist.group.WORLD if spread else parallel_state.get_model_parallel_group()
-        first = (
-            parallel_state.get_tensor_model_parallel_rank(),
-            parallel_state.get_pipeline_model_parallel_rank(),
-        ) == (0, 0)
-        number = parallel_state.get_data_parallel_rank()
-        return Seat(number=number, of=self.layout.dp, loads=first, answers=first, reports=first), holders
+    def _load_rewards(self) -> dict[str, RewardFunction]:
+        """Return reward functions, and where this rank judges completions the reward models."""
+        functions, wanted = load_rewards(self.run.rollout), self.run.rollout.reward_model
+        if not wanted or not self.author.seat.reports:
+            return functions
+        from megaswift.rollout.reward_models import load_reward_models  # transformers' models: seconds
+
+        device = next(self.engine.chunks[0].parameters()).device
+        dtype = TORCH_DTYPES[DTYPE_NAMES[self.run.model.torch_dtype or self.meta.dtype]]
+        return {**functions, **load_reward_models(self.run, device=device, dtype=dtype)}
+
+    def _load_talks(self) -> Talks | None:
+        """Return what leads conversations of several turns, where there are any."""
+        chosen, longest = self.run.rollout, self.run.data.max_length
+        scheduler = load_scheduler(chosen)
+        if scheduler is None:
+            return None
+        assert longest is not None, "resolved"
+        return Talks(
+            scheduler=scheduler,
+            template=Template.from_config(
+                self.run.data, self.tokenizer, max_length=None, stop_ids=self.author.sampling.stop_ids
+            ),
+            decode=partial(self.tokenizer.decode, skip_special_tokens=True),
+            max_turns=chosen.max_turns,
+            max_length=longest,
+        )
 
     def roll(self, entries: np.ndarray, *, position: int, step: int) -> Rollout:
         """Return rewarded completions of these prompts; every rank of the world calls it. Raises UserError."""
         with self.engine.settled_parameters():
-            found = self._gathered_completions(entries, position)
+            found = self._completions(entries, position)
             rollout = self._joined(entries, position, found)
             rollout = self._with_logps(rollout)
         rollout = self._with_advantages(rollout)
@@ -170,72 +188,46 @@ class Roller:
             self._write(entries, found, rollout, step)
         return rollout
 
-    def _gathered_completions(self, entries: np.ndarray, position: int) -> list[_Completion]:
-        weights = stream_model(
-            self.chunks,
-            self.meta,
-            self.layout,
-            dist.get_rank(),
-            group=self.holders,
-            dtype=TORCH_DTYPES[DTYPE_NAMES[self.run.model.torch_dtype or self.meta.dtype]],
-            keep=self.seat.loads,
-        )
-        agree(lambda: self._load(weights), group=self.group)
-        mine = agree(lambda: self._answer(entries, position), group=self.group)
-        shares: list[list[_Completion]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(shares, mine, group=self.group)
-        return sorted((one for share in shares for one in share), key=lambda one: one.place)
-
-    def _load(self, weights: Weights) -> None:
-        try:
-            if self.seat.loads:
-                with torch.random.fork_rng(devices=self._devices):  # dropout must stay alike on all tp ranks
-                    self.writer.load(weights)
-        finally:
-            for _ in weights:  # the other ranks of the group send and listen too
-                pass
-
-    def _answer(self, entries: np.ndarray, position: int) -> list[_Completion]:
-        """Return this rank's share of the completions, with rewards."""
+    def _completions(self, entries: np.ndarray, position: int) -> list[_Completion]:
         group = self.run.rollout.num_generations
-        own = range(self.seat.number, len(entries), self.seat.of)
-        if not self.seat.answers or not own:
-            return []
-        places = [prompt * group + k for prompt in own for k in range(group)]
         prompts = [
             Prompt(ids=self._prompt(entries[place // group]), key=self._key(place, position))
-            for place in places
+            for place in range(len(entries) * group)
         ]
-        with torch.random.fork_rng(devices=self._devices):
-            answers = self.writer.complete(prompts, self.sampling)
-            self.writer.rest()
-        if not self.seat.reports:
-            return []
-        texts = self.tokenizer.batch_decode([one.ids for one in answers], skip_special_tokens=True)
+        talks = self.talks
+        if talks is None:
+            return self.author.write(prompts, partial(self._judged, entries), together=group)
+
+        def lead(places: Sequence[int], prompts: Sequence[Prompt], *how: Any) -> list[Talked]:
+            return talks.lead(prompts, [self._row(entries[place // group]) for place in places], *how)
+
+        return self.author.write(prompts, partial(self._judged, entries), together=group, lead=lead)
+
+    def _judged(
+        self, entries: np.ndarray, places: Sequence[int], answers: Sequence[Answer]
+    ) -> list[_Completion]:
+        """Return completions of whole groups with their rewards."""
+        group = self.run.rollout.num_generations
+        judged = [self._as_judged(answer) for answer in answers]
         found = []
         for start in range(0, len(places), group):
             some = slice(start, start + group)
             row = self._row(entries[places[start] // group])
-            ids = [one.ids for one in answers[some]]
-            rewards = zip(*rewards_of(self.rewards, row, texts[some], ids), strict=True)
+            rewards = zip(*rewards_of(self.rewards, row, judged[some]), strict=True)
             found += [
-                _Completion(place=place, answer=answer, text=text, rewards=list(each))
-                for place, answer, text, each in zip(
-                    places[some], answers[some], texts[some], rewards, strict=True
+                _Completion(place=place, answer=answer, judged=one, rewards=list(each))
+                for place, answer, one, each in zip(
+                    places[some], answers[some], judged[some], rewards, strict=True
                 )
             ]
         return found
 
-    @property
-    def _devices(self) -> list[torch.device]:
-        device = next(self.chunks[0].parameters()).device
-        return [device] if device.type == "cuda" else []
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
-        """The tokens at which a completion ends."""
-        eos = self.tokenizer.eos_token_id
-        return tuple(sorted({*self.meta.eos_token_ids, *([] if eos is None else [eos])}))
+    def _as_judged(self, answer: Answer) -> Judged:
+        if isinstance(answer, Talked):
+            own = [token for token, is_own in zip(answer.ids, answer.own or (), strict=True) if is_own]
+            return Judged(ids=own, turns=answer.turns)
+        text = self.tokenizer.decode(answer.ids, skip_special_tokens=True)
+        return Judged(ids=answer.ids, turns=[{"role": "assistant", "content": text}])
 
     def _prompt(self, entry: int) -> np.ndarray:
         encoded = self.prompts.encoded
@@ -252,16 +244,10 @@ class Roller:
     def _joined(self, entries: np.ndarray, position: int, found: list[_Completion]) -> Rollout:
         group = self.run.rollout.num_generations
         prompts = [self._prompt(entry) for entry in entries]
-        documents = [
-            np.concatenate([prompts[one.place // group], one.answer.ids]).astype(np.int32) for one in found
-        ]
         return Rollout(
+            **joined([prompts[one.place // group] for one in found], [one.answer for one in found]),
             position=position,
             group=group,
-            input_ids=np.concatenate(documents),
-            starts=np.cumsum([0, *map(len, documents)]),
-            prompt_lengths=np.array([len(prompts[one.place // group]) for one in found]),
-            stopped=np.array([one.answer.stopped for one in found]),
             trains_cut=not self.run.rollout.overlong_filter,
             rewards=np.array([one.rewards for one in found]),
         )
@@ -282,12 +268,14 @@ class Roller:
     def _logps(self, rollout: Rollout, chunks: Sequence[Any]) -> np.ndarray:
         """Return the log-probability of every completion's tokens, float32 [T]; every rank of the world calls it."""
         dp_rank = parallel_state.get_data_parallel_rank()
-        batches = list(
-            rollout.micro_batches(self.settings, dp_rank=dp_rank, dp=self.layout.dp, pad_id=self.pad_id)
-        )
+        whole = rollout.micro_batches(self.settings, dp_rank=dp_rank, dp=self.layout.dp, pad_id=self.pad_id)
+        batches = list(whole if self.share is None else map(self.share, whole))
         table_T = torch.zeros(len(rollout.input_ids), device=next(chunks[0].parameters()).device)
-        counts = parallel_state.get_tensor_model_parallel_rank() == 0
-        for batch, logps_S in look(chunks, batches, lambda batch, out: (batch, -out[0]), run=self.run_model):
+        counts = (
+            parallel_state.get_tensor_model_parallel_rank() == 0
+            and parallel_state.get_context_parallel_rank() == 0
+        )
+        for batch, logps_S in look(chunks, batches, _row_of_logps, run=self.run_model):
             for number, begin in zip(
                 batch.sample_ids if counts else (), batch.cu_seqlens.tolist(), strict=False
             ):
@@ -314,12 +302,17 @@ class Roller:
                     "step": step,
                     "source": row.source,
                     "prompt": row.messages,
-                    "completion": one.text,
-                    "tokens": len(one.answer.ids),
-                    "rewards": dict(zip(self.rewards, one.rewards, strict=True)),
+                    "completion": one.judged.text,
+                    **({"turns": one.judged.turns} if self.talks is not None else {}),
+                    "tokens": len(one.judged.ids),
+                    "rewards": dict(zip(self.names, one.rewards, strict=True)),
                     "advantage": advantage,
                 }
             )
+
+
+def _row_of_logps(batch: MicroBatch, losses_1S: torch.Tensor) -> tuple[MicroBatch, torch.Tensor]:
+    return batch, whole_rows(-losses_1S, batch)[0]
 
 
 def rollout_feed(
@@ -336,10 +329,6 @@ def rollout_feed(
 ) -> RolloutFeed:
     """Return the feed of a resolved run; `checkpoint` is the one that it goes on from. Every rank calls it; raises UserError."""
     assert sets.rows is not None and isinstance(sets.train, TrainData), "the rows are prompts"
-    table = None
-    if run.rollout.log_completions and dist.get_rank() == 0:
-        done = 0 if checkpoint is None else checkpoint.manifest.step
-        table = JsonLines(Path(run.checkpoint.output_dir), resumed_step=done, name=COMPLETIONS)
     roller = Roller(
         run=run,
         meta=meta,
@@ -351,7 +340,7 @@ def rollout_feed(
         run_model=run_model,
         group=group,
         reference=reference,
-        table=table,
+        table=completions_table(run, checkpoint),
     )
     return RolloutFeed(
         sets.train,

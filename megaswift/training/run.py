@@ -184,7 +184,15 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
         logger.info("resumed from %s at step %d", checkpoint.folder, start.step)
 
     dp_rank = parallel_state.get_data_parallel_rank()
-    if sets.rows is None:
+    feed: TrainFeed
+    if sets.prompts is not None:
+        from megaswift.training.distillation_feed import distillation_feed  # transformers' models: seconds
+
+        assert reference is not None, "the teacher"
+        feed = distillation_feed(
+            run, meta, layout, engine, sets, checkpoint=checkpoint, teacher=reference, group=patient
+        )
+    elif sets.rows is None:
         feed = TrainFeed(sets.train, dp_rank=dp_rank, dp=layout.dp, ahead=run.data.dataloader_num_workers > 0)
     else:
         from megaswift.training.rollout_feed import rollout_feed  # transformers' models: seconds

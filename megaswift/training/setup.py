@@ -19,19 +19,20 @@ from megaswift.checkpoint.state import loss_scale, model_tensors, optimizer_tens
 from megaswift.checkpoint.store import Checkpoint, Manifest, Store
 from megaswift.config.dump import dump_run
 from megaswift.config.precision import token_multiple
-from megaswift.config.rollout_rules import generates
+from megaswift.config.rollout_rules import distils_completions, generates
 from megaswift.config.run import RunConfig
 from megaswift.converters.adapters import save_peft
 from megaswift.converters.export import export_hf
 from megaswift.data.batches import BatchSettings, MicroBatch, TrainData, ValidationData
 from megaswift.data.encode import EncodedSet
 from megaswift.data.forms import form_of
-from megaswift.data.load import load_data
+from megaswift.data.load import load_data, with_prompts
 from megaswift.data.mismatched import mismatched_answers
 from megaswift.data.prompts import PromptRows, save_rows
 from megaswift.data.stream_batches import StreamData
+from megaswift.data.template import Template
 from megaswift.data.tokenizer import load_tokenizer, pad_id_of
-from megaswift.errors import CheckpointError
+from megaswift.errors import CheckpointError, DataError
 from megaswift.logs import get_logger
 from megaswift.metadata.meta import ModelMeta
 from megaswift.models.lora import resolve_targets
@@ -59,6 +60,9 @@ class Sets:
     settings: BatchSettings  # of batches of samples, or of completions where the samples are prompts
     pad_id: int
     rows: PromptRows | None = None  # behind the prompts
+    prompts: EncodedSet | None = (
+        None  # of the training entries, where some steps are on completions of theirs
+    )
 
 
 def share_folder(output_dir: Path) -> None:
@@ -105,13 +109,19 @@ def load_sets(
         data = load_data(
             run.data,
             tokenizer,
-            max_length=_room(run),
+            max_length=_room(run) if generates(run) else run.data.max_length,
             seed=run.training.seed,
             use_hf=run.model.use_hf,
             stop_ids=meta.eos_token_ids,
             form=form_of(run),
         )
-        if data.read is not None and generates(run):
+        completes = distils_completions(run)
+        if generates(run) or completes:
+            if data.read is None:
+                raise DataError(
+                    f"dataset={' '.join(run.data.dataset)} is prepared, and completions need the rows themselves. Give those, and no "
+                    "--prepared_dir."
+                )
             save_rows(folder, data.read.train)
         estimates_kl = (
             run.task == "rlhf" and run.preference.rlhf_type == "kto" and run.preference.calculate_kl
@@ -119,6 +129,12 @@ def load_sets(
         if data.prepared is not None and not estimates_kl:
             return {name: str(place) for name, place in data.prepared.sets.items()}
         sets = {"train": data.train} | ({} if data.val is None else {"val": data.val})
+        if completes:
+            assert data.read is not None, "seen above"
+            template = Template.from_config(
+                run.data, tokenizer, max_length=_room(run), stop_ids=meta.eos_token_ids
+            )
+            sets["train"], sets["prompts"] = with_prompts(data.train, data.read.train, template, run.data)
         for name, encoded in sets.items():
             if estimates_kl:
                 others = mismatched_answers(encoded, max_length=run.data.max_length)
@@ -129,23 +145,26 @@ def load_sets(
     places = agree_on_first(encode, group=group)
     settings = batch_settings(run, meta, layout)
     pad_id = pad_id_of(tokenizer)
-    encoded = agree(lambda: [EncodedSet.load(Path(place)) for place in places.values()])
+    encoded = agree(lambda: {name: EncodedSet.load(Path(place)) for name, place in places.items()})
 
     def form_items() -> Sets:
         if generates(run):
             asked = settings.global_batch_size // run.rollout.num_generations
-            of_prompts = replace(settings, global_batch_size=asked, micro_batch_size=1)
-            prompts = TrainData(encoded[0], of_prompts, pad_id=pad_id)
+            of_prompts = replace(settings, global_batch_size=asked, micro_batch_size=1, packing=False)
+            prompts = TrainData(encoded["train"], of_prompts, pad_id=pad_id)
             return Sets(
                 train=prompts,
                 val=None,
-                lengths=encoded[0].lengths,
+                lengths=encoded["train"].lengths,
                 num_items=prompts.num_items,
                 settings=settings,
                 pad_id=pad_id,
                 rows=PromptRows(folder),
             )
-        return _sets(encoded, settings, pad_id=pad_id)
+        sets = _sets([encoded[name] for name in ("train", "val") if name in encoded], settings, pad_id=pad_id)
+        if "prompts" in encoded:
+            return replace(sets, prompts=encoded["prompts"], rows=PromptRows(folder))
+        return sets
 
     return agree(form_items)
 
@@ -164,6 +183,7 @@ def batch_settings(run: RunConfig, meta: ModelMeta, layout: Layout) -> BatchSett
         seed=run.training.seed if run.data.data_seed is None else run.data.data_seed,
         pad_to_multiple=token_multiple(run.precision)
         * pad_multiple(cp=layout.cp, tp=layout.tp, sequence_parallel=layout.sequence_parallel),
+        round_size=layout.pp if layout.vpp > 1 else 1,
     )
 
 
@@ -190,9 +210,9 @@ def with_references(sets: Sets, references: References) -> Sets:
 
 
 def _room(run: RunConfig) -> int | None:
-    """Return the tokens that a row may have: a prompt leaves room for its completion."""
+    """Return the tokens that a prompt may have: it leaves room for its completion."""
     longest = run.data.max_length
-    return longest - run.rollout.max_completion_length if generates(run) and longest is not None else longest
+    return None if longest is None else longest - run.rollout.max_completion_length
 
 
 def measurer(run: RunConfig, meta: ModelMeta) -> Callable[[MicroBatch], tuple[int, float]]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from megaswift.config.parse import parse_run
 from megaswift.data.tokenizer import load_tokenizer
@@ -38,17 +38,30 @@ def near(completions, goal, **columns):
     return [-abs(text.count("e") - wanted) for text, wanted in zip(completions, goal)]
 
 
+def again(messages, completion, goal, **columns):
+    """Ask for more as long as an e is missing."""
+    return None if completion.count("e") > goal else "First, " + completion[:3]
+
+
 def broken(completions, goal, **columns):
     return [wanted / 0 for wanted in goal]
 '''
-LORA = ("--tuner_type", "lora", "--lora_dropout", "0", "--adam_eps", "1e-3")
+CALM = ("--adam_eps", "1e-3")  # gradients that are 0 but for rounding move nothing
+LORA = ("--tuner_type", "lora", "--lora_dropout", "0", *CALM)
 # what is trained -> flags
 TRAININGS: dict[str, tuple[str, ...]] = {
     "grpo": (),
     "lora": LORA,
-    "twice": ("--num_iterations", "2", "--kl_in_reward", "true", "--importance_sampling_level", "sequence"),
+    "twice": ("--num_iterations", "2", "--kl_in_reward", "true", "--importance_sampling_level", "sequence", *CALM),
     "rloo": ("--advantage_estimator", "rloo", "--beta", "0", "--loss_type", "dapo", "--temperature", "0.7", "--top_k", "40"),
 }  # fmt: skip
+# what is trained besides, on conversations of several turns and with a reward model -> flags
+TALKS: dict[str, tuple[str, ...]] = {
+    "talks": ("--multi_turn_scheduler", "{folder}/plugin.py:again", "--max_turns", "3", "--reward_model", "{folder}/rm",
+              "--reward_weights", "1", "0.5", "2", "--num_iterations", "2", *CALM),
+}  # fmt: skip
+CP2 = ("--context_parallel_size", "2", "--cp_comm_type", "p2p")
+PACKED = ("--packing", "true", "--max_length", "40")
 # layout -> (ranks, flags)
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "one": (1, ()),
@@ -57,7 +70,13 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "pp2": (2, ("--pipeline_model_parallel_size", "2")),
     "vpp2": (2, ("--pipeline_model_parallel_size", "2", "--virtual_pipeline_model_parallel_size", "2")),
     "ep2": (2, ("--expert_model_parallel_size", "2")),
-}
+    "cp2": (2, CP2),
+    "tp2 pp2": (4, ("--tensor_model_parallel_size", "2", "--pipeline_model_parallel_size", "2")),
+    "packed": (1, PACKED),
+    "dp2 packed": (2, PACKED),
+    "cp2 packed": (2, (*CP2, *PACKED)),
+    "vpp2 packed": (2, ("--pipeline_model_parallel_size", "2", "--virtual_pipeline_model_parallel_size", "2", *PACKED)),
+}  # fmt: skip
 ON_TWO = [
     ("grpo", "dp2"),
     ("grpo", "tp2"),
@@ -66,7 +85,14 @@ ON_TWO = [
     ("twice", "pp2"),
     ("rloo", "dp2"),
     ("rloo", "vpp2"),
+    ("lora", "cp2"),
+    ("twice", "cp2 packed"),
+    ("twice", "dp2 packed"),
+    ("rloo", "vpp2 packed"),
+    ("talks", "tp2"),
+    ("talks", "cp2 packed"),
 ]
+OTHERS = [*ON_TWO, ("lora", "packed"), ("twice", "packed"), ("twice", "tp2 pp2")]
 TIMED = ("step_time_s", "tokens_per_s", "model_tflops_per_s", "memory_gib")
 
 
@@ -81,6 +107,13 @@ def folder() -> Path:
             messages = json.loads(line)["messages"]
             file.write(json.dumps({"messages": messages[: 1 + number % 2], "goal": number % 4}) + "\n")
     (folder / "plugin.py").write_text(PLUGIN)
+    tokenizer = load_tokenizer(model)
+    torch.manual_seed(0)
+    scorer = AutoModelForSequenceClassification.from_pretrained(
+        model, num_labels=1, pad_token_id=tokenizer.eos_token_id
+    )
+    scorer.save_pretrained(folder / "rm")
+    tokenizer.save_pretrained(folder / "rm")
     return folder
 
 
@@ -91,15 +124,16 @@ def flags(training: str, layout: str, *more: str, output: str | None = None) -> 
         "--global_batch_size", "8", "--num_generations", "4", "--micro_batch_size", "2", "--max_completion_length", "10",
         "--learning_rate", "1e-2", "--lr_decay_style", "constant", "--save_steps", "1", "--logging_steps", "1",
         "--report_to", "none", "--log_completions", "true", "--external_plugins", str(folder() / "plugin.py"),
-        "--reward_funcs", "near", "brief", "--reward_weights", "1", "0.5",
-        *TRAININGS[training], *LAYOUTS[layout][1], *more,
+        "--reward_funcs", "near", "brief", *(() if training in TALKS else ("--reward_weights", "1", "0.5")),
+        *(word.format(folder=folder()) for word in {**TRAININGS, **TALKS}[training]), *LAYOUTS[layout][1], *more,
     ]  # fmt: skip
 
 
 @cache
 def trained(ranks: int) -> None:
     """Make every run of so many ranks."""
-    cases = [(training, "one") for training in TRAININGS] if ranks == 1 else ON_TWO
+    every = [*((training, "one") for training in (*TRAININGS, *TALKS)), *OTHERS]
+    cases = [(training, layout) for training, layout in every if LAYOUTS[layout][0] == ranks]
     run_distributed(
         train_all, ranks, [parse_run("rlhf", flags(training, layout)) for training, layout in cases]
     )
@@ -117,8 +151,8 @@ def figures(training: str, layout: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.ranks(2)
-@pytest.mark.parametrize(("training", "layout"), ON_TWO)
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize(("training", "layout"), OTHERS)
 def test_layout_generates_and_trains_like_one_rank(training: str, layout: str) -> None:
     found, expected = (table(training, where, "completions.jsonl") for where in (layout, "one"))
     assert [row["completion"] for row in found] == [row["completion"] for row in expected]
@@ -172,6 +206,33 @@ def test_table_and_figures_tell_the_same(training: str) -> None:
 
 
 @pytest.mark.slow
+@torch.no_grad()
+def test_turns_are_rewarded_together_and_learnt_without_what_was_said_between() -> None:
+    rows, lines = table("talks", "one", "completions.jsonl"), figures("talks", "one")
+    assert {len(row["turns"]) for row in rows} > {1, 3}, "some conversations end at once, some go on"
+    scorer = AutoModelForSequenceClassification.from_pretrained(folder() / "rm", dtype=torch.float32).eval()
+    tokenizer = load_tokenizer(folder() / "model")
+    for row in rows:
+        own = [turn["content"] for turn in row["turns"] if turn["role"] == "assistant"]
+        said = [turn["content"] for turn in row["turns"] if turn["role"] == "user"]
+        assert row["completion"] == own[-1] and said == [f"First, {text[:3]}" for text in own[:-1]]
+        ids = tokenizer.apply_chat_template([*row["prompt"], *row["turns"]]).input_ids
+        score = float(scorer(torch.tensor([ids])).logits[0, 0])
+        assert row["rewards"]["reward_model"] == pytest.approx(score, abs=LOSS_TOLERANCE)
+    for number, line in enumerate(lines):
+        own = rows[number // 2 * 8 :][:8]
+        assert line["loss_tokens"] == sum(row["tokens"] for row in own)
+        assert line["tokens"] > line["loss_tokens"]
+        scores = [row["rewards"]["reward_model"] for row in own]
+        assert line["rewards/reward_model/mean"] == pytest.approx(statistics.mean(scores))
+        total = [
+            row["rewards"]["near"] + 0.5 * row["rewards"]["brief"] + 2 * row["rewards"]["reward_model"]
+            for row in own
+        ]
+        assert line["reward"] == pytest.approx(statistics.mean(total))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("training", ["grpo", "lora", "rloo"])
 def test_completions_are_those_of_the_exported_model(training: str) -> None:
     """What the shards of step 2 generated for step 3 is what transformers samples from the export of step 2."""
@@ -205,14 +266,18 @@ def test_completions_are_those_of_the_exported_model(training: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("training", "step"), [("grpo", 2), ("lora", 2), ("twice", 1)])
-def test_resumed_run_repeats_every_figure_and_completion(training: str, step: int) -> None:
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize(
+    ("training", "layout", "step"),
+    [("grpo", "one", 2), ("lora", "cp2", 2), ("twice", "one", 1), ("twice", "cp2 packed", 1)],
+)
+def test_resumed_run_repeats_every_figure_and_completion(training: str, layout: str, step: int) -> None:
     """`twice` goes on amid completions that it has used once."""
-    before = figures(training, "one"), table(training, "one", "completions.jsonl")
+    before = figures(training, layout), table(training, layout, "completions.jsonl")
     for later in range(step + 1, STEPS + 1):
-        (folder() / f"{training} one" / f"checkpoint-{later}" / "manifest.json").unlink()
-    run_distributed(train_all, 1, [parse_run("rlhf", flags(training, "one"))])
-    assert (figures(training, "one"), table(training, "one", "completions.jsonl")) == before
+        (folder() / f"{training} {layout}" / f"checkpoint-{later}" / "manifest.json").unlink()
+    run_distributed(train_all, LAYOUTS[layout][0], [parse_run("rlhf", flags(training, layout))])
+    assert (figures(training, layout), table(training, layout, "completions.jsonl")) == before
 
 
 @pytest.mark.slow

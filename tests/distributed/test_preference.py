@@ -27,7 +27,7 @@ TRAININGS: dict[str, dict[str, dict[str, Any]]] = {
     "simpo": {"preference": {"rlhf_type": "simpo"}},
     "kto": {"preference": {"rlhf_type": "kto", "beta": 0.5, "undesirable_weight": 0.8}},
     "rm": {"preference": {"rlhf_type": "rm", "center_rewards_coefficient": 0.01}},
-    "gkd": {"preference": {"rlhf_type": "gkd", "beta": 0.3}},
+    "gkd": {"preference": {"rlhf_type": "gkd", "lmbda": 0.0, "beta": 0.3}},
     "seq_cls lora": {"model": {**CLASSIFIER, "num_labels": 3}, **LORA},
     "embedding": {"model": {"task_type": "embedding"}, "embedding": {"infonce_hard_negatives": 1}},
 }

@@ -23,6 +23,7 @@ from megaswift.data.tokenizer import load_tokenizer, pad_id_of
 from megaswift.kernels.linear_divergence.reference import generalised_jsd
 from megaswift.mcore import process_groups
 from megaswift.platforms.platform import select_platform
+from megaswift.rollout.reward_models import load_reward_models
 from megaswift.training.run import train_in_world
 from tests.harness.distributed import run_distributed
 from tests.harness.tiny_run import make_tiny_run
@@ -47,7 +48,7 @@ RUNS: dict[str, tuple[int, tuple[str, ...]]] = {
     "rm lora spread": (2, ("--rlhf_type", "rm", *CP2, *LORA)),
     "labels": (2, (*LABELS, "--packing", "true", "--max_length", "64", *TP2)),
     "labels lora": (1, (*LABELS, *LORA)),
-    "gkd lora": (1, ("--rlhf_type", "gkd", "--beta", "0.3", *LORA)),
+    "gkd lora": (1, ("--rlhf_type", "gkd", "--lmbda", "0", "--beta", "0.3", *LORA)),
     "texts": (2, ("--task_type", "embedding", "--infonce_hard_negatives", "1", "--micro_batch_size", "2")),
 }
 
@@ -225,6 +226,29 @@ def test_exported_reward_model_gives_the_logged_rewards(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.ranks(2)
+def test_exported_reward_model_rewards_completions() -> None:
+    model = str(output_of("rm") / f"checkpoint-{STEPS}" / "hf")
+    words = [
+        "--rlhf_type",
+        "grpo",
+        "--model",
+        str(folder() / "model"),
+        "--dataset",
+        "d",
+        "--reward_model",
+        model,
+    ]
+    reward = load_reward_models(parse_run("rlhf", words), device=torch.device("cpu"), dtype=torch.float32)
+    run = run_of("rm")
+    read = load_data(run.data, load_tokenizer(folder() / "model"), max_length=None, form=form_of(run)).read
+    assert read is not None
+    talks = [list(messages) for row in read.val for messages in (row.messages, row.rejected)]
+    found = reward["reward_model"](["" for _ in talks], talks)
+    assert found == pytest.approx(scores("rm", num_labels=1)[:, 0].tolist(), abs=TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.ranks(2)
 @pytest.mark.parametrize("name", ["labels", "labels lora"])
 def test_exported_classifier_has_the_logged_loss_and_accuracy(name: str) -> None:
     found = scores(name, num_labels=3)
@@ -317,12 +341,16 @@ def test_references_computed_once_train_as_those_at_hand(computed: str, at_hand:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dpo copied", "kto precomputed", "labels lora"])
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize(
+    "name", ["dpo copied", "kto precomputed", "labels lora", "gkd lora", "rm", "labels", "texts"]
+)
 def test_resumed_run_repeats_every_figure(name: str) -> None:
     before = lines(name) if output_of(name) else []
     (output_of(name) / f"checkpoint-{STEPS}" / "manifest.json").unlink()
-    run_distributed(train_all, 1, [run_of(name)])
+    run_distributed(train_all, RUNS[name][0], [run_of(name)])
     after = lines(name)
+    assert len(after) == len(before) >= STEPS
     timed = ("step_time_s", "tokens_per_s", "model_tflops_per_s", "memory_gib")
     assert [{k: v for k, v in line.items() if k not in timed} for line in after] == [
         {k: v for k, v in line.items() if k not in timed} for line in before

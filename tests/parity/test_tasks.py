@@ -33,7 +33,12 @@ def cases() -> dict[str, Case]:
         **classifiers,
         "rm": {"preference": {"rlhf_type": "rm", "center_rewards_coefficient": CENTER}},
         "gkd": {
-            "preference": {"rlhf_type": "gkd", "beta": BETA, "teacher_model": str(folders()[1])},
+            "preference": {
+                "rlhf_type": "gkd",
+                "lmbda": 0.0,
+                "beta": BETA,
+                "teacher_model": str(folders()[1]),
+            },
         },
         "embedding": {
             "model": {"task_type": "embedding"},

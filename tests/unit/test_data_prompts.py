@@ -2,11 +2,17 @@
 
 from pathlib import Path
 
+import numpy as np
+import pytest
+
 from megaswift.config.data import DataConfig
 from megaswift.data.encode import encode_samples
-from megaswift.data.forms import PROMPTS
+from megaswift.data.forms import CONVERSATIONS, PROMPTS
+from megaswift.data.load import with_prompts
 from megaswift.data.prompts import PromptRows, save_rows
 from megaswift.data.read import read_datasets
+from megaswift.data.template import Template
+from megaswift.errors import DataError
 from tests.unit.test_data_pairs import encoded_rows, text
 
 SYSTEM = {"role": "system", "content": "be brief"}
@@ -58,3 +64,27 @@ def test_rows_without_a_question_or_too_long_are_reported(tmp_path: Path) -> Non
         read_datasets(DataConfig(dataset=[str(tmp_path / "rows.jsonl")])).train, template, form=PROMPTS
     )
     assert again.samples.tolist() == [0]
+
+
+def test_conversations_have_their_prompts_beside_them_and_rows_without_are_left_out(tmp_path: Path) -> None:
+    long = {"role": "user", "content": "long " * 30}
+    rows = [
+        {"messages": [USER, ANSWER]},
+        {"messages": [long, ANSWER]},
+        {"messages": [USER, ANSWER, USER, ANSWER]},
+    ]
+    encoded, report, template = encoded_rows(tmp_path, rows, CONVERSATIONS)
+    assert report.kept == 3
+    config = DataConfig(dataset=[str(tmp_path / "rows.jsonl")])
+    samples = read_datasets(config).train
+    short = Template(template.tokenizer, max_length=60)
+    conversations, prompts = with_prompts(encoded, samples, short, config)
+    assert conversations.samples.tolist() == prompts.samples.tolist() == [0, 2]
+    for entry in range(2):
+        whole, prompt = text(conversations, entry, template), text(prompts, entry, template)
+        assert whole.startswith(prompt) and "8" not in prompt.rpartition("user")[2]
+        assert not prompts.loss_weights.any()
+    with pytest.raises(DataError, match="No training row has a prompt that can be used"):
+        with_prompts(encoded.take(np.array([1])), samples, short, config)
+    with pytest.raises(DataError, match="too long"):
+        with_prompts(encoded, samples, short, DataConfig(dataset=config.dataset, strict=True))

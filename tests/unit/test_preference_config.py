@@ -60,10 +60,14 @@ def test_a_pack_holds_both_answers_of_a_pair() -> None:
         ("--rlhf_type gkd", "rlhf_type=gkd needs teacher_model"),
         ("--rlhf_type gkd --teacher_model t --beta 1.5", "beta=1.5 is not a share"),
         ("--teacher_model t", "teacher_model=t is for rlhf_type gkd, not dpo"),
-        (
-            "--rlhf_type gkd --teacher_model t --lmbda 0.5",
-            "lmbda=0.5 asks for distillation on the student's own",
-        ),
+        ("--rlhf_type gkd --teacher_model t --lmbda 1.5", "lmbda=1.5 is not a share of the steps"),
+        ("--rlhf_type gkd --teacher_model t --lmbda 1 --seq_kd", "seq_kd=true has no steps, as lmbda=1 leaves none"),
+        ("--rlhf_type gkd --teacher_model t --lmbda 0 --temperature 0.5", "temperature=0.5 is for `megaswift rlhf --rlhf_type grpo, or gkd with --lmbda"),
+        ("--rlhf_type gkd --teacher_model t --num_generations 4", "num_generations=4 is for `megaswift rlhf --rlhf_type grpo`"),
+        ("--rlhf_type gkd --teacher_model t --max_length 100", "max_completion_length=512 leaves no room for a prompt in max_length=100"),
+        ("--rlhf_type gkd --teacher_model t --truncation_strategy right", "truncation_strategy=right cuts prompts off"),
+        ("--rlhf_type gkd --teacher_model t --streaming --train_iters 3", "streaming=true gives no prompts to complete. Give --lmbda 0"),
+        ("--lmbda 0.2", "lmbda=0.2 is for rlhf_type gkd, not dpo"),
         ("--loss_type robust --label_smoothing 0.5", "label_smoothing=0.5 is not from 0 to below 0.5"),
         (
             "--loss_type hinge --label_smoothing 0.1",
@@ -73,10 +77,25 @@ def test_a_pack_holds_both_answers_of_a_pair() -> None:
         ("--reference_free --ref_model m", "reference_free=true has no reference model"),
         ("--calculate_per_token_loss false", "calculate_per_token_loss=false is for token losses"),
     ],
-)
+)  # fmt: skip
 def test_what_does_not_fit_is_refused(words: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
         rlhf(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "texts"),
+    [
+        ("", "completions by the trained model in a share of 0.5 of the steps, else the rows' own answers"),
+        ("--lmbda 0.25 --seq_kd", "in a share of 0.25 of the steps, else completions by the teacher"),
+        ("--lmbda 0", "on the rows' own answers (lmbda=0)"),
+        ("--lmbda 0 --seq_kd", "on completions by the teacher (lmbda=0)"),
+        ("--lmbda 1 --temperature 0.5 --top_k 10", "on completions by the trained model (lmbda=1)"),
+    ],
+)
+def test_distillation_says_whose_answers_it_learns_from(words: str, texts: str) -> None:
+    run = rlhf(f"--rlhf_type gkd --teacher_model t {words}")
+    assert any(texts in note for note in run.notes)
 
 
 def test_other_tasks_have_no_preferences() -> None:

@@ -8,7 +8,7 @@ import pytest
 from megaswift.config.rollout import REWARDS, RolloutConfig
 from megaswift.data.prompts import PromptRow
 from megaswift.errors import ConfigError, DataError, TrainingError, UserError
-from megaswift.rollout.rewards import final_answer, load_rewards, rewards_of, same_answer
+from megaswift.rollout.rewards import Judged, final_answer, load_rewards, rewards_of, same_answer
 
 ROW = PromptRow(
     source="rows.jsonl:7", messages=({"role": "user", "content": "3+4?"},), columns={"solution": "7"}
@@ -24,8 +24,11 @@ def chosen(*names: str, **more: Any) -> RolloutConfig:
 def judge(
     name: str, *texts: str, row: PromptRow = ROW, lengths: tuple[int, ...] = (), **more: Any
 ) -> list[float]:
-    ids = [[0] * length for length in lengths or [1] * len(texts)]
-    return rewards_of(load_rewards(chosen(name, **more)), row, list(texts), ids)[0]
+    given = [
+        Judged(ids=[0] * length, turns=[{"role": "assistant", "content": text}])
+        for text, length in zip(texts, lengths or [1] * len(texts), strict=True)
+    ]
+    return rewards_of(load_rewards(chosen(name, **more)), row, given)[0]
 
 
 def test_every_reward_that_is_named_is_built_in() -> None:
@@ -102,6 +105,38 @@ def test_a_function_that_fails_is_named_with_the_row(tmp_path: Path, body: str, 
     with pytest.raises(TrainingError) as caught:
         judge("own", "a", "b", **own)
     assert str(caught.value).startswith(message)
+
+
+def test_functions_see_the_whole_conversation_and_the_last_answer(tmp_path: Path) -> None:
+    text = "def own(completions, messages, **columns):\n"
+    text += "    return [10 * len(turns) + len(text) for text, turns in zip(completions, messages)]\n"
+    turns = [
+        {"role": "assistant", "content": "6?"},
+        {"role": "user", "content": "No."},
+        {"role": "assistant", "content": "Seven"},
+    ]
+    functions = load_rewards(chosen("own", **plugin(tmp_path, text)))
+    assert rewards_of(functions, ROW, [Judged(ids=[1], turns=turns)]) == [[10 * 4 + 5]]
+
+
+def test_functions_of_installed_packages_are_found_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "offering.py").write_text(
+        "def tall(completions, **columns):\n    return [9] * len(completions)\n"
+    )
+    facts = tmp_path / "offering-1.0.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: offering\nVersion: 1.0\n")
+    (facts / "entry_points.txt").write_text(
+        "[megaswift.rewards]\nheight = offering:tall\ngone = offering:short\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert judge("height", "a", "b") == [9, 9]
+    with pytest.raises(
+        ConfigError, match=r"reward_funcs=gone, the entry point offering:short, fails: AttributeError"
+    ):
+        load_rewards(chosen("gone"))
 
 
 def test_a_row_without_the_column_is_named() -> None:

@@ -4,6 +4,7 @@ import pytest
 
 from megaswift.config.dump import dump_run
 from megaswift.config.parse import parse_saved
+from megaswift.config.rollout_rules import reward_names, reward_weights
 from megaswift.config.rules import ResolvedRun
 from megaswift.errors import ConfigError
 from tests.unit.test_config_rules import dense, resolved
@@ -45,12 +46,16 @@ def test_lengths_and_clips_follow_each_other() -> None:
         ("--use_vllm true", "use_vllm=true asks for completions by vLLM, which is not built. Leave it out: the trained model generates"),
         ("--vllm_mode server", "vllm_mode=server asks for"),
         ("--steps_per_generation 2", "steps_per_generation=2 asks for"),
-        ("--multi_turn_scheduler x", "multi_turn_scheduler=x asks for"),
+        ("--multi_turn_scheduler x", "multi_turn_scheduler=x is neither FILE.py:NAME nor an entry point of megaswift.multi_turn"),
+        ("--multi_turn_scheduler x.py:y --max_turns 0", "max_turns=0 is too small"),
+        ("--multi_turn_scheduler x.py:y --use_chat_template false", "multi_turn_scheduler needs a chat template"),
+        ("--max_turns 2", "max_turns=2 needs --multi_turn_scheduler"),
         ("--loss_type cispo", "loss_type=cispo is not built for rlhf_type=grpo"),
         ("--advantage_estimator reinforce_plus_plus", "advantage_estimator=reinforce_plus_plus is not one of"),
-        ("--reward_funcs acuracy", "reward_funcs=acuracy is not built in. Did you mean accuracy"),
+        ("--reward_funcs acuracy", "reward_funcs=acuracy is neither built in nor an entry point of megaswift.rewards. Did you mean accuracy"),
         ("--reward_funcs format format", "names a function twice"),
-        ("--reward_weights 1 2", "reward_weights has 2 numbers for 1 reward_funcs"),
+        ("--reward_weights 1 2", "reward_weights has 2 numbers for 1 rewards: accuracy. Give one each"),
+        ("--reward_model a b --reward_weights 1 2", "reward_weights has 2 numbers for 3 rewards: accuracy reward_model_1 reward_model_2"),
         ("--reward_weights much", "reward_weights=much are not numbers"),
         ("--num_generations 1", "num_generations=1 is too small"),
         ("--temperature 0", "temperature=0 is too small"),
@@ -59,12 +64,10 @@ def test_lengths_and_clips_follow_each_other() -> None:
         ("--epsilon 1", "epsilon=1 is not between"),
         ("--global_batch_size 12", "global_batch_size=12 counts completions and is not a multiple of num_generations=8. Choose 8,"),
         ("--max_length 512", "max_completion_length=512 leaves no room for a prompt in max_length=512"),
-        ("--packing", "packing=true is not built for rlhf_type=grpo"),
         ("--padding_free false", "padding_free=false is not built"),
         ("--val_dataset v.jsonl", "val_dataset is not built"),
         ("--split_dataset_ratio 0.1", "split_dataset_ratio is not built"),
         ("--truncation_strategy left", "truncation_strategy=left is not built"),
-        ("--context_parallel_size 2", "context_parallel_size=2 is not built"),
         ("--precompute_ref_log_probs", "precompute_ref_log_probs=True is for rlhf_type dpo and kto, not grpo"),
         ("--kl_in_reward --beta 0", "kl_in_reward=true needs beta above 0"),
         ("--rpo_alpha 1", "rpo_alpha=1.0 is for rlhf_type dpo, not grpo"),
@@ -75,6 +78,11 @@ def test_what_does_not_fit_is_refused(words: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         resolved(f"--rlhf_type grpo {given}", dense(), task="rlhf", world=2 if "context" in words else 1)
     assert message in str(caught.value)
+
+
+def test_a_reward_model_is_enough() -> None:
+    run = resolved("--rlhf_type grpo --reward_model m --reward_weights 2", dense(), task="rlhf").config
+    assert (reward_names(run.rollout), reward_weights(run.rollout)) == (["reward_model"], [2.0])
 
 
 def test_rewards_must_be_named() -> None:

@@ -1,0 +1,163 @@
+"""Who writes completions: a model in shards, through an engine that is handed its weights.
+
+A generation: the engine (rollout/engine.py) gets the weights out of the shards (converters/gather.py) and answers prompts; ranks
+that ask it may judge the answers at once, and then every rank has all of them. With the model itself as engine one rank of each
+copy of the model does so, also of copies that share out sequences in training.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megaswift.checkpoint.store import Checkpoint
+from megaswift.config.run import RunConfig
+from megaswift.converters.gather import stream_model
+from megaswift.converters.live import TORCH_DTYPES
+from megaswift.converters.tensor_files import DTYPE_NAMES
+from megaswift.metadata.meta import ModelMeta
+from megaswift.parallel.agreement import agree
+from megaswift.parallel.layout import Layout
+from megaswift.rollout.engine import Answer, Prompt, RolloutEngine, Sampling, Seat, Weights
+from megaswift.rollout.generate import EmbeddedEngine
+from megaswift.training.reporters import JsonLines
+
+T = TypeVar("T")
+Complete = Callable[[Sequence[Prompt], Sampling], list[Answer]]
+# (places among all prompts, their prompts, what completes prompts, how) -> an answer for each
+Lead = Callable[[Sequence[int], Sequence[Prompt], Complete, Sampling], Sequence[Any]]
+COMPLETIONS = "completions.jsonl"  # below the run's folder
+
+
+def complete_once(
+    places: Sequence[int], prompts: Sequence[Prompt], complete: Complete, sampling: Sampling
+) -> list[Answer]:
+    """Return what is written for prompts that are not talked about any further."""
+    return complete(prompts, sampling)
+
+
+class Author:
+    """Writes completions of prompts; every rank of the world calls it alike."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        meta: ModelMeta,
+        layout: Layout,
+        chunks: Sequence[Any],
+        *,
+        stop_ids: tuple[int, ...],
+        pad_id: int,
+        group: Any,
+    ) -> None:
+        """`chunks` are this rank's part of the model that writes, `meta` its facts; `group` holds all ranks and is patient."""
+        self._run, self._meta, self._layout, self._chunks, self._group = run, meta, layout, chunks, group
+        chosen = run.rollout
+        self.sampling = Sampling(
+            temperature=chosen.temperature,
+            top_p=chosen.top_p,
+            top_k=chosen.top_k,
+            max_tokens=chosen.max_completion_length,
+            stop_ids=stop_ids,
+        )
+        self.seat, self._holders = _place(layout)
+        trust = run.model.trust_remote_code
+        self._engine: RolloutEngine = EmbeddedEngine(meta, pad_id=pad_id, trust_remote_code=trust)
+
+    def write(
+        self,
+        prompts: Sequence[Prompt],
+        judge: Callable[[Sequence[int], Sequence[Any]], list[T]],
+        *,
+        together: int = 1,
+        lead: Lead = complete_once,
+    ) -> list[T]:
+        """Return what `judge` makes of the completions, one for each prompt and in their order. Raises UserError.
+
+        `judge` gets places among the prompts and what was written for them, once on some rank for every place; prompts come to
+        it in whole groups of `together` that follow each other. `lead` asks the engine, on every rank that does so, maybe several
+        times for a place.
+        """
+        weights = stream_model(
+            self._chunks,
+            self._meta,
+            self._layout,
+            dist.get_rank(),
+            group=self._holders,
+            dtype=TORCH_DTYPES[DTYPE_NAMES[self._run.model.torch_dtype or self._meta.dtype]],
+            keep=self.seat.loads,
+        )
+        agree(lambda: self._load(weights), group=self._group)
+        places = [
+            place
+            for first in range(self.seat.number * together, len(prompts), self.seat.of * together)
+            for place in range(first, first + together)
+        ]
+        mine = agree(lambda: self._share(prompts, places, judge, lead), group=self._group)
+        shares: list[list[tuple[int, T]]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(shares, mine, group=self._group)
+        found = dict(one for share in shares for one in share)
+        return [found[place] for place in range(len(prompts))]
+
+    def _load(self, weights: Weights) -> None:
+        try:
+            if self.seat.loads:
+                with torch.random.fork_rng(devices=self._devices):  # dropout must stay alike on all tp ranks
+                    self._engine.load(weights)
+        finally:
+            for _ in weights:  # the other ranks of the group send and listen too
+                pass
+
+    def _share(
+        self,
+        prompts: Sequence[Prompt],
+        places: list[int],
+        judge: Callable[[Sequence[int], Sequence[Any]], list[T]],
+        lead: Lead,
+    ) -> list[tuple[int, T]]:
+        if not self.seat.answers:
+            return []
+        answers: Sequence[Any] = []
+        with torch.random.fork_rng(devices=self._devices):
+            if places:
+                own = [prompts[place] for place in places]
+                answers = lead(places, own, self._engine.complete, self.sampling)
+            self._engine.rest()
+        if not self.seat.reports or not places:
+            return []
+        return list(zip(places, judge(places, answers), strict=True))
+
+    @property
+    def _devices(self) -> list[torch.device]:
+        device = next(self._chunks[0].parameters()).device
+        return [device] if device.type == "cuda" else []
+
+
+def _place(layout: Layout) -> tuple[Seat, Any]:
+    """Return what this rank does when completions are generated, and the group whose ranks hold the whole model."""
+    # Experts may lie on ranks of other data-parallel copies: then all ranks send, and every copy listens.
+    spread = layout.ep * layout.etp > 1
+    holders = dist.group.WORLD if spread else parallel_state.get_model_parallel_group()
+    first = (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_rank(),
+    ) == (0, 0)
+    number = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    return Seat(number=number, of=layout.dp * layout.cp, loads=first, answers=first, reports=first), holders
+
+
+def completions_table(run: RunConfig, checkpoint: Checkpoint | None) -> JsonLines | None:
+    """Return where completions are written: nowhere unless asked, and on rank 0 alone."""
+    if not run.rollout.log_completions or dist.get_rank() != 0:
+        return None
+    done = 0 if checkpoint is None else checkpoint.manifest.step
+    return JsonLines(Path(run.checkpoint.output_dir), resumed_step=done, name=COMPLETIONS)
+
+
+def stop_ids_of(meta: ModelMeta, tokenizer: Any) -> tuple[int, ...]:
+    """Return the tokens at which a completion ends."""
+    eos = tokenizer.eos_token_id
+    return tuple(sorted({*meta.eos_token_ids, *([] if eos is None else [eos])}))
