@@ -6,6 +6,7 @@ a pair of its own:
 - R = weights * r: the adapter was read from a file whose A's differ. They are stacked, and B is block-diagonal, so that
   weight i sees block i only. While that holds, export writes back the r rows and columns of block i. Training makes the
   other blocks of B nonzero; each weight then needs all of A, and export writes pairs of rank R. Both are exact.
+- An adapter that started from the weights is B A - B_0 A_0 (models/pissa.py): a pair of twice the rank, for the same base.
 
 B is cut over ranks like the rows of the weight, A like its columns; the plan of the weight says where.
 A head of scores trains whole, and lies whole in the folder (modules_to_save).
@@ -215,7 +216,7 @@ def save_peft(
 
 def _agree_on_modules(live: Sequence[LiveParameter], layout: Layout, *, usual: int) -> _Modules:
     """Return what is true of all ranks' modules; every rank of the world calls it."""
-    ranks = {one.planned.tensors[0]: len(one.adapted_module.lora_a.weight) for one in live}  # type: ignore[union-attr]  # filtered
+    ranks = {one.planned.tensors[0]: len(one.adapted_module.lora_a()) for one in live}  # type: ignore[union-attr]  # filtered
     mixed = {
         one.planned.tensors[0]
         for one in live
@@ -236,7 +237,7 @@ def _agree_on_modules(live: Sequence[LiveParameter], layout: Layout, *, usual: i
 
 def _is_mixed(parameter: LiveParameter, usual: int) -> bool:
     """Whether some weight of a stacked module uses more than its own block of A."""
-    b_FR: torch.Tensor = parameter.adapted_module.lora_b.weight.data  # type: ignore[union-attr]  # the caller has seen it
+    b_FR: torch.Tensor = parameter.adapted_module.lora_b().detach()  # type: ignore[union-attr]  # the caller has seen it
     for piece in parameter.planned.pieces:
         own = parameter.planned.tensors.index(piece.tensor) * usual
         rows = rows_of(b_FR, piece.into)
@@ -255,7 +256,7 @@ def _file_rows(
         if is_first:
             yield HEAD, parameter.weight, 0
         return
-    a_RD, b_FR = module.lora_a.weight.data, module.lora_b.weight.data
+    a_RD, b_FR = module.lora_a().detach(), module.lora_b().detach()
     magnitude_F1 = None if module.lora_magnitude is None else module.lora_magnitude.weight.data[:, None]
     if planned.shard is Shard.DIM1:
         a_RD = gather_columns(a_RD, planned, layout, at)

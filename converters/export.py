@@ -202,7 +202,7 @@ def merged_weight(parameter: LiveParameter) -> torch.Tensor:
     module, weight_NC = parameter.adapted_module, parameter.weight
     if module is None:
         return weight_NC
-    update = module.lora_b.weight.detach().float() @ module.lora_a.weight.detach().float()
+    update = module.lora_b().detach().float() @ module.lora_a().detach().float()
     merged_NC = weight_NC.float() + float(module.lora_scale) * update
     if module.lora_magnitude is not None:
         merged_NC *= module.row_factors().detach()[:, None]

@@ -23,6 +23,7 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+STARTS = (".lora_a.start", ".lora_b.start")  # of adapters that do not start at zero: models/pissa.py
 STATES = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 
 
@@ -36,7 +37,7 @@ class Box:
 
 
 def model_tensors(chunks: Sequence[Any]) -> dict[str, ShardedBase]:
-    """Return the sharded weights of this rank's chunks (CausalLM); of a model with adapters, the adapters alone.
+    """Return the sharded weights of this rank's chunks (CausalLM); of a model with adapters, the adapters alone, with their starts.
 
     Buffers that are saved with a model belong to it as long as all of it trains. Transformer Engine's FP8 history is left
     out: it is rebuilt within some steps.
@@ -46,7 +47,7 @@ def model_tensors(chunks: Sequence[Any]) -> dict[str, ShardedBase]:
         everything_trains = all(parameter.requires_grad for parameter in chunk.parameters())
         for name, value in chunk.sharded_state_dict(metadata={}).items():
             if isinstance(value, ShardedTensor | ShardedTensorFactory) and (
-                everything_trains or value.data.requires_grad
+                everything_trains or value.data.requires_grad or name.endswith(STARTS)
             ):
                 tensors[f"{number}.{name}"] = _whatever_its_padding(name, value)
     return tensors

@@ -219,7 +219,6 @@ REFUSED: dict[str, Refused] = {
         "this variant of LoRA",
         lora_bias="none",
         lora_dtype="none",
-        init_weights="true",
         lora_ga_batch_size="2",
     ),
     **_refuse("LISA", lisa_activated_layers="0", lisa_step_interval="20"),

@@ -275,19 +275,33 @@ def adapters_need_lora(case: Case) -> None:
     tuner = case.run.tuner
     if tuner.tuner_type == "lora" and not tuner.target_modules:
         raise ConfigError("target_modules is empty. Name modules, or all-linear.")
-    for name in ("adapters", "merge_lora", "lorap_lr_ratio", "use_dora", "quant_bits"):
+    for name in ("adapters", "merge_lora", "lorap_lr_ratio", "use_dora", "quant_bits", "pissa"):
         if tuner.tuner_type != "lora" and getattr(tuner, name):
-            raise ConfigError(f"{name} needs tuner_type=lora, not {tuner.tuner_type}.")
+            flag = "init_weights" if name == "pissa" else name
+            raise ConfigError(f"{flag} needs tuner_type=lora, not {tuner.tuner_type}.")
+    if tuner.init_weights != "true" and not tuner.pissa:
+        raise ConfigError(
+            f"init_weights={tuner.init_weights} is not known. Choose true, pissa or pissa_niter_N with N iterations, such as "
+            "pissa_niter_16."
+        )
+    if tuner.pissa and tuner.adapters:
+        raise ConfigError(
+            "init_weights=pissa starts from the weights, and --adapters from a folder. Leave one of them out."
+        )
     if tuner.lorap_lr_ratio is not None and tuner.lorap_lr_ratio <= 0:
         raise ConfigError(
             f"lorap_lr_ratio={tuner.lorap_lr_ratio} must be above 0; LoRA+ proposes 16 for most models."
         )
     if (tuner.quant_bits is None) != (tuner.quant_method is None):
-        raise ConfigError("quant_method and quant_bits belong together. Give --quant_method bnb --quant_bits 4.")
+        raise ConfigError(
+            "quant_method and quant_bits belong together. Give --quant_method bnb --quant_bits 4."
+        )
     if tuner.quant_bits not in (None, 4):
         raise ConfigError(f"quant_bits={tuner.quant_bits} is not built. Give 4.")
     if tuner.quant_bits and case.run.precision.fp8_format != "none":
-        raise ConfigError("quant_bits=4 leaves no weights for FP8 products. Leave one of quant_bits and fp8_format out.")
+        raise ConfigError(
+            "quant_bits=4 leaves no weights for FP8 products. Leave one of quant_bits and fp8_format out."
+        )
     if len(tuner.adapters) > 1:
         raise ConfigError(
             f"adapters={' '.join(tuner.adapters)}: training starts from one adapter. Give one folder."

@@ -1,5 +1,6 @@
 """Settings: which parameters train."""
 
+import re
 from dataclasses import dataclass
 
 from megaswift.config.field import setting
@@ -27,6 +28,12 @@ class TunerConfig:
     use_dora: bool = setting(
         False, "train the norm of each row of a weight apart from its direction (DoRA, arXiv 2402.09353)"
     )
+    init_weights: str = setting(
+        "true",
+        "start of the adapters: true (A random, B zero), or pissa and pissa_niter_N (arXiv 2404.02948): the principal part "
+        "of the weight, exact or in N iterations",
+        aliases=("init_lora_weights",),
+    )
     lorap_lr_ratio: float | None = setting(
         None, "learning rate of B over that of A (LoRA+, arXiv 2402.12354); default: the same"
     )
@@ -38,3 +45,13 @@ class TunerConfig:
     bnb_4bit_use_double_quant: bool = setting(True, "quantise the scales of the blocks too")
     adapters: list[str] = setting([], "PEFT adapter folder to start from", aliases=("adapter_load",))
     merge_lora: bool = setting(False, "export the merged model as well as the adapter")
+
+    @property
+    def pissa(self) -> bool:
+        """Say whether adapters start from the principal part of their weight."""
+        return re.fullmatch(r"pissa(_niter_[1-9]\d*)?", self.init_weights) is not None
+
+    @property
+    def pissa_iterations(self) -> int | None:
+        """Return the iterations of the approximate decomposition; None: an exact one."""
+        return int(self.init_weights.rpartition("_")[2]) if "niter" in self.init_weights else None

@@ -124,6 +124,9 @@ def apply_lora(
             _adapt(module, a_RD, scale=scale, dropout=tuner.lora_dropout, is_expert=is_expert)
             if tuner.use_dora:
                 _add_magnitude(module)
+            if tuner.pissa:
+                module.lora_a.keep_start(dim=0)
+                module.lora_b.keep_start(dim=1)
         if chunk.pre_process and chunk.config.recompute_granularity == "full":
             # A checkpointed layer whose inputs need no gradient gives its output none: the adapters would not train.
             chunk.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
@@ -229,15 +232,27 @@ def _add_magnitude(module: Any) -> None:
 
 
 class _Matrix(torch.nn.Module):
-    """One matrix or vector of an adapter, so that its name ends in .weight as PEFT's does."""
+    """One matrix or vector of an adapter, so that its name ends in .weight as PEFT's does.
+
+    An adapter that does not start at zero has what it started from beside it (models/pissa.py): [A; A_0] and [B, -B_0] give
+    B A - B_0 A_0, and the base weight stays what it is.
+    """
+
+    start: torch.Tensor  # A_0, or -B_0
 
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(weight)
+        self.register_buffer("start", None)
+        self.dim = 0
+
+    def keep_start(self, *, dim: int) -> None:
+        """Make room for the start, which is joined to the matrix along `dim`."""
+        self.start, self.dim = torch.zeros_like(self.weight), dim
 
     def forward(self) -> torch.Tensor:
         """Return the matrix: a call, so that Megatron's hook has gathered it first (overlap_param_gather)."""
-        return self.weight
+        return self.weight if self.start is None else torch.cat([self.weight, self.start], dim=self.dim)
 
 
 class _AddProduct(torch.autograd.Function):
@@ -364,7 +379,11 @@ class AdaptedLinear:
         )
         matrices = {f"{name}.weight": getattr(self, name).weight for name in names}
         of_rows = {f"{name}.weight": 0 for name in names[1:]}
-        axes = {"lora_a.weight": 1} if self.lora_is_row else of_rows
+        of_columns = {"lora_a.weight": 1}
+        if self.lora_a.start is not None:
+            matrices |= {"lora_a.start": self.lora_a.start, "lora_b.start": self.lora_b.start}
+            of_rows, of_columns = {**of_rows, "lora_b.start": 0}, {**of_columns, "lora_a.start": 1}
+        axes = of_columns if self.lora_is_row else of_rows
         adapter = make_sharded_tensors_for_checkpoint(
             matrices,
             prefix,

@@ -30,8 +30,8 @@ from megaswift.metadata.hub import Files, locate
 from megaswift.metadata.meta import ModelMeta
 from megaswift.metadata.read import get_model_meta
 from megaswift.models.build import build_model
-from megaswift.models.lora import apply_lora, start_magnitudes
-from megaswift.models.nf4 import quantise_base
+from megaswift.models.lora import apply_lora
+from megaswift.models.tuner import finish_tuner
 from megaswift.parallel.layout import Layout
 from megaswift.platforms.platform import init_distributed, select_platform
 from megaswift.tasks.catalogue import trained_model
@@ -148,9 +148,8 @@ def _fill(
         apply_lora(chunks, run.tuner, meta, seed=run.training.seed, ranks=ranks)
     if checkpoint is None or adapted:
         load_weights(chunks, meta, layout, 0, folder)
-    if run.tuner.quant_bits:
-        quantise_base(chunks, run.tuner, device=torch.device("cpu"))  # what the adapters were trained beside
-    start_magnitudes(chunks)
+    # A base in four bits is what the adapters were trained beside.
+    finish_tuner(chunks, run.tuner, device=torch.device("cpu"), seed=run.training.seed, fresh=False)
     if checkpoint is not None:
         load_tensors(checkpoint.folder / SHARDS, model_tensors(chunks))
         logger.info("read %s, step %d", checkpoint.folder, checkpoint.manifest.step)

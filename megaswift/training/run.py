@@ -29,8 +29,8 @@ from megaswift.mcore import process_groups
 from megaswift.metadata.meta import ModelMeta
 from megaswift.metadata.read import get_model_meta
 from megaswift.models.build import build_model
-from megaswift.models.lora import apply_lora, start_magnitudes
-from megaswift.models.nf4 import quantise_base
+from megaswift.models.lora import apply_lora
+from megaswift.models.tuner import finish_tuner
 from megaswift.parallel.agreement import agree, agree_on_first, alike
 from megaswift.parallel.layout import Layout
 from megaswift.platforms.fp8 import check_fp8, format_for, software_here
@@ -292,9 +292,8 @@ def _model(
         alike(lambda: apply_lora(chunks, run.tuner, meta, seed=run.training.seed, ranks=ranks))
     if not run.model.random_init and (checkpoint is None or adapted):
         agree(lambda: load_weights(chunks, meta, layout, rank, Path(str(meta.folder))), group=group)
-    if run.tuner.quant_bits:
-        alike(lambda: quantise_base(chunks, run.tuner, device=platform.device))
-    start_magnitudes(chunks)
+    seed, fresh = run.training.seed, checkpoint is None
+    alike(lambda: finish_tuner(chunks, run.tuner, device=platform.device, seed=seed, fresh=fresh))
     if adapter is not None and checkpoint is None:
         agree(lambda: load_peft(chunks, meta, layout, rank, adapter), group=group)
     return list(chunks)

@@ -234,6 +234,8 @@ def identity_of(run: RunConfig, meta: ModelMeta) -> dict[str, Any]:
         "lora_alpha": tuner.lora_alpha,
         "use_rslora": tuner.use_rslora,
         "use_dora": tuner.use_dora,
+        "init_weights": tuner.init_weights,
+        "quant_bits": tuner.quant_bits,
         "target_modules": list(resolve_targets(tuner.target_modules)),
     }
     return {

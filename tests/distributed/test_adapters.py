@@ -22,7 +22,8 @@ from megaswift.errors import ConfigError, WeightsError
 from megaswift.mcore.process_groups import initialise
 from megaswift.metadata.read import get_model_meta
 from megaswift.models.build import build_model
-from megaswift.models.lora import apply_lora, start_magnitudes
+from megaswift.models.lora import apply_lora
+from megaswift.models.tuner import finish_tuner
 from megaswift.parallel.layout import Layout
 from megaswift.platforms.platform import select_platform
 from tests.harness.distributed import run_distributed
@@ -50,7 +51,7 @@ def build(
     chunks = build_model(meta, RUN, layout, select_platform("cpu"))
     apply_lora(chunks, tuner, meta, seed=3, ranks=ranks)
     load_weights(chunks, meta, layout, rank, folder)
-    start_magnitudes(chunks)
+    finish_tuner(chunks, tuner, device=torch.device("cpu"), seed=1, fresh=True)
     return chunks
 
 
@@ -343,6 +344,73 @@ def test_gradients_of_dora_are_those_of_peft(tmp_path: Path) -> None:
             assert float((found[in_file] - parameter.grad).abs().max()) <= 1e-5 * scale, name
             compared += 1
     assert compared == 4 * (7 + 7 + 2)  # layers; norms, B, and A
+
+
+PISSA = TunerConfig(
+    tuner_type="lora",
+    lora_rank=4,
+    lora_alpha=8,
+    lora_dropout=0.0,
+    init_weights="pissa",
+    target_modules=["o_proj", "down_proj"],
+)
+
+
+def pissa_start(rank: int, world_size: int, folder: Path) -> dict[str, tuple[torch.Tensor, ...]]:
+    """Return A, B and their gradients at the start, by the name of the linear in transformers, and the logits."""
+    (chunk,) = build(rank, folder, Layout(), PISSA)
+    seen = chunk(TOKENS, torch.arange(TOKENS.shape[1])[None], None)
+    seen.float().square().mean().backward()
+    found = {}
+    for number, layer in enumerate(chunk.decoder.layers):
+        linears = {
+            "self_attn.o_proj": layer.self_attention.linear_proj,
+            "mlp.down_proj": layer.mlp.linear_fc2,
+        }
+        for name, linear in linears.items():
+            pair = linear.lora_a.weight, linear.lora_b.weight
+            found[f"layers.{number}.{name}"] = tuple(x.detach() for w in pair for x in (w, w.grad))
+    return {**found, "logits": (seen.detach(),)}
+
+
+def test_the_start_of_pissa_and_its_gradients_are_those_of_peft(tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path)
+    base = base_model(folder)
+    before = base(TOKENS).logits.detach()
+    settings = LoraConfig(
+        init_lora_weights="pissa",
+        r=4,
+        lora_alpha=8,
+        target_modules=PISSA.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(base, settings)
+    model(TOKENS).logits.square().mean().backward()
+    [found] = run_distributed(pissa_start, 1, folder)
+    # The base is not touched, so that nothing changes at the start: B A - B_0 A_0 = 0.
+    torch.testing.assert_close(found.pop("logits")[0][..., : before.shape[-1]], before, rtol=0, atol=1e-5)
+    theirs = dict(model.named_parameters())
+    assert len(found) == 2 * 4
+    for name, (a_RD, grad_a_RD, b_FR, grad_b_FR) in found.items():
+        ours = a_RD, grad_a_RD, b_FR.t(), grad_b_FR.t()
+        matrices = [theirs[f"base_model.model.model.{name}.lora_{letter}.default.weight"] for letter in "AB"]
+        a, b = matrices
+        assert a.grad is not None and b.grad is not None
+        signs_R1 = (ours[0] * a.detach()).sum(1).sign()[:, None]  # singular vectors have none of their own
+        for x_R, y_R in zip(ours, (a.detach(), a.grad, b.detach().t(), b.grad.t()), strict=True):
+            scale = float(y_R.abs().max())
+            assert scale > 0 and float((signs_R1 * x_R - y_R).abs().max()) <= 2e-5 * scale, name
+
+
+@pytest.mark.parametrize("how", ["pissa", "pissa_niter_4"])
+def test_an_adapter_of_pissa_opens_in_peft_beside_the_untouched_base(tmp_path: Path, how: str) -> None:
+    folder = save_tiny("qwen2", tmp_path / "model")
+    tuner = TunerConfig(tuner_type="lora", lora_rank=4, lora_dropout=0.0, init_weights=how)
+    run_distributed(trained, 1, folder, tmp_path, Layout(), tuner)
+    adapted = logits(PeftModel.from_pretrained(base_model(folder), tmp_path / "adapter"))
+    merged = logits(base_model(tmp_path / "merged"))
+    torch.testing.assert_close(adapted, merged, rtol=0, atol=1e-4 * float(merged.abs().max()))
+    assert float((merged - logits(base_model(folder))).abs().max()) > 1e-2
 
 
 def first_moves(rank: int, world_size: int, folder: Path, ratio: float | None) -> dict[str, torch.Tensor]:

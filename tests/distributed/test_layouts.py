@@ -55,7 +55,7 @@ LORA: dict[str, tuple[int, dict[str, Any]]] = {
 EXPERTS_LORA: dict[str, tuple[int, dict[str, Any]]] = {
     name: EXPERTS[name] for name in ("ep2 distopt", "tp2 etp2", "tp2 etp1", "tp2 ep2", "tp2 ep2 dp2 distopt")
 }
-STEPS = {"full": 20, "lora": 10, "dora": 10}  # adapters take larger ones
+STEPS = {"full": 20, "lora": 10, "dora": 10, "pissa": 10}  # adapters take larger ones
 # what is trained -> (model, tuner, layouts)
 TRAININGS: dict[str, tuple[str, str, dict[str, tuple[int, dict[str, Any]]]]] = {
     "qwen2-tied": ("qwen2-tied", "full", DENSE),
@@ -64,6 +64,7 @@ TRAININGS: dict[str, tuple[str, str, dict[str, tuple[int, dict[str, Any]]]]] = {
     "llama-odd-heads lora": ("llama-odd-heads", "dora", {name: DENSE[name] for name in ("tp2", "tp2 sp")}),
     "qwen2_moe": ("qwen2_moe", "full", EXPERTS),
     "llama lora": ("llama", "lora", LORA),
+    "llama pissa": ("llama", "pissa", {name: DENSE[name] for name in ("dp2 distopt", "tp2 sp", "pp2 vpp2")}),
     "qwen3_moe lora": ("qwen3_moe", "lora", EXPERTS_LORA),
 }
 
@@ -84,6 +85,7 @@ def all_curves(training: str, ranks: int) -> list[dict[str, Curve]]:
             "tuner_type": "full" if tuner == "full" else "lora",
             "lora_dropout": 0.0,
             "use_dora": tuner == "dora",
+            "init_weights": "pissa" if tuner == "pissa" else "true",
         },
         "optimizer": {"lr": 1e-3 if tuner == "full" else 1e-2, "adam_eps": 1e-8 if tuner == "full" else 1e-3},
     }

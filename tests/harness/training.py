@@ -31,8 +31,8 @@ from megaswift.mcore import process_groups
 from megaswift.metadata.meta import ModelMeta
 from megaswift.metadata.read import get_model_meta
 from megaswift.models.build import build_model
-from megaswift.models.lora import apply_lora, start_magnitudes
-from megaswift.models.nf4 import quantise_base
+from megaswift.models.lora import apply_lora
+from megaswift.models.tuner import finish_tuner
 from megaswift.parallel.context import pad_multiple
 from megaswift.parallel.layout import Layout
 from megaswift.platforms.platform import select_platform
@@ -174,9 +174,7 @@ def _prepare(folder: Path, case: Case, encoded: EncodedSet | None) -> Trained:
     if run.tuner.tuner_type == "lora":
         apply_lora(chunks, run.tuner, meta, seed=run.training.seed)
     load_weights(chunks, meta, layout, dist.get_rank(), folder)
-    if run.tuner.quant_bits:
-        quantise_base(chunks, run.tuner, device=platform.device)
-    start_magnitudes(chunks)
+    finish_tuner(chunks, run.tuner, device=platform.device, seed=run.training.seed, fresh=True)
     reference = frozen_copy(run, meta, layout, platform, group=None) if needs_copy(run) else None
     wrapped = wrap_chunks(chunks, run)
     optimizer = build_optimizer(wrapped, run)

@@ -86,7 +86,7 @@ def test_a_flag_that_asks_for_nothing_is_accepted(words: str) -> None:
         "--mtp_num_layers 1",
         "--use_galore true",
         "--template qwen2_5",
-        "--init_weights pissa",
+        "--lora_bias all",
         "--fp4_format e2m1",
         "--deepspeed zero3",
         "--mcore_model d",

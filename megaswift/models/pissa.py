@@ -1,0 +1,89 @@
+"""Adapters that start from the principal part of their weight (PiSSA, Meng et al. 2024, arXiv 2404.02948).
+
+W = U S V^T; the first R of each give B_0 = U sqrt(S / s), A_0 = sqrt(S / s) V^T (eqs. 2 and 3, with LoRA's scale s) and the
+residual W - s B_0 A_0 (eq. 4). What is trained is then W - s B_0 A_0 + s B A. The residual is not formed: the base stays W,
+and the adapter is s (B A - B_0 A_0), in models/lora.py.
+
+Letters: D input size, F output size, R adapter rank.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megaswift.config.tuner import TunerConfig
+from megaswift.errors import ConfigError
+from megaswift.models.lora import AdaptedLinear
+from megaswift.models.nf4 import whole_weight
+
+
+@torch.no_grad()
+def start_from_principal_parts(chunks: Sequence[torch.nn.Module], tuner: TunerConfig, *, seed: int) -> None:
+    """Fill A, B and their starts from the weights, which are loaded; every rank of the world calls it.
+
+    One rank of the copies of a linear decomposes it. Raises ConfigError where a matrix has no such rank.
+    """
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, AdaptedLinear):
+                _start(module, tuner, seed)
+
+
+def _start(module: Any, tuner: TunerConfig, seed: int) -> None:
+    group, dim = module.tp_group, 1 if module.lora_is_row else 0
+    shard_FD = whole_weight(module).float().contiguous()
+    shards = [torch.empty_like(shard_FD) for _ in range(group.size())]
+    dist.all_gather(shards, shard_FD, group=group)
+    whole_FD = torch.cat(shards, dim=dim)
+    rank, (outputs, inputs) = module.lora_a.weight.shape[0], whole_FD.shape
+    if rank > min(outputs, inputs):
+        raise ConfigError(
+            f"init_weights={tuner.init_weights} has lora_rank={rank}, and a linear has only {min(outputs, inputs)} singular "
+            "values. Choose a smaller --lora_rank."
+        )
+    a_RD, b_FR = whole_FD.new_empty(rank, inputs), whole_FD.new_empty(outputs, rank)
+    copies = _copies(module)
+    if group.rank() == 0 and copies.rank() == 0:
+        a, b = principal_part(whole_FD, rank, iterations=tuner.pissa_iterations, seed=seed)
+        root = module.lora_scale**-0.5
+        a_RD.copy_(a * root), b_FR.copy_(b * root)
+    for matrix in (a_RD, b_FR):
+        # Singular vectors have no sign, and their last bits depend on the processor: all copies take those of one rank.
+        dist.broadcast(matrix, group=copies, group_src=0)
+        dist.broadcast(matrix, group=group, group_src=0)
+    own_a, own_b = (
+        (part.chunk(group.size(), dim=cut)[group.rank()] if is_cut else part)
+        for part, cut, is_cut in ((a_RD, 1, module.lora_is_row), (b_FR, 0, not module.lora_is_row))
+    )
+    module.lora_a.weight.copy_(own_a)
+    module.lora_b.weight.copy_(own_b)
+    module.lora_a.start.copy_(module.lora_a.weight)
+    module.lora_b.start.copy_(-module.lora_b.weight)
+
+
+def _copies(module: Any) -> Any:
+    """Return the group of ranks that hold the same shard of a linear."""
+    if module.lora_is_expert:
+        return parallel_state.get_expert_data_parallel_group()
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def principal_part(
+    weight_FD: torch.Tensor, rank: int, *, iterations: int | None, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A [R, D] and B [F, R] whose product is the best approximation of rank R, each with a root of the singular values.
+
+    With `iterations` the subspace is found by so many power iterations (Halko et al. 2009, algorithm 4.4; torch.svd_lowrank).
+    """
+    if iterations is None:
+        u_FK, s_K, vt_KD = torch.linalg.svd(weight_FD, full_matrices=False)
+    else:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            u_FK, s_K, v_DK = torch.svd_lowrank(weight_FD, q=rank, niter=iterations)
+        vt_KD = v_DK.t()
+    root_R = s_K[:rank].sqrt()
+    return root_R[:, None] * vt_KD[:rank], u_FK[:, :rank] * root_R

@@ -1,0 +1,24 @@
+"""What a tuner does once the weights are there."""
+
+from collections.abc import Sequence
+
+import torch
+
+from megaswift.config.tuner import TunerConfig
+from megaswift.models.lora import start_magnitudes
+from megaswift.models.nf4 import quantise_base
+from megaswift.models.pissa import start_from_principal_parts
+
+
+def finish_tuner(
+    chunks: Sequence[torch.nn.Module], tuner: TunerConfig, *, device: torch.device, seed: int, fresh: bool
+) -> None:
+    """Quantise the base, and start what follows from it; every rank of the world calls it.
+
+    `fresh` says that adapters are not about to be read. Raises ConfigError where quantising or starting cannot be done.
+    """
+    if tuner.quant_bits:
+        quantise_base(chunks, tuner, device=device)
+    start_magnitudes(chunks)
+    if tuner.pissa and fresh:
+        start_from_principal_parts(chunks, tuner, seed=seed)
