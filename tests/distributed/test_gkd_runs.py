@@ -175,3 +175,20 @@ def test_resumed_run_repeats_every_figure_and_completion(training: str) -> None:
         (folder() / f"{training} one" / f"checkpoint-{later}" / "manifest.json").unlink()
     run_distributed(train_all, 1, [parse_run("rlhf", flags(training, "one"))])
     assert (figures(training, "one"), table(training, "one", "completions.jsonl")) == before
+
+
+@pytest.mark.slow
+@pytest.mark.ranks(2)
+def test_run_that_goes_on_under_another_layout_has_the_same_writers_and_completions() -> None:
+    expected = figures("mixed", "one"), table("mixed", "one", "completions.jsonl")
+    figures("mixed", "pp2")
+    output = folder() / "mixed pp2"
+    for later in range(2, STEPS + 1):
+        (output / f"checkpoint-{later}" / "manifest.json").unlink()
+    words = flags("mixed", "tp2")
+    words[words.index("--output_dir") + 1] = str(output)
+    run_distributed(train_all, 2, [parse_run("rlhf", words)])
+    assert table("mixed", "pp2", "completions.jsonl") == expected[1]
+    for line, one in zip(figures("mixed", "pp2"), expected[0], strict=True):
+        assert line["loss"] == pytest.approx(one["loss"], rel=LOSS_TOLERANCE)
+        assert line["on_policy"] == one["on_policy"]
