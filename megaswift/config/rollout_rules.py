@@ -25,6 +25,11 @@ def distils_completions(run: RunConfig) -> bool:
     return run.task == "rlhf" and settings.rlhf_type == "gkd" and (settings.lmbda > 0 or settings.seq_kd)
 
 
+def distils_nothing_else(run: RunConfig) -> bool:
+    """Whether the answers of the training rows are never read, as every step is on completions."""
+    return distils_completions(run) and (run.preference.lmbda == 1 or run.preference.seq_kd)
+
+
 def completions_are_for_grpo_and_gkd(run: RunConfig) -> None:
     """Settings of completions and rewards mean nothing to other tasks."""
     if generates(run):

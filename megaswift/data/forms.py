@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from megaswift.config.rollout_rules import distils_nothing_else
 from megaswift.config.rows import embedding_loss_of
 from megaswift.config.run import RunConfig
 from megaswift.data.sample import Message, RowError, Sample
@@ -77,6 +78,9 @@ def form_of(run: RunConfig) -> Form:
         return grouped(run.embedding.infonce_hard_negatives) if is_infonce else COMPARED
     if run.task != "rlhf":
         return CONVERSATIONS
+    validates = bool(run.data.val_dataset) or run.data.split_dataset_ratio > 0  # on the answers of rows
+    if distils_nothing_else(run) and not validates:
+        return PROMPTS
     return {"kto": JUDGEMENTS, "grpo": PROMPTS, "gkd": CONVERSATIONS}.get(run.preference.rlhf_type, PAIRS)
 
 

@@ -3,7 +3,8 @@ goes on from there.
 
 A scheduler is a function, or a class without arguments whose objects are called: scheduler(messages, completion, **columns) gets
 the conversation so far, what the model wrote now, and the other columns of the row. It returns the next message, or several,
-or None where the conversation is over; a text is a user's message. What it says carries no loss.
+or None where the conversation is over; a text is a user's message. What it says carries no loss. It is asked on every rank that
+asks the engine, and after a resume again: to the same conversation it must say the same.
 """
 
 from collections.abc import Callable, Sequence

@@ -2,7 +2,8 @@
 
 At every step a number from 0 to 1 is drawn: below lambda the student completes the prompts of all rows of the global batch;
 else they have their own answers, or with --seq_kd the teacher's. What is drawn follows from the seed and the rows consumed alone,
-every completion from the seed, the epoch and its row: the same under every layout, and after a resume.
+every completion from the seed, the epoch and its row: the same under every layout, and after a resume. With packing the global
+batch counts packs of rows, or rows where no answer of theirs is ever read; completions are packed anew at every step.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from megatron.core import parallel_state
 
 from megaswift.checkpoint.store import Checkpoint
 from megaswift.config.run import RunConfig
-from megaswift.data.batches import MicroBatch, TrainData
+from megaswift.data.batches import BatchSettings, MicroBatch, TrainData
 from megaswift.data.encode import EncodedSet
 from megaswift.data.prompts import PromptRows
 from megaswift.data.tokenizer import load_tokenizer
@@ -62,6 +63,7 @@ class DistillationFeed(TrainFeed):
         *,
         run: RunConfig,
         engine: Engine,
+        settings: BatchSettings,
         prompts: EncodedSet,
         rows: PromptRows,
         pad_id: int,
@@ -70,10 +72,12 @@ class DistillationFeed(TrainFeed):
         dp_rank: int,
         dp: int,
     ) -> None:
-        """`prompts` are those of the entries of `data`, `rows` what is behind them; `table` takes completions on rank 0."""
+        """`prompts` are those of the entries of `data`, `rows` what is behind them; `settings` are those of batches of
+        completions, which `table` takes on rank 0."""
         super().__init__(data, dp_rank=dp_rank, dp=dp)
         self._train, self._authors, self._run, self._engine = data, authors, run, engine
         self._prompts, self._rows, self._pad_id = prompts, rows, pad_id
+        self._settings = settings
         self._tokenizer, self._table = tokenizer, table
         self._figures: dict[str, float] = {}
 
@@ -95,7 +99,7 @@ class DistillationFeed(TrainFeed):
         self._figures |= completions.length_figures()
         if self._table is not None:
             self._write(self._table, consumed, writer, answers)
-        settings = replace(self._train.settings, global_batch_size=len(completions))
+        settings = replace(self._settings, global_batch_size=len(completions))
         return list(
             completions.micro_batches(settings, dp_rank=self._dp_rank, dp=self._dp, pad_id=self._pad_id)
         )
@@ -161,6 +165,7 @@ def distillation_feed(
         },
         run=run,
         engine=engine,
+        settings=sets.settings,
         prompts=sets.prompts,
         rows=sets.rows,
         pad_id=sets.pad_id,

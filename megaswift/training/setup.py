@@ -19,7 +19,7 @@ from megaswift.checkpoint.state import loss_scale, model_tensors, optimizer_tens
 from megaswift.checkpoint.store import Checkpoint, Manifest, Store
 from megaswift.config.dump import dump_run
 from megaswift.config.precision import token_multiple
-from megaswift.config.rollout_rules import distils_completions, generates
+from megaswift.config.rollout_rules import distils_completions, distils_nothing_else, generates
 from megaswift.config.run import RunConfig
 from megaswift.converters.adapters import save_peft
 from megaswift.converters.export import export_hf
@@ -102,18 +102,18 @@ def load_sets(
 ) -> Sets:
     """Tokenise on rank 0 alone and open the result on every rank; every rank calls it, waiting in the patient `group`."""
     assert meta.folder is not None and run.training.global_batch_size is not None, "resolved"
-    folder = output_dir / TOKENISED
+    folder, form = output_dir / TOKENISED, form_of(run)
     tokenizer = agree(lambda: load_tokenizer(str(meta.folder), trust_remote_code=run.model.trust_remote_code))
 
     def encode() -> dict[str, str]:
         data = load_data(
             run.data,
             tokenizer,
-            max_length=_room(run) if generates(run) else run.data.max_length,
+            max_length=_room(run) if form.asks else run.data.max_length,
             seed=run.training.seed,
             use_hf=run.model.use_hf,
             stop_ids=meta.eos_token_ids,
-            form=form_of(run),
+            form=form,
         )
         completes = distils_completions(run)
         if generates(run) or completes:
@@ -129,7 +129,7 @@ def load_sets(
         if data.prepared is not None and not estimates_kl:
             return {name: str(place) for name, place in data.prepared.sets.items()}
         sets = {"train": data.train} | ({} if data.val is None else {"val": data.val})
-        if completes:
+        if completes and not form.asks:
             assert data.read is not None, "seen above"
             template = Template.from_config(
                 run.data, tokenizer, max_length=_room(run), stop_ids=meta.eos_token_ids
@@ -162,9 +162,13 @@ def load_sets(
                 rows=PromptRows(folder),
             )
         sets = _sets([encoded[name] for name in ("train", "val") if name in encoded], settings, pad_id=pad_id)
-        if "prompts" in encoded:
-            return replace(sets, prompts=encoded["prompts"], rows=PromptRows(folder))
-        return sets
+        if not distils_completions(run):
+            return sets
+        sets = replace(sets, prompts=encoded.get("prompts", encoded["train"]), rows=PromptRows(folder))
+        if not distils_nothing_else(run):
+            return sets
+        rows = TrainData(encoded["train"], replace(settings, packing=False), pad_id=pad_id)
+        return replace(sets, train=rows, num_items=rows.num_items)  # not they, but completions are packed
 
     return agree(form_items)
 

@@ -38,6 +38,11 @@ TRAININGS: dict[str, tuple[str, ...]] = {
         "--lmbda", "0.5", "--beta", "1", "--tuner_type", "lora", "--lora_dropout", "0", "--packing", "true", "--max_length", "400",
         "--global_batch_size", "2", "--micro_batch_size", "1", *CALM,
     ),
+    # Rows without answers.
+    "asked": (
+        "--lmbda", "1", "--max_length", "40", "--global_batch_size", str(BATCH),
+        "--micro_batch_size", "2", *CALM,
+    ),
 }  # fmt: skip
 # layout -> (ranks, flags)
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -46,8 +51,9 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "tp2": (2, ("--tensor_model_parallel_size", "2", "--sequence_parallel", "true")),
     "pp2": (2, ("--pipeline_model_parallel_size", "2")),
     "cp2": (2, ("--context_parallel_size", "2", "--cp_comm_type", "p2p")),
+    "packed": (1, ("--packing", "true")),
 }
-ON_TWO = [("mixed", "tp2"), ("mixed", "pp2"), ("own", "cp2"), ("own", "dp2")]
+OTHERS = [("mixed", "tp2"), ("mixed", "pp2"), ("own", "cp2"), ("own", "dp2"), ("asked", "packed")]
 TIMED = ("step_time_s", "tokens_per_s", "model_tflops_per_s", "memory_gib")
 
 
@@ -57,14 +63,18 @@ def folder() -> Path:
     folder = temporary_folder()
     model, _ = make_tiny_run(folder, rows=10)
     make_tiny_run(folder / "teacher", rows=1, name="llama-tied")
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    prompts = [{"messages": row["messages"][:1]} for row in rows]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": list(STOPS)}))
     return folder
 
 
 def flags(training: str, layout: str) -> list[str]:
+    dataset = "prompts.jsonl" if training == "asked" else "rows.jsonl"
     return [
         "--rlhf_type", "gkd", "--model", str(folder() / "model"), "--teacher_model", str(folder() / "teacher" / "model"),
-        "--dataset", str(folder() / "rows.jsonl"), "--output_dir", str(folder() / f"{training} {layout}"), "--seed", str(SEED),
+        "--dataset", str(folder() / dataset), "--output_dir", str(folder() / f"{training} {layout}"), "--seed", str(SEED),
         "--train_iters", str(STEPS), "--learning_rate", "1e-2",
         "--lr_decay_style", "constant", "--save_steps", "1", "--logging_steps", "1", "--report_to", "none",
         "--max_completion_length", str(LONGEST), "--log_completions", "true", *TRAININGS[training], *LAYOUTS[layout][1],
@@ -74,7 +84,8 @@ def flags(training: str, layout: str) -> list[str]:
 @cache
 def trained(ranks: int) -> None:
     """Make every run of so many ranks."""
-    cases = [(training, "one") for training in TRAININGS] if ranks == 1 else ON_TWO
+    every = [*((training, "one") for training in TRAININGS), *OTHERS]
+    cases = [(training, layout) for training, layout in every if LAYOUTS[layout][0] == ranks]
     run_distributed(train_all, ranks, [parse_run("rlhf", flags(*case)) for case in cases])
 
 
@@ -103,7 +114,7 @@ def test_writers_follow_from_the_seed_and_have_their_share() -> None:
 
 @pytest.mark.slow
 @pytest.mark.ranks(2)
-@pytest.mark.parametrize(("training", "layout"), ON_TWO)
+@pytest.mark.parametrize(("training", "layout"), OTHERS)
 def test_layout_writes_and_learns_like_one_rank(training: str, layout: str) -> None:
     assert table(training, layout, "completions.jsonl") == table(training, "one", "completions.jsonl")
     for line, one in zip(figures(training, layout), figures(training, "one"), strict=True):
@@ -113,7 +124,7 @@ def test_layout_writes_and_learns_like_one_rank(training: str, layout: str) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("training", TRAININGS)
+@pytest.mark.parametrize("training", ["mixed", "own"])
 def test_every_writer_has_its_turn_and_the_student_learns(training: str) -> None:
     rows, lines = table(training, "one", "completions.jsonl"), figures(training, "one")
     other = "teacher" if training == "mixed" else "rows"
@@ -127,6 +138,17 @@ def test_every_writer_has_its_turn_and_the_student_learns(training: str) -> None
             assert training == "own" or len(own) == BATCH, number
     assert {line["on_policy"] for line in lines} == {0.0, 1.0}, "choose another seed"
     assert len({row["tokens"] for row in rows}) > 2
+
+
+@pytest.mark.slow
+def test_prompts_alone_are_enough_where_every_step_is_on_completions() -> None:
+    rows, lines = table("asked", "one", "completions.jsonl"), figures("asked", "one")
+    assert len(rows) == STEPS * BATCH and {row["writer"] for row in rows} == {"student"}
+    assert len({row["source"] for row in rows}) == 10, "every row is asked for"
+    assert [line["loss_tokens"] for line in lines] == [
+        sum(row["tokens"] for row in rows if row["step"] == line["step"]) for line in lines
+    ]
+    assert lines[-1]["loss"] < lines[0]["loss"]
 
 
 def opened(path: Path) -> Any:
@@ -168,10 +190,27 @@ def test_completions_and_losses_are_those_of_the_exported_student_and_of_the_tea
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("training", TRAININGS)
+@pytest.mark.parametrize("training", ["mixed", "own"])
 def test_resumed_run_repeats_every_figure_and_completion(training: str) -> None:
     before = figures(training, "one"), table(training, "one", "completions.jsonl")
     for later in range(2, STEPS + 1):
         (folder() / f"{training} one" / f"checkpoint-{later}" / "manifest.json").unlink()
     run_distributed(train_all, 1, [parse_run("rlhf", flags(training, "one"))])
     assert (figures(training, "one"), table(training, "one", "completions.jsonl")) == before
+
+
+@pytest.mark.slow
+@pytest.mark.ranks(2)
+def test_run_that_goes_on_under_another_layout_has_the_same_writers_and_completions() -> None:
+    expected = figures("mixed", "one"), table("mixed", "one", "completions.jsonl")
+    figures("mixed", "pp2")
+    output = folder() / "mixed pp2"
+    for later in range(2, STEPS + 1):
+        (output / f"checkpoint-{later}" / "manifest.json").unlink()
+    words = flags("mixed", "tp2")
+    words[words.index("--output_dir") + 1] = str(output)
+    run_distributed(train_all, 2, [parse_run("rlhf", words)])
+    assert table("mixed", "pp2", "completions.jsonl") == expected[1]
+    for line, one in zip(figures("mixed", "pp2"), expected[0], strict=True):
+        assert line["loss"] == pytest.approx(one["loss"], rel=LOSS_TOLERANCE)
+        assert line["on_policy"] == one["on_policy"]

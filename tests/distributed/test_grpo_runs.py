@@ -90,7 +90,7 @@ ON_TWO = [
     ("twice", "dp2 packed"),
     ("rloo", "vpp2 packed"),
     ("talks", "tp2"),
-    ("talks", "cp2 packed"),
+    ("talks", "cp2"),
 ]
 OTHERS = [*ON_TWO, ("lora", "packed"), ("twice", "packed"), ("twice", "tp2 pp2")]
 TIMED = ("step_time_s", "tokens_per_s", "model_tflops_per_s", "memory_gib")

@@ -167,3 +167,16 @@ def test_functions_and_objects_of_classes_come_out_of_files(tmp_path: Path) -> N
     with pytest.raises(ConfigError, match=r"multi_turn_scheduler=.*other.py is not a Python file"):
         load_scheduler(RolloutConfig(multi_turn_scheduler=f"{tmp_path / 'other.py'}:again"))
     assert load_scheduler(RolloutConfig()) is None
+
+
+def test_schedulers_of_installed_packages_are_found_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "teaching.py").write_text("def teacher(*given, **columns):\n    return 'Again.'\n")
+    facts = tmp_path / "teaching-1.0.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: teaching\nVersion: 1.0\n")
+    (facts / "entry_points.txt").write_text("[megaswift.multi_turn]\nschool = teaching:teacher\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    scheduler = load_scheduler(RolloutConfig(multi_turn_scheduler="school"))
+    assert scheduler is not None and scheduler([], "") == "Again."
