@@ -57,6 +57,7 @@ class ColocatedEngine:
             "enable_sleep_mode": self._level > 0,
             "logprobs_mode": "processed_logprobs",  # of the distribution that is drawn from
             "skip_tokenizer_init": True,
+            "worker_extension_cls": "megaswift.rollout.vllm_worker.WeightReceiver",
             "trust_remote_code": trust_remote_code,
             "seed": 0,  # alike on the ranks of an engine; every request has its own
             **({} if chosen.vllm_max_num_seqs is None else {"max_num_seqs": chosen.vllm_max_num_seqs}),
@@ -69,7 +70,7 @@ class ColocatedEngine:
             "LOCAL_RANK": str(local_rank),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": "0",
-            "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+            "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
         }
         with _trainer_untouched(), _environment(surroundings):
             self._llm = _start(arguments)
@@ -79,7 +80,7 @@ class ColocatedEngine:
         if self._level:
             torch.cuda.empty_cache()  # what the trainer's allocator keeps for itself is not there for vLLM's
             self._llm.wake_up(tags=["weights"])
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        self._llm.collective_rpc("megaswift_take", args=(weights,))
         self._llm.reset_prefix_cache()
 
     def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Answer]:

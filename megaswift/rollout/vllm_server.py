@@ -45,7 +45,7 @@ class ServedEngine:
         ):
             port = str(offer.getsockname()[1])
             calls = {
-                url: pool.submit(_call_workers, url, "megaswift_load", _own_address(url), port, token)
+                url: pool.submit(_call_workers, url, "megaswift_fetch", _own_address(url), port, token)
                 for url in self._urls
             }
             failure: OSError | None = None

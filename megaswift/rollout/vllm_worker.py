@@ -1,6 +1,6 @@
-"""What vLLM's workers learn from this project: to fetch their weights from the trainer (`vllm serve --worker-extension-cls`).
+"""What vLLM's workers learn from this project: to take all weights anew (vLLM's argument worker_extension_cls).
 
-vLLM imports this file in the processes of its workers and adds the methods to its own worker class; they are called by name.
+vLLM imports this file where its workers are and adds the methods to its own worker class; they are called by name.
 """
 
 import socket
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from megaswift.rollout.engine import Weights
 from megaswift.rollout.weight_stream import receive_bytes, receive_entries, tensors_of
 
 PATIENCE_S = 600.0  # of a worker, for the next parcel: the trainer gathers shards in between
@@ -25,12 +26,29 @@ class WeightReceiver:
         config = self.model_config
         return {"logprobs_mode": config.logprobs_mode, "max_model_len": config.max_model_len}
 
-    def megaswift_load(self: Any, host: str, port: str, token: str) -> None:
+    def megaswift_take(self: Any, weights: Weights) -> None:
+        """Replace all weights by these."""
+        self.reload_weights(weights_iterator=weights)
+        if self.device.type == "cpu":
+            _pack_heads(self.get_model())
+
+    def megaswift_fetch(self: Any, host: str, port: str, token: str) -> None:
         """Replace all weights by those that the trainer offers there."""
         from vllm.distributed.parallel_state import get_world_group  # this module is read where vLLM is not
 
-        group = get_world_group()
-        self.reload_weights(weights_iterator=arriving(host, int(port), token, group, self.device))
+        self.megaswift_take(arriving(host, int(port), token, get_world_group(), self.device))
+
+
+def _pack_heads(model: torch.nn.Module) -> None:
+    """Pack output layers for the CPU once more: vLLM 0.32 forgets those that share the embedding's weight when it reloads.
+
+    (model_executor/model_loader/reload/layerwise.py puts back what it had for a layer that the weights do not name.)
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
 
 
 def arriving(host: str, port: int, token: str, group: Any, device: Any) -> Iterator[tuple[str, torch.Tensor]]:

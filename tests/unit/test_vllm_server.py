@@ -146,14 +146,14 @@ def test_nobody_there_is_said_after_the_timeout() -> None:
         ServedEngine(["http://127.0.0.1:9"], timeout_s=0, room=None, weights_port=None)
 
 
-@pytest.mark.parametrize("what", ["/v1/completions", "megaswift_load"])
+@pytest.mark.parametrize("what", ["/v1/completions", "megaswift_fetch"])
 def test_what_a_server_says_is_passed_on(what: str) -> None:
     prompt = Prompt(ids=np.array([1, 2], np.int32), key=(0,))
     with servers() as found:
         asked = engine(found)
         found[0].refuses = what
         with pytest.raises(TrainingError, match=r"500 .*there is no such thing"):
-            if what == "megaswift_load":
+            if what == "megaswift_fetch":
                 asked.load(iter([("a", torch.zeros(2))]))
             else:
                 asked.complete([prompt], SAMPLING)
