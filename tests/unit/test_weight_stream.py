@@ -74,6 +74,7 @@ def test_a_stream_that_ends_too_soon_is_an_error() -> None:
         thread = Thread(target=listen)
         thread.start()
         connection, _ = offer.accept()
+        assert connection.recv(5) == b"token"
 
         def weights() -> Iterator[tuple[str, torch.Tensor]]:
             yield "a", torch.zeros(4)
