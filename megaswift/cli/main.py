@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "sft": ("megaswift.cli.sft", "fine-tune a model on conversations"),
     "pt": ("megaswift.cli.pt", "continue pre-training on text, or start it"),
     "rlhf": ("megaswift.cli.rlhf", "learn from preferences or rewards: dpo, orpo, simpo, cpo, kto, rm, grpo"),
+    "rollout": ("megaswift.cli.rollout", "start vLLM servers that write completions for `megaswift rlhf`"),
     "plan": ("megaswift.cli.plan", "choose the layout for a model and a cluster, and say why"),
     "export": ("megaswift.cli.export", "turn a training checkpoint or an adapter into a Hugging Face folder"),
     "convert": (

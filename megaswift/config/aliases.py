@@ -193,6 +193,7 @@ TRANSLATIONS: dict[str, Callable[[str, Raw], Translated]] = {
 
 # Asked for, and always so, or without effect on any result: one line says which.
 ALWAYS_SO: dict[str, str] = {
+    "log_rollout_offpolicy_metrics": "how vLLM's probabilities differ from the trainer's is always logged",
     "load_safetensors": "weights are always read from safetensors",
     "packing_cache": "packs are computed at the start and need no cache",
     "packing_num_proc": "packs are computed in one process",

@@ -30,16 +30,12 @@ def _refuse(what: str, instead: str = "", **flags: str) -> dict[str, Refused]:
 # Flags of reinforcement learning and distillation.
 _RLHF = """
     teacher_model_server teacher_tag_key gkd_logits_topk offload_teacher_model teacher_kl_coef generation_batch_size
-    repetition_penalty delta dynamic_sample max_resample_times
-    cosine_min_len_value_wrong cosine_max_len_value_wrong cosine_min_len_value_correct cosine_max_len_value_correct
-    cosine_max_len log_entropy top_entropy_quantile rollout_importance_sampling_mode
-    rollout_importance_sampling_threshold off_policy_sequence_mask_delta use_gym_env
-    vllm_mode vllm_gpu_memory_utilization vllm_tensor_parallel_size vllm_max_model_len vllm_enable_prefix_caching
-    vllm_enforce_eager vllm_max_num_seqs vllm_enable_lora vllm_engine_kwargs vllm_server_host vllm_server_port
-    vllm_server_timeout vllm_server_base_url vllm_server_group_port sleep_level offload_model offload_optimizer
-    offload_bridge use_ray ld_alpha discopop_tau loss_weights reward_adapters num_ppo_epochs kl_coef
-    cliprange vf_coef cliprange_value gamma lam num_mini_batches response_length async_generate sync_ref_model
-    whiten_rewards missing_eos_penalty
+    repetition_penalty delta dynamic_sample max_resample_times cosine_min_len_value_wrong cosine_max_len_value_wrong
+    cosine_min_len_value_correct cosine_max_len_value_correct cosine_max_len log_entropy top_entropy_quantile
+    off_policy_sequence_mask_delta use_gym_env vllm_enable_lora offload_model offload_optimizer offload_bridge
+    use_ray ld_alpha discopop_tau loss_weights reward_adapters num_ppo_epochs kl_coef cliprange vf_coef
+    cliprange_value gamma lam num_mini_batches response_length async_generate sync_ref_model whiten_rewards
+    missing_eos_penalty
 """.split()
 
 REFUSED: dict[str, Refused] = {
@@ -325,11 +321,6 @@ REFUSED: dict[str, Refused] = {
     ),
     **_refuse("another divergence from the reference", f_divergence_type="reverse_kl"),
     **_refuse("a second loss beside the teacher's", sft_alpha="0 0.0"),
-    **_refuse(
-        "completions by vLLM",
-        "Leave it out: the trained model generates by itself, under tp, pp, dp and ep.",
-        use_vllm="false",
-    ),
     **_refuse("several steps on parts of one batch of completions", steps_per_generation="1 none"),
     **{
         flag: Refused(what="reinforcement learning and distillation", harmless=("false", "none"))

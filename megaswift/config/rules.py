@@ -11,6 +11,7 @@ from megaswift.config import precision_rules as precision
 from megaswift.config import preference_rules as preference
 from megaswift.config import rollout_rules as rollout
 from megaswift.config import training_rules as training
+from megaswift.config import vllm_rules as vllm
 from megaswift.config.case import Case, Rule
 from megaswift.config.run import RunConfig
 from megaswift.metadata.meta import ModelMeta
@@ -38,6 +39,9 @@ REQUEST_RULES = (
     rollout.rollout_numbers_are_in_range,
     rollout.what_rollouts_do_not_reach,
     rollout.what_distilled_completions_do_not_reach,
+    vllm.vllm_is_for_completions,
+    vllm.vllm_is_asked_for,
+    vllm.vllm_numbers_are_in_range,
 )
 
 RULES: tuple[Rule, ...] = (
@@ -69,6 +73,8 @@ RULES: tuple[Rule, ...] = (
     training.the_learning_rate_has_a_default,
     training.the_schedule_is_complete,
     training.host_memory_holds_adamw_shards,
+    vllm.engines_share_out_the_ranks,
+    vllm.samples_fit_the_engine,
     training.lengths_fit_the_model,
     training.packs_are_free_of_padding,
     training.text_is_split_for_pre_training_only,

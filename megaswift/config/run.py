@@ -16,6 +16,7 @@ from megaswift.config.preference import PreferenceConfig
 from megaswift.config.rollout import RolloutConfig
 from megaswift.config.training import TrainingConfig
 from megaswift.config.tuner import TunerConfig
+from megaswift.config.vllm import SamplerConfig, VllmConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,8 @@ class RunConfig:
     embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    vllm: VllmConfig = field(default_factory=VllmConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)

@@ -63,9 +63,11 @@ class MicroBatch:
     # float32 [rows] or [rows, numbers]: what the rows say beside their text; nan: nothing
     targets: torch.Tensor | None = None
     references: torch.Tensor | None = None  # float64 [documents]: log-probability under the reference model
-    # float32 [B, S], of the labels of completions: log-probability when they were generated, and under the reference model
+    # float32 [B, S], of the labels of completions: log-probability when they were generated, under the reference model, and
+    # under the engine that drew them, where that was not the model itself
     old_logps: torch.Tensor | None = None
     reference_logps: torch.Tensor | None = None
+    sampler_logps: torch.Tensor | None = None
     mismatched: "MicroBatch | None" = None  # the same rows, with each prompt answered for another row
     prepared: object = None  # what the task found before the step (Task.prepare); no part of the data
 

@@ -12,7 +12,15 @@ from megaswift.kernels.context_attention.index import rank_tokens
 from megaswift.kernels.context_attention.plan import make_plan
 
 # What a micro batch holds of every token [B, S]
-PER_TOKEN = ("input_ids", "labels", "loss_mask", "position_ids", "old_logps", "reference_logps")
+PER_TOKEN = (
+    "input_ids",
+    "labels",
+    "loss_mask",
+    "position_ids",
+    "old_logps",
+    "reference_logps",
+    "sampler_logps",
+)
 
 
 def spread(batch: MicroBatch, *, rank: int, ring: int, inner: int) -> MicroBatch:

@@ -72,3 +72,8 @@ class Seat:
     loads: bool  # hands weights to the engine
     answers: bool  # calls it
     reports: bool  # tells the other ranks what it said; one rank an engine does
+
+
+def seed_of(prompt: Prompt) -> int:
+    """Return a seed of 63 bits that the key decides, for engines that draw by themselves."""
+    return int(np.random.SeedSequence(prompt.key).generate_state(1, np.uint64)[0] >> 1)

@@ -107,6 +107,7 @@ class Rollout(Completions):
     advantages: np.ndarray | None = None  # float32 [N]
     old_logps: np.ndarray | None = None  # float32 [T], of the completions' tokens, 0 elsewhere
     reference_logps: np.ndarray | None = None  # the same under the reference model
+    sampler_logps: np.ndarray | None = None  # the same under what drew them, if not the model itself
 
     @cached_property
     def encoded(self) -> EncodedSet:
@@ -122,6 +123,7 @@ class Rollout(Completions):
                 batch,
                 old_logps=self._of_labels(batch, self.old_logps),
                 reference_logps=self._of_labels(batch, self.reference_logps),
+                sampler_logps=self._of_labels(batch, self.sampler_logps),
             )
 
     def _of_labels(self, batch: MicroBatch, values_T: np.ndarray | None) -> torch.Tensor | None:

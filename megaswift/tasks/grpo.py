@@ -9,6 +9,10 @@ A              (r - mean r) / std r over the group   Shao et al., section 4.1.2;
 --loss_type    how token losses become one: grpo, the mean over each completion, then over completions (Shao et al., eq. 3); dapo and bnpo,
                the mean over the tokens of the global batch (Yu et al., eq. 8; a micro batch, by which TRL's bnpo divides, is a matter of
                the layout here); dr_grpo, the sum over completions / (completions * max_completion_length) (Liu et al., section 3).
+sampler        Where another engine drew the completions, with probability q, token losses that compare with pi_old are weighted by
+               w = pi_old/q, held to a threshold C: min(w, C) (truncated importance sampling: Yao et al. 2025, "Your efficient RL
+               framework secretly brings you off-policy RL training"), or w where w <= C and 0 elsewhere. For a sequence w is the
+               geometric mean over its tokens, as in GSPO and in ms-swift 4.6.
 
 Letters: B batch, S sequence, C rows of values, N completions of a micro batch, T their tokens end to end, P prompts, G completions of a prompt.
 """
@@ -22,13 +26,22 @@ import torch
 
 from megaswift.config.preference import PreferenceConfig
 from megaswift.config.rollout import RolloutConfig
+from megaswift.config.vllm import SamplerConfig
 from megaswift.data.batches import MicroBatch
 from megaswift.metadata.meta import ModelMeta
 from megaswift.tasks.answers import Outcome, document_sums, whole_rows
 from megaswift.tasks.preference import rows_loss
 from megaswift.tasks.task import Loss, RunModel, run_model
 
-METRICS = ("kl", "clip_ratio/low_mean", "clip_ratio/high_mean")
+METRICS = (
+    "kl",
+    "clip_ratio/low_mean",
+    "clip_ratio/high_mean",
+    "sampling/kl",
+    "sampling/sampling_logp_difference/mean",
+    "sampling/importance_sampling_ratio/mean",
+    "sampling/importance_sampling_ratio/max",
+)
 TINY = 1e-4  # beside a standard deviation, as in TRL 1.16
 BY_TOKENS = ("dapo", "bnpo")  # losses that are divided by tokens, not by completions
 
@@ -42,6 +55,7 @@ class Completions:
     advantages_N: torch.Tensor
     old_T: torch.Tensor | None = None  # log pi_old; None: pi is what it was when it generated
     references_T: torch.Tensor | None = None  # log pi_ref
+    sampler_T: torch.Tensor | None = None  # log q; None: pi itself drew them
 
 
 class Grpo:
@@ -50,9 +64,14 @@ class Grpo:
     metrics: Sequence[str] = METRICS
 
     def __init__(
-        self, settings: PreferenceConfig, rollout: RolloutConfig, *, run: RunModel = run_model
+        self,
+        settings: PreferenceConfig,
+        rollout: RolloutConfig,
+        sampler: SamplerConfig,
+        *,
+        run: RunModel = run_model,
     ) -> None:
-        self._settings, self._rollout, self._run = settings, rollout, run
+        self._settings, self._rollout, self._sampler, self._run = settings, rollout, sampler, run
 
     def prepare(self, batches: list[MicroBatch], chunks: Sequence[Any]) -> list[MicroBatch]:
         """Return the batches as they are."""
@@ -69,7 +88,7 @@ class Grpo:
 
     def _loss(self, batch: MicroBatch, losses_BS: torch.Tensor) -> Loss:
         completions = completions_of(batch, losses_BS)
-        outcome = grpo_loss(completions, self._settings, self._rollout)
+        outcome = grpo_loss(completions, self._settings, self._rollout, self._sampler)
         tokens = completions.lengths_N.sum()
         return rows_loss(
             outcome, loss_tokens=tokens.double(), by_tokens=self._settings.loss_type in BY_TOKENS
@@ -83,7 +102,11 @@ def completions_of(batch: MicroBatch, losses_BS: torch.Tensor) -> Completions:
     """
     device = losses_BS.device
     chosen_BS = (batch.loss_mask != 0).to(device, non_blocking=True)
-    given = {"old_T": batch.old_logps, "references_T": batch.reference_logps}
+    given = {
+        "old_T": batch.old_logps,
+        "references_T": batch.reference_logps,
+        "sampler_T": batch.sampler_logps,
+    }
     found = {
         name: values_BS.to(device, non_blocking=True)
         for name, values_BS in given.items()
@@ -101,7 +124,9 @@ def completions_of(batch: MicroBatch, losses_BS: torch.Tensor) -> Completions:
     )
 
 
-def grpo_loss(completions: Completions, settings: PreferenceConfig, rollout: RolloutConfig) -> Outcome:
+def grpo_loss(
+    completions: Completions, settings: PreferenceConfig, rollout: RolloutConfig, sampler: SamplerConfig
+) -> Outcome:
     """Return the loss of every completion: to be summed, and divided by completions or by tokens (BY_TOKENS)."""
     logps_T, lengths_N = completions.logps_T, completions.lengths_N
     assert settings.beta is not None and rollout.epsilon_high is not None, "resolved"
@@ -117,6 +142,10 @@ def grpo_loss(completions: Completions, settings: PreferenceConfig, rollout: Rol
     low_T = (ratio_T < 1 - rollout.epsilon) & (advantages_T < 0)
     high_T = (ratio_T > 1 + rollout.epsilon_high) & (advantages_T > 0)
     metrics = {"clip_ratio/low_mean": low_T.double(), "clip_ratio/high_mean": high_T.double()}
+    if completions.sampler_T is not None:
+        log_weight_T = old_T - completions.sampler_T
+        losses_T = losses_T * sampler_weights(log_weight_T, lengths_N, sampler)
+        metrics |= _mismatch(log_weight_T)
     if completions.references_T is not None:
         lead_T = completions.references_T - logps_T
         divergence_T = lead_T.exp() - lead_T - 1
@@ -129,6 +158,31 @@ def grpo_loss(completions: Completions, settings: PreferenceConfig, rollout: Rol
     elif settings.loss_type == "dr_grpo":
         losses_N = losses_N / rollout.max_completion_length
     return Outcome(losses_R=losses_N, metrics=metrics)
+
+
+def sampler_weights(
+    log_weight_T: torch.Tensor, lengths_N: torch.Tensor, sampler: SamplerConfig
+) -> torch.Tensor:
+    """Return what the loss of each token is multiplied by, given log pi_old/q."""
+    level, _, limit = sampler.rollout_importance_sampling_mode.partition("_")
+    if level == "none":
+        return torch.ones_like(log_weight_T)
+    if level == "sequence":
+        means_N = sums_of(log_weight_T, lengths_N) / lengths_N.clamp(min=1)
+        log_weight_T = means_N.repeat_interleave(lengths_N)
+    weight_T, most = log_weight_T.exp(), sampler.rollout_importance_sampling_threshold
+    return weight_T.clamp(max=most) if limit == "truncate" else weight_T.where(weight_T <= most, 0.0)
+
+
+def _mismatch(log_weight_T: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return how far the model is from the engine that drew: the KL divergence as in k3, and TRL's figures of tokens."""
+    weight_T = log_weight_T.exp()
+    return {
+        "sampling/kl": weight_T - log_weight_T - 1,
+        "sampling/sampling_logp_difference/mean": log_weight_T.abs(),
+        "sampling/importance_sampling_ratio/mean": weight_T,
+        "sampling/importance_sampling_ratio/max": weight_T,
+    }
 
 
 def sums_of(values_T: torch.Tensor, lengths_N: torch.Tensor) -> torch.Tensor:

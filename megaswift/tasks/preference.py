@@ -19,7 +19,7 @@ from megaswift.models.lora import adapters_off
 from megaswift.tasks.answers import Answers, Outcome, answers_of
 from megaswift.tasks.kto import METRICS as KTO_METRICS
 from megaswift.tasks.kto import kto_loss, with_margin
-from megaswift.tasks.task import Loss, RunModel, look, run_model
+from megaswift.tasks.task import MAXIMUM, Loss, RunModel, look, run_model
 
 
 class Preference:
@@ -124,11 +124,12 @@ def rows_loss(outcome: Outcome, *, loss_tokens: torch.Tensor, by_tokens: bool = 
     losses_R = outcome.losses_R
     counts = int(parallel_state.get_context_parallel_rank() == 0)
     number = loss_tokens if by_tokens else torch.full_like(loss_tokens, losses_R.numel())
-    log = {name: counts * _sum_and_number(values) for name, values in outcome.metrics.items()}
+    log = {name: counts * _entry(name, values) for name, values in outcome.metrics.items()}
     log["loss"] = counts * torch.stack([losses_R.detach().sum(), number])
     log["loss_tokens"] = counts * torch.stack([loss_tokens, loss_tokens])
     return losses_R.sum().float(), (counts * number).int(), log
 
 
-def _sum_and_number(values: torch.Tensor) -> torch.Tensor:
-    return torch.stack([values.sum(), values.new_tensor(values.numel())])
+def _entry(name: str, values: torch.Tensor) -> torch.Tensor:
+    value, number = (values.max(), 1) if name.endswith(MAXIMUM) else (values.sum(), values.numel())
+    return torch.stack([value, values.new_tensor(number)])

@@ -12,8 +12,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megaswift.data.batches import MicroBatch
 from megaswift.models.attention import documents_of
 
+MAXIMUM = "/max"  # ends the name of what is logged as the greatest value, which is never negative
 # What Megatron's schedule makes of a micro batch: the sum of losses to differentiate, by how many it is to be divided (int32,
-# summed over the global batch), and what is logged. Each entry of the log is [sum, number], float64; "loss" is the loss.
+# summed over the global batch), and what is logged. Each entry of the log is [sum, number], float64, or [maximum, 1] of a name
+# that ends in MAXIMUM; "loss" is the loss.
 Loss = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 # (micro batch, this rank's chunk of the model) -> the chunk's output
 RunModel = Callable[[MicroBatch, Any], torch.Tensor]
@@ -24,7 +26,7 @@ class Task(Protocol):
 
     @property
     def metrics(self) -> Sequence[str]:
-        """Names of the means that are logged beside the loss; the same on every rank."""
+        """Names of the means and maxima that are logged beside the loss; the same on every rank."""
         ...
 
     def prepare(self, batches: list[MicroBatch], chunks: Sequence[Any]) -> list[MicroBatch]:

@@ -1,8 +1,8 @@
 """Who writes completions: a model in shards, through an engine that is handed its weights.
 
 A generation: the engine (rollout/engine.py) gets the weights out of the shards (converters/gather.py) and answers prompts; ranks
-that ask it may judge the answers at once, and then every rank has all of them. With the model itself as engine one rank of each
-copy of the model does so, also of copies that share out sequences in training.
+that ask it may judge the answers at once, and then every rank has all of them. With the model itself as engine, or servers, one
+rank of each copy of the model does so, also of copies that share out sequences in training; with vLLM in the ranks all do.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 
 from megaswift.checkpoint.store import Checkpoint
 from megaswift.config.run import RunConfig
+from megaswift.config.vllm_rules import server_urls
 from megaswift.converters.gather import stream_model
 from megaswift.converters.live import TORCH_DTYPES
 from megaswift.converters.tensor_files import DTYPE_NAMES
@@ -23,6 +24,8 @@ from megaswift.parallel.agreement import agree
 from megaswift.parallel.layout import Layout
 from megaswift.rollout.engine import Answer, Prompt, RolloutEngine, Sampling, Seat, Weights
 from megaswift.rollout.generate import EmbeddedEngine
+from megaswift.rollout.vllm_colocated import ColocatedEngine
+from megaswift.rollout.vllm_server import ServedEngine
 from megaswift.training.reporters import JsonLines
 
 T = TypeVar("T")
@@ -63,9 +66,31 @@ class Author:
             max_tokens=chosen.max_completion_length,
             stop_ids=stop_ids,
         )
-        self.seat, self._holders = _place(layout)
-        trust = run.model.trust_remote_code
-        self._engine: RolloutEngine = EmbeddedEngine(meta, pad_id=pad_id, trust_remote_code=trust)
+        self._pad_id = pad_id
+        self.seat, self._holders = _place(run, layout)
+        self._engine = agree(self._start_engine, group=group)
+
+    def _start_engine(self) -> RolloutEngine:
+        """Return this rank's hold of an engine; every rank calls it, as some engines span ranks."""
+        run, sampler, trust = self._run, self._run.sampler, self._run.model.trust_remote_code
+        if sampler.use_vllm and sampler.vllm_mode == "server" and self.seat.answers:
+            return ServedEngine(
+                server_urls(sampler),
+                timeout_s=sampler.vllm_server_timeout,
+                room=run.data.max_length,
+                weights_port=sampler.vllm_server_group_port,
+            )
+        if sampler.use_vllm and sampler.vllm_mode == "colocate":
+            with torch.random.fork_rng(devices=self._devices):
+                return ColocatedEngine(
+                    self._meta,
+                    run.vllm,
+                    sampler,
+                    dtype=str(run.model.torch_dtype or self._meta.dtype),
+                    local_rank=self._device.index or 0,
+                    trust_remote_code=trust,
+                )
+        return EmbeddedEngine(self._meta, pad_id=self._pad_id, trust_remote_code=trust)
 
     def write(
         self,
@@ -81,15 +106,7 @@ class Author:
         it in whole groups of `together` that follow each other. `lead` asks the engine, on every rank that does so, maybe several
         times for a place.
         """
-        weights = stream_model(
-            self._chunks,
-            self._meta,
-            self._layout,
-            dist.get_rank(),
-            group=self._holders,
-            dtype=TORCH_DTYPES[DTYPE_NAMES[self._run.model.torch_dtype or self._meta.dtype]],
-            keep=self.seat.loads,
-        )
+        weights = self._weights()
         agree(lambda: self._load(weights), group=self._group)
         places = [
             place
@@ -101,6 +118,19 @@ class Author:
         dist.all_gather_object(shares, mine, group=self._group)
         found = dict(one for share in shares for one in share)
         return [found[place] for place in range(len(prompts))]
+
+    def _weights(self) -> Weights:
+        if self._holders is None:
+            return iter(())
+        return stream_model(
+            self._chunks,
+            self._meta,
+            self._layout,
+            dist.get_rank(),
+            group=self._holders,
+            dtype=TORCH_DTYPES[DTYPE_NAMES[self._run.model.torch_dtype or self._meta.dtype]],
+            keep=self.seat.loads,
+        )
 
     def _load(self, weights: Weights) -> None:
         try:
@@ -131,13 +161,18 @@ class Author:
         return list(zip(places, judge(places, answers), strict=True))
 
     @property
+    def _device(self) -> torch.device:
+        device: torch.device = next(self._chunks[0].parameters()).device
+        return device
+
+    @property
     def _devices(self) -> list[torch.device]:
-        device = next(self._chunks[0].parameters()).device
-        return [device] if device.type == "cuda" else []
+        """Those with a random state beside the CPU's."""
+        return [self._device] if self._device.type == "cuda" else []
 
 
-def _place(layout: Layout) -> tuple[Seat, Any]:
-    """Return what this rank does when completions are generated, and the group whose ranks hold the whole model."""
+def _place(run: RunConfig, layout: Layout) -> tuple[Seat, Any]:
+    """Return what this rank does when completions are generated, and the group that gathers weights with it, if one does."""
     # Experts may lie on ranks of other data-parallel copies: then all ranks send, and every copy listens.
     spread = layout.ep * layout.etp > 1
     holders = dist.group.WORLD if spread else parallel_state.get_model_parallel_group()
@@ -145,8 +180,17 @@ def _place(layout: Layout) -> tuple[Seat, Any]:
         parallel_state.get_tensor_model_parallel_rank(),
         parallel_state.get_pipeline_model_parallel_rank(),
     ) == (0, 0)
-    number = parallel_state.get_data_parallel_rank(with_context_parallel=True)
-    return Seat(number=number, of=layout.dp * layout.cp, loads=first, answers=first, reports=first), holders
+    copy, copies = parallel_state.get_data_parallel_rank(with_context_parallel=True), layout.dp * layout.cp
+    rank, size = dist.get_rank(), run.vllm.vllm_tensor_parallel_size
+    if not run.sampler.use_vllm:
+        return Seat(number=copy, of=copies, loads=first, answers=first, reports=first), holders
+    if (
+        run.sampler.vllm_mode == "server"
+    ):  # rank 0 sends weights to all servers; a rank of each copy asks them
+        seat = Seat(number=copy, of=copies, loads=rank == 0, answers=first, reports=first)
+        return seat, holders if 0 in dist.get_process_group_ranks(holders) else None
+    number, engines = rank // size, layout.world // size
+    return Seat(number=number, of=engines, loads=True, answers=True, reports=rank % size == 0), holders
 
 
 def completions_table(run: RunConfig, checkpoint: Checkpoint | None) -> JsonLines | None:

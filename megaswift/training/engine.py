@@ -14,7 +14,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.moe.moe_utils import track_moe_metrics
 
 from megaswift.data.batches import MicroBatch
-from megaswift.tasks.task import Task, run_schedule
+from megaswift.tasks.task import MAXIMUM, Task, run_schedule
 
 ROUTER_LOSSES = {
     "aux_loss": "load_balancing_loss",
@@ -157,10 +157,11 @@ class Engine:
     def _totals(
         self, outputs: list[dict[str, torch.Tensor]], batches: list[MicroBatch], *, interrupted: bool
     ) -> "_Totals":
-        """Sum over the world what the last pipeline stage knows; one all-reduce of a few float64."""
+        """Sum over the world what the last pipeline stage knows; an all-reduce of a few float64, another where maxima are logged."""
         names = self._task.metrics
         values = torch.zeros(6 + 2 * len(names), dtype=torch.float64, device=self._device)
         values[5] = float(interrupted)
+        greatest = torch.zeros(len(names), dtype=torch.float64, device=self._device)
         if parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0:
             sums = torch.stack([output["loss"] for output in outputs])  # [micro batches, (loss sum, number)]
             values[2] = sum(output.get("loss_tokens", output["loss"])[1] for output in outputs)
@@ -174,16 +175,21 @@ class Engine:
                 found = [output[name] for output in outputs if name in output]
                 if found:
                     values[6 + 2 * number : 8 + 2 * number] = torch.stack(found).sum(0)
+                    greatest[number] = torch.stack(found)[:, 0].amax()
             if parallel_state.get_context_parallel_rank() == 0:
                 for batch in batches:
                     values[3:5] += torch.tensor(
                         self._measure(batch), dtype=torch.float64, device=self._device
                     )
         dist.all_reduce(values)
+        if any(name.endswith(MAXIMUM) for name in names):
+            dist.all_reduce(greatest, op=dist.ReduceOp.MAX)
         loss_sum, weight, loss_tokens, tokens, flop, interrupts, *rest = values.tolist()
         means = {
-            name: total / number
-            for name, total, number in zip(names, rest[0::2], rest[1::2], strict=True)
+            name: highest if name.endswith(MAXIMUM) else total / number
+            for name, total, number, highest in zip(
+                names, rest[0::2], rest[1::2], greatest.tolist(), strict=True
+            )
             if number
         }
         return _Totals(

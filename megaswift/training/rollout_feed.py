@@ -250,6 +250,7 @@ class Roller:
             group=group,
             trains_cut=not self.run.rollout.overlong_filter,
             rewards=np.array([one.rewards for one in found]),
+            sampler_logps=_sampler_logps([prompts[one.place // group] for one in found], found),
         )
 
     def _with_logps(self, rollout: Rollout) -> Rollout:
@@ -309,6 +310,17 @@ class Roller:
                     "advantage": advantage,
                 }
             )
+
+
+def _sampler_logps(prompts: Sequence[np.ndarray], found: Sequence[_Completion]) -> np.ndarray | None:
+    """Return the log-probability with which each token was drawn, float32 [T], 0 in prompts; None where the model itself drew."""
+    parts = [
+        part
+        for prompt, one in zip(prompts, found, strict=True)
+        if one.answer.logps is not None
+        for part in (np.zeros(len(prompt), np.float32), np.array(one.answer.logps, np.float32))
+    ]
+    return np.concatenate(parts) if parts else None
 
 
 def _row_of_logps(batch: MicroBatch, losses_1S: torch.Tensor) -> tuple[MicroBatch, torch.Tensor]:

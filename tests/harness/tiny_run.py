@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from tests.harness.tiny import save_tiny
 from tests.unit.small_tokenizers import small_tokenizer
@@ -13,10 +14,13 @@ CHAT_TEMPLATE = (
 WORDS = "the capital of France is Paris and that of Italy is Rome yes no First Second answer".split()
 
 
-def make_tiny_run(folder: Path, *, rows: int = 40, name: str = "llama") -> tuple[Path, Path]:
-    """Write a model and a file of rows below `folder` and return both paths."""
+def make_tiny_run(
+    folder: Path, *, rows: int = 40, name: str = "llama", **overrides: Any
+) -> tuple[Path, Path]:
+    """Write a model, with what `overrides` of its config, and a file of rows below `folder` and return both paths."""
     tokenizer = small_tokenizer(CHAT_TEMPLATE, special=["<|user|>", "<|assistant|>"])
-    model = save_tiny(name, folder / "model", vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    words = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, **overrides}
+    model = save_tiny(name, folder / "model", **words)
     tokenizer.save_pretrained(model)
     data = folder / "rows.jsonl"
     with data.open("w", encoding="utf-8") as file:

@@ -1,5 +1,6 @@
 """GRPO's losses and gradients against TRL's own trainer: same weights, same completions, same advantages, same older policies."""
 
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -41,7 +42,16 @@ FORMS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
             "epsilon_high": 0.04,
         },
     ),
+    **{
+        mode: (
+            {"loss_type": "grpo", "beta": 0.1},
+            {},
+            {"loss_type": "grpo", "beta": 0.1, "vllm_importance_sampling_mode": mode},
+        )
+        for mode in ("token_truncate", "token_mask")
+    },
 }
+MOST = 1.1  # threshold of importance weights: some of them are above
 
 
 @cache
@@ -65,6 +75,7 @@ def rollout() -> Rollout:
     older, reference = (
         (logps + 0.2 * generator.standard_normal(len(logps))).astype(np.float32) for _ in range(2)
     )
+    sampler = (logps + 0.2 * np.random.default_rng(4).standard_normal(len(logps))).astype(np.float32)
     return Rollout(
         position=0,
         group=2,
@@ -76,15 +87,16 @@ def rollout() -> Rollout:
         advantages=generator.standard_normal(ROWS).astype(np.float32),
         old_logps=older,
         reference_logps=reference,
+        sampler_logps=sampler,
     )
 
 
 def first_steps(
-    rank: int, world_size: int, model: Path, cases: list[Case], given: Rollout
+    rank: int, world_size: int, model: Path, cases: list[Case], rollouts: list[Rollout]
 ) -> dict[str, tuple[float, float, float]]:
     """Return loss, gradient norm and share of clipped tokens of the first step of every case on given completions."""
     found = {}
-    for case in cases:
+    for case, given in zip(cases, rollouts, strict=True):
         with prepared(model, case, encoded=given.encoded) as trained:
             settings = BatchSettings(global_batch_size=ROWS, micro_batch_size=2)
             batches = list(given.micro_batches(settings, dp_rank=0, dp=1, pad_id=0))
@@ -110,15 +122,34 @@ def ours() -> dict[str, tuple[float, float, float]]:
             settings={
                 "preference": {"rlhf_type": "grpo", **preference},
                 "rollout": {**common, **more},
+                "sampler": corrected(name),
                 "training": {"global_batch_size": ROWS, "micro_batch_size": 2, "train_iters": 1},
             },
         )
         for name, (preference, more, _) in FORMS.items()
     ]
-    return run_distributed(first_steps, 1, folder(), cases, rollout())[0]
+    given = [rollout() if corrected(name) else replace(rollout(), sampler_logps=None) for name in FORMS]
+    return run_distributed(first_steps, 1, folder(), cases, given)[0]
 
 
-def padded(given: Rollout) -> dict[str, torch.Tensor]:
+def corrected(name: str) -> dict[str, Any]:
+    """Return the settings of what another engine drew."""
+    if not name.startswith("token_"):
+        return {}
+    return {
+        "use_vllm": True,
+        "rollout_importance_sampling_mode": name,
+        "rollout_importance_sampling_threshold": MOST,
+    }
+
+
+def importance_weights(older: torch.Tensor, sampler: torch.Tensor, mode: str) -> torch.Tensor:
+    """Return what TRL weights tokens with (GRPOTrainer._generate_and_score_completions, 1.16)."""
+    ratio = torch.exp(older - sampler)
+    return ratio.clamp(max=MOST) if mode == "token_truncate" else ratio.masked_fill(ratio > MOST, 0.0)
+
+
+def padded(given: Rollout, name: str) -> dict[str, torch.Tensor]:
     """Return the completions as TRL wants them: prompts padded on the left, completions on the right."""
     longest_prompt, longest = int(given.prompt_lengths.max()), int(given.lengths.max())
     inputs = {
@@ -131,9 +162,10 @@ def padded(given: Rollout) -> dict[str, torch.Tensor]:
         )
     }
     logps = {
-        name: torch.zeros(len(given), longest) for name in ("old_per_token_logps", "ref_per_token_logps")
+        kind: torch.zeros(len(given), longest)
+        for kind in ("old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps")
     }
-    assert given.old_logps is not None and given.reference_logps is not None
+    tables = (given.old_logps, given.reference_logps, given.sampler_logps)
     for row, (start, prompt, end) in enumerate(
         zip(given.starts, given.prompt_lengths, given.starts[1:], strict=False)
     ):
@@ -144,11 +176,15 @@ def padded(given: Rollout) -> dict[str, torch.Tensor]:
         own = slice(int(start + prompt), int(end))
         inputs["completion_ids"][row, : own.stop - own.start] = torch.from_numpy(given.input_ids[own])
         inputs["completion_mask"][row, : own.stop - own.start] = 1
-        for name, values in zip(logps, (given.old_logps, given.reference_logps), strict=True):
-            logps[name][row, : own.stop - own.start] = torch.from_numpy(values[own])
+        for kind, values in zip(logps, tables, strict=True):
+            assert values is not None
+            logps[kind][row, : own.stop - own.start] = torch.from_numpy(values[own])
     return {
         **inputs,
         **logps,
+        "importance_sampling_ratio": importance_weights(
+            logps["old_per_token_logps"], logps["sampling_per_token_logps"], name
+        ),
         "advantages": torch.from_numpy(given.advantages),
         "num_items_in_batch": inputs["completion_mask"].sum(),
     }
@@ -166,7 +202,9 @@ def test_grpo_has_the_loss_and_gradient_of_trl(name: str, tmp_path: Path) -> Non
         train_dataset=Dataset.from_list([{"prompt": "a"}]), processing_class=tokenizer(),
     )  # fmt: skip
     trainer.current_gradient_accumulation_steps = 1
-    expected = loss_and_norm(trainer, padded(rollout()))
+    if corrected(name):
+        trainer.use_vllm = True  # as if it had generated with it
+    expected = loss_and_norm(trainer, padded(rollout(), name))
     loss, norm, clipped = ours()[name]
     agree((loss, norm), expected)
     assert 0 < clipped < 0.9 and TOLERANCE <= 1e-5

@@ -93,7 +93,7 @@ def test_a_flag_that_asks_for_nothing_is_accepted(words: str) -> None:
         "--finetune maybe",
         "--new_special_tokens <x>",
         "--ref_adapters x",
-        "--use_vllm true",
+        "--vllm_enable_lora true",
         "--generation_batch_size 8",
         "--lr_scheduler_type polynomial",
         "--optim galore",

@@ -10,6 +10,7 @@ import torch
 
 from megaswift.config.preference import PreferenceConfig
 from megaswift.config.rollout import RolloutConfig
+from megaswift.config.vllm import CORRECTIONS, SamplerConfig
 from megaswift.tasks.answers import Outcome
 from megaswift.tasks.grpo import BY_TOKENS, METRICS, Completions, advantages, grpo_loss
 
@@ -22,6 +23,11 @@ Tokens = Sequence[Sequence[float]]
 LOGPS: Tokens = ((-1.2, -0.7, -2.0), (-0.3, -1.9), (-2.2, -0.4, -1.1, -0.6, -3.0))
 OLD: Tokens = ((-1.6, -0.72, -1.5), (-0.9, -1.88), (-1.9, -0.1, -1.12, -1.3, -2.95))
 REF: Tokens = ((-1.1, -0.9, -2.3), (-0.5, -1.5), (-2.0, -0.7, -1.3, -0.2, -2.5))
+DRAWN: Tokens = (
+    (-1.5, -1.9, -1.6),
+    (-1.4, -2.4),
+    (-1.7, -0.2, -1.0, -1.9, -2.9),
+)  # log q of another engine that drew them
 ADVANTAGES = (1.3, -0.8, 0.4)
 LOW, HIGH, BETA = 0.2, 0.28, 0.3
 
@@ -76,20 +82,22 @@ def flat(values: Tokens) -> torch.Tensor:
     return torch.tensor([value for row in values for value in row], dtype=torch.float64)
 
 
-def completions(*, old: bool = True, reference: bool = True) -> Completions:
+def completions(*, old: bool = True, reference: bool = True, sampler: bool = False) -> Completions:
     return Completions(
         logps_T=flat(LOGPS).requires_grad_(),
         lengths_N=torch.tensor([len(row) for row in LOGPS]),
         advantages_N=torch.tensor(ADVANTAGES, dtype=torch.float64),
         old_T=flat(OLD) if old else None,
         references_T=flat(REF) if reference else None,
+        sampler_T=flat(DRAWN) if sampler else None,
     )
 
 
-def settings_of(name: str) -> tuple[PreferenceConfig, RolloutConfig]:
+def settings_of(name: str, **sampler: Any) -> tuple[PreferenceConfig, RolloutConfig, SamplerConfig]:
     loss_type, more, beta, _ = CASES[name]
     rollout = RolloutConfig(epsilon=LOW, epsilon_high=HIGH, max_completion_length=LONGEST, **more)
-    return PreferenceConfig(rlhf_type="grpo", loss_type=loss_type, beta=beta), rollout
+    settings = PreferenceConfig(rlhf_type="grpo", loss_type=loss_type, beta=beta)
+    return settings, rollout, SamplerConfig(**sampler)
 
 
 def total(outcome: Outcome, loss_type: str, given: Completions) -> torch.Tensor:
@@ -127,9 +135,68 @@ def test_loss_and_gradient_are_those_of_the_paper(name: str) -> None:
     assert any(slopes), "a gradient of zero would say little"
 
 
+def weights_of(mode: str, most: float, before: Tokens) -> Tokens:
+    """The importance weights of ms-swift's four modes: pi_old / q, of a token or the geometric mean over a completion."""
+    level, _, limit = mode.partition("_")
+    found = []
+    for olds, drawn in zip(before, DRAWN, strict=True):
+        row = [math.exp(a) / math.exp(b) for a, b in zip(olds, drawn, strict=True)]
+        if level == "sequence":
+            row = [math.prod(row) ** (1 / len(row))] * len(row)
+        if level == "none":
+            row = [1.0] * len(row)
+        found.append([min(one, most) if limit == "truncate" else one if one <= most else 0.0 for one in row])
+    return found
+
+
+@pytest.mark.parametrize("mode", CORRECTIONS)
+@pytest.mark.parametrize("old", [True, False], ids=["old", "fresh"])
+def test_completions_of_another_engine_are_weighted(mode: str, old: bool) -> None:
+    """The weights are numbers: no gradient goes through them. The divergence from the reference is not weighted."""
+    most = 1.4
+    before = OLD if old else LOGPS
+    weights = weights_of(mode, most, before)
+
+    def paper(logps: Tokens) -> float:
+        objectives = token_losses(logps, before, beta=0.0, sequence=False)
+        apart = token_losses(logps, before, beta=BETA, sequence=False)
+        return per_completion(
+            [
+                [weight * one + (both - one) for weight, one, both in zip(*rows, strict=True)]
+                for rows in zip(weights, objectives, apart, strict=True)
+            ]
+        )
+
+    given = completions(old=old, sampler=True)
+    chosen = {"rollout_importance_sampling_mode": mode, "rollout_importance_sampling_threshold": most}
+    outcome = grpo_loss(given, *settings_of("grpo", **chosen))
+    loss = total(outcome, "grpo", given)
+    assert float(loss) == pytest.approx(paper(LOGPS), abs=TOLERANCE)
+    loss.backward()
+    slopes = [
+        (paper(moved(LOGPS, row, token, STEP)) - paper(moved(LOGPS, row, token, -STEP))) / (2 * STEP)
+        for row, line in enumerate(LOGPS)
+        for token in range(len(line))
+    ]
+    assert given.logps_T.grad is not None
+    assert given.logps_T.grad.tolist() == pytest.approx(slopes, abs=TOLERANCE)
+    flattened = [one for row in weights for one in row]
+    touched = {"none": 0, "token": 2, "sequence": 1}[mode.partition("_")[0]]
+    if old:
+        assert sum(one in (most, 0.0) for one in flattened) >= touched, "the threshold must bite"
+    assert set(outcome.metrics) == set(METRICS)
+    ratios = [math.exp(a - b) for a, b in zip(sum(before, ()), sum(DRAWN, ()), strict=True)]
+    assert float(outcome.metrics["sampling/importance_sampling_ratio/max"].max()) == pytest.approx(
+        max(ratios)
+    )
+    assert float(outcome.metrics["sampling/kl"].mean()) == pytest.approx(
+        statistics.mean(one - math.log(one) - 1 for one in ratios)
+    )
+
+
 def test_some_ratios_are_clipped_on_either_side_and_counted() -> None:
     outcome = grpo_loss(completions(), *settings_of("grpo"))
-    assert set(outcome.metrics) == set(METRICS)
+    assert set(outcome.metrics) == {name for name in METRICS if not name.startswith("sampling/")}
     ratios = [[math.exp(a - b) for a, b in zip(*rows, strict=True)] for rows in zip(LOGPS, OLD, strict=True)]
     pairs = [(ratio, advantage) for row, advantage in zip(ratios, ADVANTAGES, strict=True) for ratio in row]
     low = [float(ratio < 1 - LOW and advantage < 0) for ratio, advantage in pairs]
@@ -155,10 +222,10 @@ def test_fresh_completions_have_the_gradient_of_the_plain_policy_gradient() -> N
 
 
 def test_a_divergence_in_the_reward_is_not_in_the_loss() -> None:
-    settings, rollout = settings_of("grpo")
+    settings, rollout, sampler = settings_of("grpo")
     in_reward = RolloutConfig(**{**vars(rollout), "kl_in_reward": True})
-    plain = grpo_loss(completions(reference=False), settings, rollout)
-    outcome = grpo_loss(completions(), settings, in_reward)
+    plain = grpo_loss(completions(reference=False), settings, rollout, sampler)
+    outcome = grpo_loss(completions(), settings, in_reward, sampler)
     assert torch.equal(outcome.losses_R, plain.losses_R)
     assert "kl" in outcome.metrics
 

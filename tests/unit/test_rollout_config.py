@@ -6,6 +6,7 @@ from megaswift.config.dump import dump_run
 from megaswift.config.parse import parse_saved
 from megaswift.config.rollout_rules import reward_names, reward_weights
 from megaswift.config.rules import ResolvedRun
+from megaswift.config.vllm_rules import server_urls
 from megaswift.errors import ConfigError
 from tests.unit.test_config_rules import dense, resolved
 
@@ -43,8 +44,19 @@ def test_lengths_and_clips_follow_each_other() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--use_vllm true", "use_vllm=true asks for completions by vLLM, which is not built. Leave it out: the trained model generates"),
-        ("--vllm_mode server", "vllm_mode=server asks for"),
+        ("--vllm_mode server", "vllm_mode=server needs use_vllm=true"),
+        ("--vllm_max_num_seqs 4", "vllm_max_num_seqs=4 needs use_vllm=true"),
+        ("--use_vllm true --vllm_server_port 8001", "vllm_server_port=8001 is for vllm_mode=server"),
+        ("--use_vllm true --vllm_mode server --sleep_level 1", "sleep_level=1 is for vllm_mode=colocate"),
+        ("--use_vllm true --vllm_mode server --vllm_tensor_parallel_size 2", "vllm_tensor_parallel_size=2 belongs to the server"),
+        ("--use_vllm true --vllm_mode server --vllm_server_host a b --vllm_server_port 1 2 3", "vllm_server_host names 2 machines and vllm_server_port 3"),
+        ("--use_vllm true --vllm_mode server --vllm_server_port x", "vllm_server_port=x is not a number"),
+        ("--use_vllm true --vllm_tensor_parallel_size 2", "vllm_tensor_parallel_size=2 does not divide the 1 ranks"),
+        ("--use_vllm true --vllm_gpu_memory_utilization 2", "vllm_gpu_memory_utilization=2 is not above 0 and up to 1"),
+        ("--use_vllm true --sleep_level 3", "sleep_level=3 is not 0, 1 or 2"),
+        ("--use_vllm true --rollout_importance_sampling_threshold 0", "rollout_importance_sampling_threshold=0 is too small"),
+        ("--use_vllm true --rollout_importance_sampling_mode token", "rollout_importance_sampling_mode=token is not one of"),
+        ("--use_vllm true --max_length 1000 --vllm_max_model_len 900", "max_length=1000 is more than vllm_max_model_len=900"),
         ("--steps_per_generation 2", "steps_per_generation=2 asks for"),
         ("--multi_turn_scheduler x", "multi_turn_scheduler=x is neither FILE.py:NAME nor an entry point of megaswift.multi_turn"),
         ("--multi_turn_scheduler x.py:y --max_turns 0", "max_turns=0 is too small"),
@@ -94,6 +106,32 @@ def test_rewards_must_be_named() -> None:
 def test_other_tasks_have_no_completions(task: str, words: str) -> None:
     with pytest.raises(ConfigError, match="num_generations=4 is for `megaswift rlhf --rlhf_type grpo`"):
         resolved(f"{words}--num_generations 4", dense(), task=task)
+
+
+def test_vllm_is_for_completions() -> None:
+    with pytest.raises(ConfigError, match="use_vllm=True is for `megaswift rlhf --rlhf_type grpo`"):
+        resolved("--use_vllm true", dense(), task="sft")
+
+
+@pytest.mark.parametrize(
+    ("words", "lengths"),
+    [
+        ("--max_length 900", (900, 900)),
+        ("--vllm_max_model_len 900", (900, 900)),
+        ("--max_length 900 --vllm_max_model_len 1000", (900, 1000)),
+    ],
+)
+def test_samples_and_engine_have_the_same_room(words: str, lengths: tuple[int, int]) -> None:
+    run = grpo(f"--use_vllm true {words}").config
+    assert (run.data.max_length, run.vllm.vllm_max_model_len) == lengths
+
+
+def test_servers_have_addresses() -> None:
+    words = "--use_vllm true --vllm_mode server "
+    chosen = grpo(f"{words} --vllm_server_host a b --vllm_server_port 1 2").config.sampler
+    assert server_urls(chosen) == ["http://a:1", "http://b:2"]
+    assert server_urls(grpo(f"{words} --vllm_server_port 1 2").config.sampler)[1] == "http://127.0.0.1:2"
+    assert server_urls(grpo(f"{words} --vllm_server_base_url https://a/").config.sampler) == ["https://a"]
 
 
 def test_other_losses_still_need_a_strength() -> None:

@@ -1,0 +1,121 @@
+"""Rules of completions by vLLM: which settings belong together, and what they are when not given."""
+
+from megaswift.config.case import Case
+from megaswift.config.rollout_rules import distils_completions, generates
+from megaswift.config.run import RunConfig
+from megaswift.config.vllm import SamplerConfig, VllmConfig
+from megaswift.errors import ConfigError
+
+BESIDE_THE_TRAINER = 0.3  # of the device's memory: the default of TRL 1.16, vllm_gpu_memory_utilization
+IN_A_SERVER = 0.9  # vLLM 0.32's own, gpu_memory_utilization
+
+OF_SERVERS = (
+    "vllm_server_host",
+    "vllm_server_port",
+    "vllm_server_base_url",
+    "vllm_server_timeout",
+    "vllm_server_group_port",
+)
+
+
+def vllm_is_for_completions(run: RunConfig) -> None:
+    """Settings of vLLM mean nothing to tasks without completions, nor to a teacher who writes some."""
+    if generates(run) or (distils_completions(run) and not run.preference.seq_kd):
+        return
+    why = "is for `megaswift rlhf --rlhf_type grpo`, or gkd with --lmbda above 0 and without --seq_kd. Leave it out."
+    _refuse(run.sampler, (*vars(run.sampler),), why)
+    _refuse(run.vllm, (*vars(run.vllm),), why)
+
+
+def vllm_is_asked_for(run: RunConfig) -> None:
+    """Settings of vLLM mean nothing without it, and settings of one mode nothing in the other."""
+    chosen = run.sampler
+    if not chosen.use_vllm:
+        _refuse(chosen, (*vars(chosen),), "needs use_vllm=true. Add it, or leave this out.")
+        _refuse(run.vllm, (*vars(run.vllm),), "needs use_vllm=true. Add it, or leave this out.")
+    elif chosen.vllm_mode == "colocate":
+        _refuse(chosen, OF_SERVERS, "is for vllm_mode=server. Leave it out.")
+    else:
+        _refuse(chosen, ("sleep_level",), "is for vllm_mode=colocate. Leave it out.")
+        _refuse(
+            run.vllm, (*vars(run.vllm),), "belongs to the server: give it to `megaswift rollout`, not here."
+        )
+
+
+def _refuse(section: SamplerConfig | VllmConfig, names: tuple[str, ...], why: str) -> None:
+    blank = type(section)()
+    for name in names:
+        value = getattr(section, name)
+        if value != getattr(blank, name):
+            text = " ".join(value) if isinstance(value, list) else value
+            raise ConfigError(f"{name}={text} {why}")
+
+
+def vllm_numbers_are_in_range(run: RunConfig) -> None:
+    """Shares are shares, and levels are levels."""
+    chosen = run.sampler
+    if chosen.sleep_level not in (0, 1, 2):
+        raise ConfigError(f"sleep_level={chosen.sleep_level} is not 0, 1 or 2.")
+    if chosen.rollout_importance_sampling_threshold <= 0:
+        threshold = chosen.rollout_importance_sampling_threshold
+        raise ConfigError(
+            f"rollout_importance_sampling_threshold={threshold:g} is too small. Give more than 0."
+        )
+    check_engine(run.vllm)
+    server_urls(chosen)
+
+
+def check_engine(chosen: VllmConfig) -> None:
+    """Check the settings of an engine by themselves; raises ConfigError."""
+    share = chosen.vllm_gpu_memory_utilization
+    if share is not None and not 0 < share <= 1:
+        raise ConfigError(f"vllm_gpu_memory_utilization={share:g} is not above 0 and up to 1.")
+    for name, value in (
+        ("vllm_tensor_parallel_size", chosen.vllm_tensor_parallel_size),
+        ("vllm_max_num_seqs", chosen.vllm_max_num_seqs),
+        ("vllm_max_model_len", chosen.vllm_max_model_len),
+    ):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name}={value} is too small. Give 1 or more.")
+
+
+def server_urls(chosen: SamplerConfig) -> list[str]:
+    """Return the address of every server; raises ConfigError where hosts and ports are not as many."""
+    if chosen.vllm_server_base_url:
+        return [url.rstrip("/") for url in chosen.vllm_server_base_url]
+    hosts, ports = chosen.vllm_server_host, chosen.vllm_server_port
+    if len(hosts) == 1:
+        hosts = hosts * len(ports)
+    if len(hosts) != len(ports):
+        raise ConfigError(
+            f"vllm_server_host names {len(hosts)} machines and vllm_server_port {len(ports)} ports. Give a port for each, or one "
+            "machine for all."
+        )
+    for port in ports:
+        if not port.isdecimal():
+            raise ConfigError(f"vllm_server_port={port} is not a number.")
+    return [f"http://{host}:{port}" for host, port in zip(hosts, ports, strict=True)]
+
+
+def engines_share_out_the_ranks(case: Case) -> None:
+    """Every rank belongs to an engine beside it."""
+    chosen, size = case.run.sampler, case.run.vllm.vllm_tensor_parallel_size
+    if chosen.use_vllm and chosen.vllm_mode == "colocate" and case.world % size:
+        raise ConfigError(f"vllm_tensor_parallel_size={size} does not divide the {case.world} ranks.")
+
+
+def samples_fit_the_engine(case: Case) -> Case | None:
+    """A prompt with its completion is no longer than what vLLM has room for."""
+    run = case.run
+    if not run.sampler.use_vllm or run.sampler.vllm_mode == "server":
+        return None
+    room, longest = run.vllm.vllm_max_model_len, run.data.max_length
+    if room is None:
+        return None if longest is None else case.change("vllm", vllm_max_model_len=longest)
+    if longest is None:
+        return case.change("data", max_length=room)
+    if longest > room:
+        raise ConfigError(
+            f"max_length={longest} is more than vllm_max_model_len={room}. Lower it, or raise the other."
+        )
+    return None

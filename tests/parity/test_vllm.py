@@ -1,0 +1,124 @@
+"""The real vLLM: it says what the embedded engine says, with the weights that it was given last, beside the trainer or behind HTTP.
+
+Needs the environment of `make vllm`; without it these tests are skipped.
+"""
+
+import json
+import os
+import signal
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.harness.bench import ROOT
+from tests.harness.distributed import free_port
+from tests.harness.tiny import save_tiny
+from tests.harness.tiny_run import make_tiny_run
+from tests.harness.training import temporary_folder
+
+BIN = ROOT / ".vllm" / "bin"
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (BIN / "ready").exists(), reason="vLLM is not here: `make vllm` installs it in .vllm"
+    ),
+]
+MEMORY = ("--vllm_engine_kwargs", '{"kv_cache_memory_bytes": 134217728}', "--vllm_enforce_eager", "true")
+SURROUNDINGS = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+HEAD_SIZE = 32  # the smallest that vLLM's attention on CPUs has
+# float32 sums in another order, in logarithms of about -6
+LOGP_TOLERANCE = 1e-5
+PLUGIN = """
+def brief(completions, **columns):
+    return [0.05 * text.count("e") - 0.1 * len(text.split()) for text in completions]
+"""
+
+
+@cache
+def folder() -> Path:
+    """A run in miniature, and a model of the same shape with other weights; the output layer shares the embedding's weight."""
+    folder = temporary_folder()
+    make_tiny_run(folder, rows=12, name="llama-tied", head_dim=HEAD_SIZE)
+    config = json.loads((folder / "model" / "config.json").read_text())
+    sizes = {
+        "head_dim": HEAD_SIZE,
+        "vocab_size": config["vocab_size"],
+        "eos_token_id": config["eos_token_id"],
+    }
+    save_tiny("llama-tied", folder / "other", seed=1, **sizes)
+    (folder / "plugin.py").write_text(PLUGIN)
+    return folder
+
+
+def call(*words: str) -> str:
+    """Run a program of the environment and return what it prints."""
+    done = subprocess.run(
+        [str(BIN / words[0]), *words[1:]], cwd=ROOT, env={**os.environ, **SURROUNDINGS, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@cache
+def said() -> dict[str, list[dict[str, Any]]]:
+    port = free_port()
+    server = subprocess.Popen(
+        [str(BIN / "megaswift"), "rollout", "--model", str(folder() / "model"), "--port", str(port), "--vllm_max_model_len",
+         "64", *MEMORY],
+        cwd=ROOT, env={**os.environ, **SURROUNDINGS, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        models = str(folder() / "model"), str(folder() / "other")
+        text = call(
+            "python", "-m", "tests.harness.vllm_trial", *models, "--server", f"http://127.0.0.1:{port}"
+        )
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.wait(60)
+    found: dict[str, list[dict[str, Any]]] = json.loads(text.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("engine", ["colocated", "served"])
+@pytest.mark.parametrize("weights", [0, 1], ids=["first weights", "second weights"])
+def test_greedy_completions_are_those_of_the_embedded_engine(engine: str, weights: int) -> None:
+    assert said()[engine][weights]["greedy"] == said()["embedded"][weights]["greedy"]
+    assert said()["embedded"][0]["greedy"] != said()["embedded"][1]["greedy"]
+    both = [*said()[engine][0]["greedy"], *said()[engine][1]["greedy"]]
+    assert {stopped for _, stopped in both} == {True, False}, "some stop, some are cut"
+
+
+@pytest.mark.parametrize("engine", ["colocated", "served"])
+def test_log_probabilities_are_those_of_the_weights_it_holds(engine: str) -> None:
+    assert all(one["logp_fault"] < LOGP_TOLERANCE for one in said()[engine])
+
+
+def test_the_same_keys_draw_the_same_in_the_trainer_and_behind_http() -> None:
+    for colocated, served in zip(said()["colocated"], said()["served"], strict=True):
+        assert colocated["sampled"] == served["sampled"]
+        assert len({tuple(ids) for ids, _ in colocated["sampled"]}) > 20, "24 completions differ"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [(1, ()), (2, ("--tensor_model_parallel_size", "2", "--vllm_tensor_parallel_size", "2"))],
+    ids=["one rank", "tp2"],
+)
+def test_vllm_has_the_weights_of_every_step(ranks: int, layout: tuple[str, ...]) -> None:
+    """The model moves far from where it began, and its probabilities are still those with which vLLM drew."""
+    output = folder() / f"run of {ranks}"
+    call(
+        "megaswift", "rlhf", "--rlhf_type", "grpo", "--model", str(folder() / "model"), "--dataset", str(folder() / "rows.jsonl"),
+        "--output_dir", str(output), "--train_iters", "4", "--global_batch_size", "8", "--num_generations", "4",
+        "--micro_batch_size", "2", "--max_completion_length", "10", "--max_length", "64", "--learning_rate", "1e-2",
+        "--lr_decay_style", "constant", "--external_plugins", str(folder() / "plugin.py"), "--reward_funcs", "brief",
+        "--report_to", "none", "--use_vllm", "true", "--nproc_per_node", str(ranks), *MEMORY, *layout,
+    )  # fmt: skip
+    lines = [json.loads(line) for line in (output / "logging.jsonl").read_text().splitlines()]
+    assert lines[-1]["kl"] > 0.1
+    assert all(line["sampling/sampling_logp_difference/mean"] < LOGP_TOLERANCE for line in lines)

@@ -1,0 +1,159 @@
+"""The trainer's side of vLLM behind HTTP, against servers that answer as vLLM 0.32 does: who is asked what, and what goes wrong."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megaswift.errors import ConfigError, TrainingError
+from megaswift.rollout.engine import Prompt, Sampling, seed_of
+from megaswift.rollout.vllm_server import ServedEngine
+from megaswift.rollout.vllm_worker import arriving
+from tests.unit.test_weight_stream import Alone
+
+SAMPLING = Sampling(temperature=0.7, top_p=0.9, top_k=-1, max_tokens=5, stop_ids=(2, 9))
+
+
+class Server(ThreadingHTTPServer):
+    """What a server was asked, and what it holds."""
+
+    daemon_threads = True
+
+    def __init__(self, **state: Any) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.state = {"logprobs_mode": "processed_logprobs", "max_model_len": 64, **state}
+        self.asked: list[tuple[str, Any]] = []
+        self.weights: dict[str, torch.Tensor] = {}
+        self.refuses = ""
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        self._say({"data": [{"id": "the model"}]})
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append((self.path, asked))
+        if self.server.refuses and self.server.refuses in (self.path, asked.get("method")):
+            self._say({"detail": "there is no such thing"}, code=500)
+        elif self.path == "/collective_rpc" and asked["method"] == "megaswift_state":
+            self._say({"results": [self.server.state]})
+        elif self.path == "/collective_rpc":
+            host, port, token = asked["args"]
+            self.server.weights = {
+                name: one.clone() for name, one in arriving(host, int(port), token, Alone(), "cpu")
+            }
+            self._say({"results": [None]})
+        elif self.path == "/v1/completions":
+            ids = [*asked["prompt"][:2], 9]
+            logprobs = {"token_logprobs": [-0.5, -1.5, -0.25]}
+            self._say({"choices": [{"token_ids": ids, "finish_reason": "stop", "logprobs": logprobs}]})
+        else:
+            self._say(None)
+
+    def _say(self, said: Any, *, code: int = 200) -> None:
+        body = b"" if said is None else json.dumps(said).encode()
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing."""
+
+
+@contextmanager
+def servers(count: int = 1, **state: Any) -> Iterator[list[Server]]:
+    found = [Server(**state) for _ in range(count)]
+    for server in found:
+        Thread(target=server.serve_forever, daemon=True).start()
+    yield found
+    for server in found:
+        server.shutdown()
+        server.server_close()
+
+
+def engine(found: list[Server], room: int | None = 64) -> ServedEngine:
+    return ServedEngine([server.url for server in found], timeout_s=5, room=room, weights_port=None)
+
+
+def test_every_server_gets_all_weights_and_forgets_its_prompts() -> None:
+    weights = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(3, dtype=torch.bfloat16)}
+    with servers(2) as found:
+        engine(found).load(iter(weights.items()))
+        for server in found:
+            assert server.weights.keys() == weights.keys()
+            assert all(torch.equal(value, server.weights[name]) for name, value in weights.items())
+            assert server.asked[-1][0] == "/reset_prefix_cache"
+
+
+def test_completions_come_back_in_order_and_groups_stay_together() -> None:
+    prompts = [
+        Prompt(ids=np.array([10 + place // 4, 5, 6], np.int32), key=(1, place // 4, place % 4))
+        for place in range(8)
+    ]
+    with servers(2) as found:
+        answers = engine(found).complete(prompts, SAMPLING)
+        assert [answer.ids for answer in answers] == [[10, 5, 9]] * 4 + [[11, 5, 9]] * 4
+        assert all(answer.stopped and answer.logps == [-0.5, -1.5, -0.25] for answer in answers)
+        for number, server in enumerate(found):
+            asked = [one for path, one in server.asked if path == "/v1/completions"]
+            assert {one["prompt"][0] for one in asked} == {10 + number}
+            wanted = {seed_of(prompt) for prompt in prompts[4 * number : 4 * number + 4]}
+            assert {one["seed"] for one in asked} == wanted
+            assert len(wanted) == 4
+            assert asked[0]["stop_token_ids"] == [2, 9]
+            assert (asked[0]["temperature"], asked[0]["top_k"], asked[0]["model"]) == (0.7, 0, "the model")
+
+
+@pytest.mark.parametrize(
+    ("state", "room", "message"),
+    [
+        ({"max_model_len": 32}, 64, "max_length=64 is more than the vLLM server at"),
+        ({"logprobs_mode": "raw_logprobs"}, 64, "has logprobs_mode=raw_logprobs"),
+    ],
+)
+def test_a_server_that_does_not_fit_is_refused(state: dict[str, Any], room: int, message: str) -> None:
+    with servers(**state) as found, pytest.raises(ConfigError, match=message):
+        engine(found, room)
+
+
+def test_a_server_of_another_kind_is_told_apart() -> None:
+    with servers() as found:
+        found[0].refuses = "/collective_rpc"
+        with pytest.raises(
+            ConfigError, match=r"cannot take weights from this trainer.*Start it with `megaswift rollout`"
+        ):
+            engine(found)
+
+
+def test_nobody_there_is_said_after_the_timeout() -> None:
+    with pytest.raises(
+        ConfigError, match=r"no vLLM server answers at http://127\.0\.0\.1:9 after vllm_server_timeout=0"
+    ):
+        ServedEngine(["http://127.0.0.1:9"], timeout_s=0, room=None, weights_port=None)
+
+
+@pytest.mark.parametrize("what", ["/v1/completions", "megaswift_fetch"])
+def test_what_a_server_says_is_passed_on(what: str) -> None:
+    prompt = Prompt(ids=np.array([1, 2], np.int32), key=(0,))
+    with servers() as found:
+        asked = engine(found)
+        found[0].refuses = what
+        with pytest.raises(TrainingError, match=r"500 .*there is no such thing"):
+            if what == "megaswift_fetch":
+                asked.load(iter([("a", torch.zeros(2))]))
+            else:
+                asked.complete([prompt], SAMPLING)
