@@ -9,10 +9,10 @@ from megaswift.checkpoint.state import (
     allocate_states,
     model_tensors,
     optimizer_tensors,
-    random_states,
     renew_host_copies,
     restore_loss_scale,
-    restore_random_states,
+    restore_states_of_the_rank,
+    states_of_the_rank,
 )
 from megaswift.checkpoint.store import Checkpoint, Store, read_checkpoint
 from megaswift.checkpoint.torch_dist import load_tensors
@@ -67,7 +67,7 @@ def load_checkpoint(checkpoint: Checkpoint, *, chunks: list[Any], optimizer: Any
     wanted = {**weights, **optimizer_tensors(optimizer, weights)}
     same_layout = manifest.layout == asdict(layout)
     if same_layout:
-        wanted |= random_states()
+        wanted |= states_of_the_rank(optimizer)
     loaded = load_tensors(checkpoint.folder / SHARDS, wanted)
     for name, value in weights.items():
         # Read in place where the shard is the weight itself; a weight that is saved as two tensors comes back joined.
@@ -76,5 +76,5 @@ def load_checkpoint(checkpoint: Checkpoint, *, chunks: list[Any], optimizer: Any
             data.detach().copy_(loaded[name])
     renew_host_copies(optimizer)
     if same_layout:
-        restore_random_states(loaded["random"])
+        restore_states_of_the_rank(optimizer, loaded)
     restore_loss_scale(optimizer, manifest.loss_scale)

@@ -79,23 +79,37 @@ def optimizer_tensors(optimizer: Any, model: dict[str, ShardedBase]) -> dict[str
     return tensors
 
 
-def random_states() -> dict[str, ShardedBase]:
-    """Return this rank's random states; only the same layout can use them."""
+def states_of_the_rank(optimizer: Any) -> dict[str, ShardedBase]:
+    """Return this rank's random states, and its optimizer's state in subspaces of its shards; only the same layout can use them."""
     states: dict[str, Any] = {
         "cpu": torch.get_rng_state(),
         "tracker": dict(get_cuda_rng_tracker().get_states()),
     }
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
-    return {"random": ShardedObject("random", states, (dist.get_world_size(),), (dist.get_rank(),))}
+    own: dict[str, Any] = {"random": states}
+    subspaces = [part.low_rank_states() for part in _in_subspaces(optimizer)]
+    if subspaces:
+        own["subspaces"] = subspaces
+    world, rank = (dist.get_world_size(),), (dist.get_rank(),)
+    return {name: ShardedObject(name, value, world, rank) for name, value in own.items()}
 
 
-def restore_random_states(states: dict[str, Any]) -> None:
-    """Set what random_states() returned."""
+def restore_states_of_the_rank(optimizer: Any, loaded: dict[str, Any]) -> None:
+    """Set what states_of_the_rank() returned."""
+    states = loaded["random"]
     torch.set_rng_state(states["cpu"])
     if "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"])
     get_cuda_rng_tracker().set_states(states["tracker"])
+    for part, subspace in zip(_in_subspaces(optimizer), loaded.get("subspaces", ()), strict=True):
+        part.load_low_rank_states(subspace)
+
+
+def _in_subspaces(optimizer: Any) -> list[Any]:
+    """Return the optimizers that keep some state in subspaces: training/galore.py."""
+    inner = [part.optimizer for part in optimizer.chained_optimizers]
+    return [one for one in inner if hasattr(one, "low_rank_states")]
 
 
 def allocate_states(optimizer: Any, *, updates: int) -> None:
@@ -110,6 +124,8 @@ def allocate_states(optimizer: Any, *, updates: int) -> None:
             counts_by_tensor = isinstance(inner, torch.optim.Adam)  # AdamW is one too
             for group in inner.param_groups:
                 for parameter in group["params"]:
+                    if parameter in getattr(inner, "low_rank", ()):
+                        continue
                     state = inner.state[parameter]
                     for name in names:
                         state[name] = torch.zeros_like(parameter, dtype=torch.float32)

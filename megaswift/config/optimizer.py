@@ -43,6 +43,16 @@ class OptimizerConfig:
     adam_beta2: float = setting(0.95, "second-moment decay")
     adam_eps: float = setting(1e-8, "added to the root of the second moment", aliases=("adam_epsilon",))
     sgd_momentum: float = setting(0.9, "momentum of SGD")
+    use_galore: bool = setting(
+        False,
+        "keep AdamW's moments of the layers' matrices in a subspace of their gradient (GaLore, arXiv 2403.03507)",
+    )
+    galore_rank: int = setting(128, "dimensions of the subspace")
+    galore_update_proj_gap: int = setting(50, "steps between two choices of the subspace")
+    galore_scale: float = setting(1.0, "factor of the step in the subspace; the paper's alpha")
+    galore_quantization: bool = setting(
+        False, "keep the projections in four bits (Q-GaLore, arXiv 2407.08296); needs bitsandbytes"
+    )
     optimizer_cpu_offload: bool = setting(
         False, "keep AdamW's state and the master weights in host memory, and step there"
     )

@@ -177,12 +177,7 @@ REFUSED: dict[str, Refused] = {
     **_refuse(
         "another optimizer",
         "Choose --optimizer adamw, adam or sgd.",
-        use_galore="false",
-        galore_rank="128",
-        galore_update_proj_gap="50",
-        galore_scale="1 1.0",
         galore_proj_type="std",
-        galore_quantization="false",
         galore_target_modules="none",
         use_q_galore="false",
     ),

@@ -73,6 +73,7 @@ RULES: tuple[Rule, ...] = (
     training.the_learning_rate_has_a_default,
     training.the_schedule_is_complete,
     training.host_memory_holds_adamw_shards,
+    training.subspaces_are_of_whole_matrices,
     vllm.engines_share_out_the_ranks,
     vllm.samples_fit_the_engine,
     training.lengths_fit_the_model,

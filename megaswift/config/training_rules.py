@@ -231,6 +231,26 @@ def host_memory_holds_adamw_shards(case: Case) -> None:
         )
 
 
+def subspaces_are_of_whole_matrices(case: Case) -> Case | None:
+    """GaLore projects matrices, and the distributed optimizer holds flat pieces of them."""
+    chosen = case.run.optimizer
+    if not chosen.use_galore:
+        return None
+    if chosen.optimizer != "adamw" or case.run.tuner.tuner_type != "full" or chosen.optimizer_cpu_offload:
+        raise ConfigError(
+            "use_galore=true needs --optimizer adamw, --tuner_type full and no --optimizer_cpu_offload. Adapters have low "
+            "rank already."
+        )
+    if min(chosen.galore_rank, chosen.galore_update_proj_gap) < 1 or chosen.galore_scale <= 0:
+        raise ConfigError(
+            "galore_rank and galore_update_proj_gap are 1 or more, and galore_scale is above 0. Raise them."
+        )
+    if case.run.parallel.use_distributed_optimizer:
+        note = "use_galore: moments are small, so every data-parallel rank holds them (use_distributed_optimizer is off)."
+        return case.change("parallel", note, use_distributed_optimizer=False, overlap_param_gather=False)
+    return None
+
+
 def lengths_fit_the_model(case: Case) -> Case:
     """Samples fit the context, and packs hold at least one sample."""
     data, context = case.run.data, case.meta.max_length

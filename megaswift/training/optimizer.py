@@ -20,6 +20,7 @@ from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megaswift.config.run import RunConfig
 from megaswift.mcore.configs import DTYPES
 from megaswift.models.causal_lm import CausalLM
+from megaswift.training.galore import GaLoreAdamW, projected_matrices
 
 
 def shards_optimizer(run: RunConfig) -> bool:
@@ -71,6 +72,11 @@ def build_optimizer(chunks: list[DistributedDataParallel], run: RunConfig) -> Me
     """
     settings = _optimizer_config(run)
     optimizer = get_megatron_optimizer(settings, chunks, _overrides(settings, run.tuner.lorap_lr_ratio))
+    if run.optimizer.use_galore:
+        matrices = projected_matrices(chunks, rank=run.optimizer.galore_rank)
+        for part in optimizer.chained_optimizers:
+            if part.optimizer is not None:
+                part.optimizer = GaLoreAdamW(part.optimizer.param_groups, matrices, run.optimizer)
     _step_with_one_kernel(optimizer)
     config = chunks[0].module.config
     config.finalize_model_grads_func = finalize_model_grads

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megaswift.checkpoint.save import Writer, save_checkpoint
-from megaswift.checkpoint.state import loss_scale, model_tensors, optimizer_tensors, random_states
+from megaswift.checkpoint.state import loss_scale, model_tensors, optimizer_tensors, states_of_the_rank
 from megaswift.checkpoint.store import Checkpoint, Manifest, Store
 from megaswift.config.dump import dump_run
 from megaswift.config.precision import token_multiple
@@ -249,6 +249,7 @@ def identity_of(run: RunConfig, meta: ModelMeta) -> dict[str, Any]:
         "vocab_size": meta.vocab_size,
         "torch_dtype": run.model.torch_dtype,
         "optimizer": run.optimizer.optimizer,
+        "use_galore": run.optimizer.use_galore,
         "tuner_type": tuner.tuner_type,
         "streaming": run.data.streaming,
         **({} if meta.scores is None else {"scores": meta.scores}),
@@ -298,7 +299,7 @@ class Saver:
             if settings.save_optim or not self.writers:
                 tensors = model_tensors([chunk.module for chunk in engine.chunks])
             if settings.save_optim:
-                tensors |= {**optimizer_tensors(engine.optimizer, tensors), **random_states()}
+                tensors |= {**optimizer_tensors(engine.optimizer, tensors), **states_of_the_rank(engine.optimizer)}
             checkpoint = save_checkpoint(
                 self.store,
                 self._manifest(progress),

@@ -22,6 +22,24 @@ RUNS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
         "qwen2_moe",
         {"optimizer": {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.5}},
     ),
+    "galore": (
+        "qwen3",
+        {
+            "model": {"torch_dtype": "bfloat16"},
+            "optimizer": {"use_galore": True, "galore_rank": 8, "galore_update_proj_gap": 2},
+        },
+    ),
+    "q-galore": (
+        "qwen2_moe",
+        {
+            "optimizer": {
+                "use_galore": True,
+                "galore_rank": 8,
+                "galore_update_proj_gap": 2,
+                "galore_quantization": True,
+            }
+        },
+    ),
     "sgd": ("llama", {"optimizer": {"optimizer": "sgd", "lr": 0.1}}),
     "lora": (
         "llama",
@@ -59,6 +77,8 @@ CHANGES: dict[str, dict[str, list[str]]] = {
     "bfloat16": {"dp2 distopt": ["dp2 distopt", "dp2", "one"], "dp2": ["dp2", "dp2 distopt"]},
     "offload": {"dp2 distopt": ["dp2 distopt", "one"], "tp2 sp": ["tp2 sp"]},
     "offload half": {"ep2": ["ep2", "dp2 distopt"]},
+    "galore": {"tp2 sp": ["tp2 sp"], "dp2": ["dp2"]},
+    "q-galore": {"ep2": ["ep2"]},
     "sgd": {"dp2": ["dp2", "tp2 sp"]},
     "lora": {"tp2 sp": ["tp2 sp", "pp2", "dp2 distopt"]},
     "pissa": {"tp2 sp": ["tp2 sp", "pp2"]},
