@@ -14,7 +14,8 @@ class PreferenceConfig:
     )
     loss_type: str | None = setting(
         None,
-        "form of the loss: sigmoid, ipo, hinge, robust or sigmoid_norm for dpo, sigmoid, hinge or ipo for cpo, "
+        "form of the loss: sigmoid, ipo, hinge, robust, sigmoid_norm, exo_pair, discopop, nca_pair, bco_pair, sppo_hard, "
+        "apo_zero or apo_down for dpo, sigmoid, hinge or ipo for cpo, "
         "kto or apo_zero_unpaired for kto, grpo, bnpo, dr_grpo or dapo for grpo, infonce, cosine_similarity or contrastive "
         "for --task_type embedding; default: the first",
     )
@@ -24,8 +25,9 @@ class PreferenceConfig:
         "the share of the teacher in the mixture, default 0.5 (0: KL(teacher || student), 1: the reverse)",
     )
     label_smoothing: float = setting(
-        0.0, "share of pairs whose answers may be swapped (dpo sigmoid and robust, cpo, simpo)"
+        0.0, "share of pairs whose answers may be swapped (dpo sigmoid, robust and exo_pair, cpo, simpo)"
     )
+    discopop_tau: float = setting(0.05, "dpo discopop: temperature of the share of its exponential part")
     rpo_alpha: float | None = setting(None, "dpo: weight of the chosen answer's negative log-likelihood")
     reference_free: bool = setting(False, "dpo: compare with a uniform reference instead of a model")
     cpo_alpha: float | None = setting(

@@ -9,7 +9,20 @@ from megaswift.errors import ConfigError, nearest
 
 # rlhf_type -> its forms of the loss, the default first
 LOSS_TYPES: dict[str, tuple[str, ...]] = {
-    "dpo": ("sigmoid", "ipo", "hinge", "robust", "sigmoid_norm"),
+    "dpo": (
+        "sigmoid",
+        "ipo",
+        "hinge",
+        "robust",
+        "sigmoid_norm",
+        "exo_pair",
+        "discopop",
+        "nca_pair",
+        "bco_pair",
+        "sppo_hard",
+        "apo_zero",
+        "apo_down",
+    ),
     "orpo": (),
     "simpo": (),
     "cpo": ("sigmoid", "hinge", "ipo"),
@@ -20,6 +33,7 @@ LOSS_TYPES: dict[str, tuple[str, ...]] = {
 }
 # setting -> the rlhf_types that read it
 BELONGS: dict[str, tuple[str, ...]] = {
+    "discopop_tau": ("dpo",),
     "label_smoothing": ("dpo", "cpo", "simpo"),
     "rpo_alpha": ("dpo",),
     "reference_free": ("dpo",),
@@ -101,8 +115,12 @@ def preference_numbers_are_in_range(run: RunConfig) -> None:
         value = getattr(chosen, name)
         if value is not None and value < 0:
             raise ConfigError(f"{name}={value:g} is negative. Give 0 or more.")
-    if chosen.label_smoothing and (chosen.loss_type or "sigmoid") not in ("sigmoid", "robust"):
-        raise ConfigError(f"label_smoothing is for loss_type sigmoid and robust, not {chosen.loss_type}.")
+    if chosen.label_smoothing and (chosen.loss_type or "sigmoid") not in ("sigmoid", "robust", "exo_pair"):
+        raise ConfigError(
+            f"label_smoothing is for loss_type sigmoid, robust and exo_pair, not {chosen.loss_type}. Leave it out."
+        )
+    if chosen.discopop_tau <= 0:
+        raise ConfigError(f"discopop_tau={chosen.discopop_tau:g} is too small. Give more than 0.")
     if chosen.reference_free and (chosen.ref_model or chosen.precompute_ref_log_probs):
         raise ConfigError(
             "reference_free=true has no reference model. Leave --ref_model and --precompute_ref_log_probs out."
@@ -141,6 +159,8 @@ def preference_settings_have_defaults(case: Case) -> Case | None:
         filled["beta"] = DEFAULT_BETA.get(kind, 0.1)
     if chosen.cpo_alpha is None and kind in BELONGS["cpo_alpha"]:
         filled["cpo_alpha"] = 1.0 if kind == "cpo" else 0.0
+    if filled["loss_type"] == "exo_pair" and not chosen.label_smoothing:
+        filled["label_smoothing"] = 1e-3  # its authors' epsilon: the loss has the logarithm of it
     if filled["loss_type"] == "apo_zero_unpaired":
         filled["calculate_kl"] = False  # its z is 0
     return case.change("preference", **filled)

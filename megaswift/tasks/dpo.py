@@ -7,17 +7,40 @@ robust        [-(1-e) log sigmoid(h) + e log sigmoid(-h)] / (1-2e)  Ray Chowdhur
 hinge         max(0, 1 - h)                            Zhao et al. 2023, SLiC (arXiv 2305.10425); Liu et al. 2024, RSO (2309.06657)
 ipo           (h/beta - 1/(2 beta))^2                  Azar et al. 2023 (arXiv 2310.12036), eq. 17; its authors take means over tokens (TRL 1.16)
 sigmoid_norm  -log sigmoid(h), h from means over tokens  Lambert et al. 2024, Tulu 3 (arXiv 2411.15124), eq. 6
+exo_pair      s(h) log[s(h)/(1-e)] + s(-h) log[s(-h)/e]  Ji et al. 2024, EXO (arXiv 2402.00856), eq. 16; s = sigmoid
+discopop      -(1-m) log s(h) + m exp(-h), m = s(h/tau)  Lu et al. 2024, DiscoPOP (arXiv 2406.08414), eq. 5
+With a_w, a_l the two terms of h/beta, so that each answer is judged by itself too:
+nca_pair      -log s(beta a_w) - [log s(-beta a_w) + log s(-beta a_l)] / 2  Chen et al. 2024, NCA (arXiv 2402.05369)
+bco_pair      -log s(beta a_w) - log s(-beta a_l)      Jung et al. 2024, BCO (arXiv 2404.04656), without its shift
+sppo_hard     (a_w - 1/(2 beta))^2 + (a_l + 1/(2 beta))^2  Wu et al. 2024, SPPO (arXiv 2405.00675), eq. 4.7 with P of 1 and 0
+apo_zero      1 - s(beta a_w) + s(beta a_l)            D'Oosterlinck et al. 2024, APO (arXiv 2408.06266), eq. 7
+apo_down      s(beta a_w) + 1 - s(h)                   the same, eq. 8
 rpo_alpha     adds alpha * the mean negative log-likelihood of the chosen answer's tokens: Pang et al. 2024 (arXiv 2404.19733), eq. 1
 reference_free takes log pi_ref as 0.
 
 Letters: P pairs.
 """
 
+import math
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
 from megaswift.config.preference import PreferenceConfig
 from megaswift.tasks.answers import PAIR_METRICS, Answers, Outcome, reward_metrics
+
+JUDGES_EACH: dict[str, Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]] = {
+    "nca_pair": lambda won_P, lost_P, beta: (
+        -F.logsigmoid(beta * won_P) - (F.logsigmoid(-beta * won_P) + F.logsigmoid(-beta * lost_P)) / 2
+    ),
+    "bco_pair": lambda won_P, lost_P, beta: -F.logsigmoid(beta * won_P) - F.logsigmoid(-beta * lost_P),
+    "sppo_hard": lambda won_P, lost_P, beta: (won_P - 0.5 / beta).square() + (lost_P + 0.5 / beta).square(),
+    "apo_zero": lambda won_P, lost_P, beta: torch.sigmoid(-beta * won_P) + torch.sigmoid(beta * lost_P),
+    "apo_down": lambda won_P, lost_P, beta: (
+        torch.sigmoid(beta * won_P) + torch.sigmoid(-beta * (won_P - lost_P))
+    ),
+}
 
 METRICS = (*PAIR_METRICS, "nll_loss")
 
@@ -31,7 +54,10 @@ def dpo_loss(answers: Answers, settings: PreferenceConfig) -> Outcome:
     metrics = reward_metrics(beta * chosen_P, beta * rejected_P, logps=(pairs.chosen_P, pairs.rejected_P))
     if settings.loss_type in ("ipo", "sigmoid_norm"):
         chosen_P, rejected_P = chosen_P / pairs.chosen_length_P, rejected_P / pairs.rejected_length_P
-    losses_P = preference_losses(chosen_P - rejected_P, settings, beta=beta)
+    if settings.loss_type in JUDGES_EACH:
+        losses_P = JUDGES_EACH[settings.loss_type](chosen_P, rejected_P, beta)
+    else:
+        losses_P = preference_losses(chosen_P - rejected_P, settings, beta=beta)
     if settings.rpo_alpha is not None:
         losses_P = losses_P + settings.rpo_alpha * pairs.nll_P
         metrics["nll_loss"] = pairs.nll_P.detach()
@@ -46,6 +72,13 @@ def preference_losses(lead_P: torch.Tensor, settings: PreferenceConfig, *, beta:
     if settings.loss_type == "ipo":
         return (lead_P - 1 / (2 * beta)).square()
     right_P, swapped_P = -F.logsigmoid(h_P), -F.logsigmoid(-h_P)
+    if settings.loss_type == "exo_pair":
+        won_P = -right_P - math.log1p(-wrong)
+        lost_P = -swapped_P - math.log(wrong)
+        return torch.sigmoid(h_P) * won_P + torch.sigmoid(-h_P) * lost_P
+    if settings.loss_type == "discopop":
+        share_P = torch.sigmoid(h_P / settings.discopop_tau)
+        return (1 - share_P) * right_P + share_P * torch.exp(-h_P)
     if settings.loss_type == "robust":
         return ((1 - wrong) * right_P - wrong * swapped_P) / (1 - 2 * wrong)
     return (1 - wrong) * right_P + wrong * swapped_P

@@ -38,6 +38,11 @@ DPO: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"loss_type": ["robust"], "label_smoothing": 0.2},
     ),
     "sigmoid_norm": ({"loss_type": "sigmoid_norm"}, {"loss_type": ["sigmoid_norm"]}),
+    **{
+        name: ({"loss_type": name}, {"loss_type": [name]})
+        for name in ("discopop", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down")
+    },
+    "exo_pair": ({"loss_type": "exo_pair"}, {"loss_type": ["exo_pair"], "label_smoothing": 1e-3}),
 }
 KTO: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "kto": ({"undesirable_weight": 0.8}, {"undesirable_weight": 0.8}),

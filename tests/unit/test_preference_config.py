@@ -71,7 +71,7 @@ def test_a_pack_holds_both_answers_of_a_pair() -> None:
         ("--loss_type robust --label_smoothing 0.5", "label_smoothing=0.5 is not from 0 to below 0.5"),
         (
             "--loss_type hinge --label_smoothing 0.1",
-            "label_smoothing is for loss_type sigmoid and robust, not hinge",
+            "label_smoothing is for loss_type sigmoid, robust and exo_pair, not hinge",
         ),
         ("--rpo_alpha -1", "rpo_alpha=-1 is negative"),
         ("--reference_free --ref_model m", "reference_free=true has no reference model"),

@@ -33,9 +33,19 @@ class Pair:
     len_l: int
 
     @property
-    def h(self) -> float:
+    def a_w(self) -> float:
         """The lead of the chosen answer over the reference."""
-        return (self.w - self.ref_w) - (self.l - self.ref_l)
+        return self.w - self.ref_w
+
+    @property
+    def a_l(self) -> float:
+        """The lead of the rejected one."""
+        return self.l - self.ref_l
+
+    @property
+    def h(self) -> float:
+        """How much further the chosen answer leads."""
+        return self.a_w - self.a_l
 
     @property
     def h_mean(self) -> float:
@@ -82,6 +92,50 @@ CASES: dict[str, tuple[str, dict[str, Any], Callable[[Pair], float]]] = {
         "dpo",
         {"loss_type": "sigmoid_norm", "beta": 3.0},
         lambda p: -math.log(sigmoid(3.0 * p.h_mean)),
+    ),
+    "dpo exo_pair": (
+        "dpo",
+        {"loss_type": "exo_pair", "beta": 0.3, "label_smoothing": 0.1},
+        lambda p: sum(
+            sigmoid(s * 0.3 * p.h) * math.log(sigmoid(s * 0.3 * p.h) / e) for s, e in ((1, 0.9), (-1, 0.1))
+        ),
+    ),
+    "dpo discopop": (
+        "dpo",
+        {"loss_type": "discopop", "beta": 0.3, "discopop_tau": 0.7},
+        lambda p: (
+            -(1 - sigmoid(0.3 * p.h / 0.7)) * math.log(sigmoid(0.3 * p.h))
+            + sigmoid(0.3 * p.h / 0.7) * math.exp(-0.3 * p.h)
+        ),
+    ),
+    "dpo nca_pair": (
+        "dpo",
+        {"loss_type": "nca_pair", "beta": 0.3},
+        lambda p: (
+            -math.log(sigmoid(0.3 * p.a_w))
+            - 0.5 * math.log(sigmoid(-0.3 * p.a_w))
+            - 0.5 * math.log(sigmoid(-0.3 * p.a_l))
+        ),
+    ),
+    "dpo bco_pair": (
+        "dpo",
+        {"loss_type": "bco_pair", "beta": 0.3},
+        lambda p: -math.log(sigmoid(0.3 * p.a_w)) - math.log(sigmoid(-0.3 * p.a_l)),
+    ),
+    "dpo sppo_hard": (
+        "dpo",
+        {"loss_type": "sppo_hard", "beta": 0.3},
+        lambda p: (p.a_w - 1 / 0.6) ** 2 + (p.a_l + 1 / 0.6) ** 2,
+    ),
+    "dpo apo_zero": (
+        "dpo",
+        {"loss_type": "apo_zero", "beta": 0.3},
+        lambda p: 1 - sigmoid(0.3 * p.a_w) + sigmoid(0.3 * p.a_l),
+    ),
+    "dpo apo_down": (
+        "dpo",
+        {"loss_type": "apo_down", "beta": 0.3},
+        lambda p: sigmoid(0.3 * p.a_w) + 1 - sigmoid(0.3 * p.h),
     ),
     "dpo rpo_alpha": (
         "dpo",
