@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megaswift.checkpoint.store import Checkpoint
-from megaswift.config.rollout_rules import reward_names, reward_weights
+from megaswift.config.reward_rules import reward_names, reward_weights
 from megaswift.config.run import RunConfig
 from megaswift.converters.live import TORCH_DTYPES
 from megaswift.converters.tensor_files import DTYPE_NAMES
@@ -132,7 +132,7 @@ class Roller:
     table: JsonLines | None  # of completions; rank 0's, where they are logged
 
     def __post_init__(self) -> None:
-        self.names, self.weights = reward_names(self.run.rollout), reward_weights(self.run.rollout)
+        self.names, self.weights = reward_names(self.run.reward), reward_weights(self.run.reward)
         folder, trust = str(self.meta.folder), self.run.model.trust_remote_code
         self.tokenizer = load_tokenizer(folder, trust_remote_code=trust)
         self.pad_id = pad_id_of(self.tokenizer)
@@ -151,7 +151,7 @@ class Roller:
 
     def _load_rewards(self) -> dict[str, RewardFunction]:
         """Return reward functions, and where this rank judges completions the reward models."""
-        functions, wanted = load_rewards(self.run.rollout), self.run.rollout.reward_model
+        functions, wanted = load_rewards(self.run.reward), self.run.reward.reward_model
         if not wanted or not self.author.seat.reports:
             return functions
         from megaswift.rollout.reward_models import load_reward_models  # transformers' models: seconds
