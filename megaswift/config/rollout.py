@@ -45,5 +45,9 @@ class RolloutConfig:
     epsilon: float = setting(0.2, "ratios are clipped below 1 - epsilon")
     epsilon_high: float | None = setting(None, "and above 1 + epsilon_high; default: --epsilon")
     overlong_filter: bool = setting(False, "completions that were cut off at their longest carry no loss")
+    dynamic_sample: bool = setting(
+        False, "replace groups whose completions are all worth the same by groups of other prompts (DAPO)"
+    )
+    max_resample_times: int = setting(3, "how often; groups that are left then stay")
     num_iterations: int = setting(1, "optimizer steps on each batch of completions")
     log_completions: bool = setting(False, "write every completion, with its rewards, to completions.jsonl")

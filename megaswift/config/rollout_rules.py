@@ -71,6 +71,7 @@ def rollout_numbers_are_in_range(run: RunConfig) -> None:
         ("num_generations", chosen.num_generations, 2),
         ("max_completion_length", chosen.max_completion_length, 1),
         ("num_iterations", chosen.num_iterations, 1),
+        ("max_resample_times", chosen.max_resample_times, 1),
     ):
         if value < least:
             raise ConfigError(f"{name}={value} is too small. Give {least} or more.")

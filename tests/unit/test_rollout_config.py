@@ -72,6 +72,7 @@ def test_lengths_and_clips_follow_each_other() -> None:
         ("--reward_model a b --reward_weights 1 2", "reward_weights has 2 numbers for 3 rewards: accuracy reward_model_1 reward_model_2"),
         ("--reward_weights much", "reward_weights=much are not numbers"),
         ("--num_generations 1", "num_generations=1 is too small"),
+        ("--max_resample_times 0", "max_resample_times=0 is too small"),
         ("--cosine_max_len 0", "cosine_max_len=0 is too small"),
         ("--repetition_max_penalty 1", "repetition_max_penalty=1 is a reward"),
         ("--temperature 0", "temperature=0 is too small"),
