@@ -30,10 +30,9 @@ def _refuse(what: str, instead: str = "", **flags: str) -> dict[str, Refused]:
 # Flags of reinforcement learning and distillation.
 _RLHF = """
     teacher_model_server teacher_tag_key gkd_logits_topk offload_teacher_model teacher_kl_coef generation_batch_size
-    repetition_penalty delta dynamic_sample max_resample_times cosine_min_len_value_wrong cosine_max_len_value_wrong
-    cosine_min_len_value_correct cosine_max_len_value_correct cosine_max_len log_entropy top_entropy_quantile
-    off_policy_sequence_mask_delta use_gym_env vllm_enable_lora offload_model offload_optimizer offload_bridge
-    use_ray ld_alpha loss_weights reward_adapters num_ppo_epochs kl_coef cliprange vf_coef
+    repetition_penalty delta log_entropy top_entropy_quantile off_policy_sequence_mask_delta use_gym_env
+    vllm_enable_lora offload_model offload_optimizer offload_bridge use_ray ld_alpha loss_weights
+    reward_adapters num_ppo_epochs kl_coef cliprange vf_coef
     cliprange_value gamma lam num_mini_batches response_length async_generate sync_ref_model whiten_rewards
     missing_eos_penalty
 """.split()

@@ -4,12 +4,10 @@ from dataclasses import dataclass
 
 from megaswift.config.field import setting
 
-REWARDS = ("accuracy", "format", "repetition", "soft_overlong")  # rollout/rewards.py has them
-
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
-    """How completions are sampled, and for `megaswift rlhf --rlhf_type grpo` rewarded and weighted."""
+    """How completions are sampled, and for `megaswift rlhf --rlhf_type grpo` learnt from."""
 
     num_generations: int = setting(
         8, "completions of each prompt: a group; they share out --global_batch_size"
@@ -18,18 +16,6 @@ class RolloutConfig:
     temperature: float = setting(0.9, "the logits are divided by it when sampling, and in grpo's loss")
     top_p: float = setting(1.0, "sample from the likeliest tokens that have this probability together")
     top_k: int = setting(-1, "sample from so many of the likeliest tokens; -1: from all")
-    reward_funcs: list[str] = setting(
-        [],
-        f"reward functions: {', '.join(REWARDS)}, functions of --external_plugins, or entry points of the group megaswift.rewards",
-    )
-    reward_model: list[str] = setting(
-        [],
-        "sequence-classification models with one label that score conversations, as rlhf_type rm exports them",
-    )
-    reward_weights: list[str] = setting(
-        [], "a number for each of reward_funcs, then for each reward_model; default: 1 each"
-    )
-    external_plugins: list[str] = setting([], "Python files with reward functions")
     multi_turn_scheduler: str | None = setting(
         None,
         "FILE.py:NAME, or an entry point of the group megaswift.multi_turn: a function that gets a conversation and a completion, "
@@ -59,15 +45,9 @@ class RolloutConfig:
     epsilon: float = setting(0.2, "ratios are clipped below 1 - epsilon")
     epsilon_high: float | None = setting(None, "and above 1 + epsilon_high; default: --epsilon")
     overlong_filter: bool = setting(False, "completions that were cut off at their longest carry no loss")
+    dynamic_sample: bool = setting(
+        False, "replace groups whose completions are all worth the same by groups of other prompts (DAPO)"
+    )
+    max_resample_times: int = setting(3, "how often; groups that are left then stay")
     num_iterations: int = setting(1, "optimizer steps on each batch of completions")
-    repetition_n_grams: int = setting(3, "words in the sequences that the repetition reward counts")
-    repetition_max_penalty: float = setting(
-        -1.0, "repetition reward of a completion of one repeated sequence"
-    )
-    soft_max_length: int | None = setting(
-        None, "soft_overlong: tokens from which the reward is -1; default: --max_completion_length"
-    )
-    soft_cache_length: int | None = setting(
-        None, "soft_overlong: tokens before that over which the reward falls; default: a fifth of them"
-    )
     log_completions: bool = setting(False, "write every completion, with its rewards, to completions.jsonl")

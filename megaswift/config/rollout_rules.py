@@ -1,17 +1,16 @@
 """Rules of completions, of `megaswift rlhf --rlhf_type grpo` and gkd: which settings belong together, and their defaults."""
 
 from importlib.metadata import entry_points
-from math import ceil
 from typing import Any
 
 from megaswift.config.case import Case
-from megaswift.config.rollout import REWARDS, RolloutConfig
+from megaswift.config.reward import RewardConfig
+from megaswift.config.rollout import RolloutConfig
 from megaswift.config.run import RunConfig
 from megaswift.errors import ConfigError, nearest
 
 SAMPLING = ("max_completion_length", "temperature", "top_p", "top_k", "log_completions")  # what gkd reads too
-REWARD_GROUP, SCHEDULER_GROUP = "megaswift.rewards", "megaswift.multi_turn"  # of entry points
-SOFT_PART = 5  # DAPO (arXiv 2503.14476, section 4.1): the last 4096 of 20480 tokens
+SCHEDULER_GROUP = "megaswift.multi_turn"  # of entry points
 
 
 def generates(run: RunConfig) -> bool:
@@ -34,61 +33,13 @@ def completions_are_for_grpo_and_gkd(run: RunConfig) -> None:
     """Settings of completions and rewards mean nothing to other tasks."""
     if generates(run):
         return
-    blank, samples = RolloutConfig(), distils_completions(run)
-    for name, value in vars(run.rollout).items():
-        if value == getattr(blank, name) or (samples and name in SAMPLING):
+    blank, samples = {**vars(RolloutConfig()), **vars(RewardConfig())}, distils_completions(run)
+    for name, value in {**vars(run.rollout), **vars(run.reward)}.items():
+        if value == blank[name] or (samples and name in SAMPLING):
             continue
         text = " ".join(value) if isinstance(value, list) else value
         readers = "grpo, or gkd with --lmbda above 0" if name in SAMPLING else "grpo"
         raise ConfigError(f"{name}={text} is for `megaswift rlhf --rlhf_type {readers}`. Leave it out.")
-
-
-def rewards_are_named(run: RunConfig) -> None:
-    """There is something to learn from, and a weight for each."""
-    if not generates(run):
-        return
-    chosen = run.rollout
-    if not chosen.reward_funcs and not chosen.reward_model:
-        raise ConfigError(
-            f"reward_funcs is not set. Name reward functions: {', '.join(REWARDS)}, or functions of --external_plugins; or give "
-            "a --reward_model."
-        )
-    if len(set(chosen.reward_funcs)) < len(chosen.reward_funcs):
-        raise ConfigError(f"reward_funcs={' '.join(chosen.reward_funcs)} names a function twice.")
-    if not chosen.external_plugins:
-        known = (*REWARDS, *entry_points(group=REWARD_GROUP).names)
-        for name in chosen.reward_funcs:
-            if name not in known:
-                raise ConfigError(
-                    f"reward_funcs={name} is neither built in nor an entry point of {REWARD_GROUP}.{nearest(name, known)} Functions "
-                    "of your own need --external_plugins file.py."
-                )
-    reward_weights(chosen)
-
-
-def reward_names(chosen: RolloutConfig) -> list[str]:
-    """Return what rewards are logged as: functions by their names, then reward models."""
-    several = len(chosen.reward_model) > 1
-    models = [
-        f"reward_model_{number}" if several else "reward_model"
-        for number, _ in enumerate(chosen.reward_model, 1)
-    ]
-    return [*chosen.reward_funcs, *models]
-
-
-def reward_weights(chosen: RolloutConfig) -> list[float]:
-    """Return the weight of every reward function, then model; raises ConfigError where there are more or fewer numbers."""
-    names = reward_names(chosen)
-    if not chosen.reward_weights:
-        return [1.0] * len(names)
-    if len(chosen.reward_weights) != len(names):
-        raise ConfigError(
-            f"reward_weights has {len(chosen.reward_weights)} numbers for {len(names)} rewards: {' '.join(names)}. Give one each."
-        )
-    try:
-        return [float(word) for word in chosen.reward_weights]
-    except ValueError:
-        raise ConfigError(f"reward_weights={' '.join(chosen.reward_weights)} are not numbers.") from None
 
 
 def turns_have_a_scheduler(run: RunConfig) -> None:
@@ -120,7 +71,7 @@ def rollout_numbers_are_in_range(run: RunConfig) -> None:
         ("num_generations", chosen.num_generations, 2),
         ("max_completion_length", chosen.max_completion_length, 1),
         ("num_iterations", chosen.num_iterations, 1),
-        ("repetition_n_grams", chosen.repetition_n_grams, 1),
+        ("max_resample_times", chosen.max_resample_times, 1),
     ):
         if value < least:
             raise ConfigError(f"{name}={value} is too small. Give {least} or more.")
@@ -134,10 +85,6 @@ def rollout_numbers_are_in_range(run: RunConfig) -> None:
         raise ConfigError(f"epsilon={chosen.epsilon:g} is not between 0 and 1.")
     if chosen.epsilon_high is not None and chosen.epsilon_high <= 0:
         raise ConfigError(f"epsilon_high={chosen.epsilon_high:g} is too small. Give more than 0.")
-    if chosen.repetition_max_penalty > 0:
-        raise ConfigError(
-            f"repetition_max_penalty={chosen.repetition_max_penalty:g} is a reward. Give 0 or less."
-        )
 
 
 def what_rollouts_do_not_reach(run: RunConfig) -> None:
@@ -198,12 +145,9 @@ def rollout_settings_have_defaults(case: Case) -> Case | None:
     if not generates(case.run):
         return None
     unscaled = chosen.advantage_estimator == "rloo" or case.run.preference.loss_type == "dr_grpo"
-    longest = chosen.soft_max_length or chosen.max_completion_length
     filled: dict[str, Any] = {
         "epsilon_high": chosen.epsilon if chosen.epsilon_high is None else chosen.epsilon_high,
         "scale_rewards": chosen.scale_rewards or ("none" if unscaled else "group"),
-        "soft_max_length": longest,
-        "soft_cache_length": chosen.soft_cache_length or ceil(longest / SOFT_PART),
     }
     if chosen.kl_in_reward and not case.run.preference.beta:
         raise ConfigError("kl_in_reward=true needs beta above 0. Leave one of them out.")

@@ -9,6 +9,7 @@ from megaswift.config import head_rules as head
 from megaswift.config import layout_rules as layout
 from megaswift.config import precision_rules as precision
 from megaswift.config import preference_rules as preference
+from megaswift.config import reward_rules as reward
 from megaswift.config import rollout_rules as rollout
 from megaswift.config import training_rules as training
 from megaswift.config import vllm_rules as vllm
@@ -34,7 +35,8 @@ REQUEST_RULES = (
     preference.preference_numbers_are_in_range,
     preference.distillation_has_a_teacher,
     rollout.completions_are_for_grpo_and_gkd,
-    rollout.rewards_are_named,
+    reward.rewards_are_named,
+    reward.reward_numbers_are_in_range,
     rollout.turns_have_a_scheduler,
     rollout.rollout_numbers_are_in_range,
     rollout.what_rollouts_do_not_reach,
@@ -91,6 +93,7 @@ RULES: tuple[Rule, ...] = (
     rollout.groups_are_whole,
     rollout.completions_have_room,
     rollout.rollout_settings_have_defaults,
+    reward.reward_settings_have_defaults,
 )
 
 

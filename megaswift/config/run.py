@@ -13,6 +13,7 @@ from megaswift.config.optimizer import OptimizerConfig
 from megaswift.config.parallel import ParallelConfig
 from megaswift.config.precision import PrecisionConfig
 from megaswift.config.preference import PreferenceConfig
+from megaswift.config.reward import RewardConfig
 from megaswift.config.rollout import RolloutConfig
 from megaswift.config.training import TrainingConfig
 from megaswift.config.tuner import TunerConfig
@@ -34,6 +35,7 @@ class RunConfig:
     embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     vllm: VllmConfig = field(default_factory=VllmConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

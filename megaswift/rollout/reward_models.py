@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from megaswift.config.rollout_rules import reward_names
+from megaswift.config.reward_rules import reward_names
 from megaswift.config.run import RunConfig
 from megaswift.data.sample import Message, Sample
 from megaswift.data.template import Template
@@ -87,7 +87,7 @@ class RewardModel:
 
 def load_reward_models(run: RunConfig, *, device: torch.device, dtype: torch.dtype) -> dict[str, RewardModel]:
     """Return the reward models of a resolved run by the names under which they are logged; raises UserError."""
-    chosen = run.rollout
+    chosen = run.reward
     names = reward_names(chosen)[len(chosen.reward_funcs) :]
     return {
         name: RewardModel(model, run, device=device, dtype=dtype)

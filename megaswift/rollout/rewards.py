@@ -13,8 +13,8 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
-from megaswift.config.rollout import RolloutConfig
-from megaswift.config.rollout_rules import REWARD_GROUP
+from megaswift.config.reward import RewardConfig
+from megaswift.config.reward_rules import REWARD_GROUP
 from megaswift.data.prompts import PromptRow
 from megaswift.data.sample import Message
 from megaswift.errors import ConfigError, DataError, TrainingError, nearest
@@ -28,11 +28,12 @@ BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 
 
-def load_rewards(chosen: RolloutConfig) -> dict[str, RewardFunction]:
+def load_rewards(chosen: RewardConfig) -> dict[str, RewardFunction]:
     """Return the reward functions of a resolved run by name, in their order; raises ConfigError."""
     built_in: dict[str, RewardFunction] = {
         "accuracy": accuracy,
         "format": thoughtful,
+        "cosine": _cosine(chosen),
         "repetition": _repetition(chosen),
         "soft_overlong": _soft_overlong(chosen),
     }
@@ -174,7 +175,34 @@ def thoughtful(completions: list[str], **columns: Any) -> list[float]:
     return [float(THOUGHTFUL.fullmatch(text) is not None) for text in completions]
 
 
-def _repetition(chosen: RolloutConfig) -> RewardFunction:
+def _cosine(chosen: RewardConfig) -> RewardFunction:
+    """Accuracy by length, from no tokens to the most along half a cosine: Yeo et al. 2025 (arXiv 2502.03373), their cosine reward,
+
+    CosFn(t, T, least, most) = least + (most - least) (1 + cos(t pi / T)) / 2. What is longer than T counts as T, as in ms-swift.
+    """
+    longest = chosen.cosine_max_len
+    assert longest is not None, "resolved"
+    ends = {  # right or wrong: the values at no tokens and at the most
+        1.0: (chosen.cosine_min_len_value_correct, chosen.cosine_max_len_value_correct),
+        0.0: (chosen.cosine_min_len_value_wrong, chosen.cosine_max_len_value_wrong),
+    }
+
+    def cosine(
+        completions: list[str],
+        completion_ids: Sequence[Sequence[int]],
+        solution: Sequence[Any] | None = None,
+        **columns: Any,
+    ) -> list[float]:
+        found = []
+        for right, ids in zip(accuracy(completions, solution), completion_ids, strict=True):
+            short, long = ends[right]
+            found.append(long + (short - long) * (1 + math.cos(math.pi * min(len(ids) / longest, 1.0))) / 2)
+        return found
+
+    return cosine
+
+
+def _repetition(chosen: RewardConfig) -> RewardFunction:
     """max_penalty * the share of n-grams of words that were there before (Yeo et al. 2025, arXiv 2502.03373, appendix)."""
     size, worst = chosen.repetition_n_grams, chosen.repetition_max_penalty
 
@@ -189,7 +217,7 @@ def _repetition(chosen: RolloutConfig) -> RewardFunction:
     return repetition
 
 
-def _soft_overlong(chosen: RolloutConfig) -> RewardFunction:
+def _soft_overlong(chosen: RewardConfig) -> RewardFunction:
     """0 up to a length, -1 beyond another, falling between: Yu et al. 2025, DAPO (arXiv 2503.14476), eq. 13."""
     longest, falling = chosen.soft_max_length, chosen.soft_cache_length
     assert longest is not None and falling is not None, "resolved"

@@ -157,12 +157,14 @@ def distillation_feed(
     def author(meta: ModelMeta, chunks: Sequence[Any]) -> Author:
         return Author(run, meta, layout, chunks, stop_ids=stop_ids, pad_id=sets.pad_id, group=group)
 
+    authors = {}  # those who will write: an engine may be held by each
+    if run.preference.lmbda:
+        authors[Writer.STUDENT] = author(meta, [chunk.module for chunk in engine.chunks])
+    if run.preference.seq_kd:
+        authors[Writer.TEACHER] = author(teacher_meta, teacher)
     return DistillationFeed(
         sets.train,
-        {
-            Writer.STUDENT: author(meta, [chunk.module for chunk in engine.chunks]),
-            Writer.TEACHER: author(teacher_meta, teacher),
-        },
+        authors,
         run=run,
         engine=engine,
         settings=sets.settings,

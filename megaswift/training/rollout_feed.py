@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megaswift.checkpoint.store import Checkpoint
-from megaswift.config.rollout_rules import reward_names, reward_weights
+from megaswift.config.reward_rules import reward_names, reward_weights
 from megaswift.config.run import RunConfig
 from megaswift.converters.live import TORCH_DTYPES
 from megaswift.converters.tensor_files import DTYPE_NAMES
@@ -44,6 +44,7 @@ from megaswift.training.feed import TrainFeed
 from megaswift.training.reporters import JsonLines
 from megaswift.training.setup import Sets
 
+OTHERS = (0, 0, 1)  # behind seed, position and round: keys of completions go on otherwise
 KEPT = "rollout"  # the folder of a checkpoint with completions that are not used up
 
 
@@ -51,7 +52,6 @@ KEPT = "rollout"  # the folder of a checkpoint with completions that are not use
 class _Completion:
     """What one rank tells the others about a completion."""
 
-    place: int  # among those of the generation
     answer: Answer
     judged: Judged
     rewards: list[float]
@@ -132,7 +132,7 @@ class Roller:
     table: JsonLines | None  # of completions; rank 0's, where they are logged
 
     def __post_init__(self) -> None:
-        self.names, self.weights = reward_names(self.run.rollout), reward_weights(self.run.rollout)
+        self.names, self.weights = reward_names(self.run.reward), reward_weights(self.run.reward)
         folder, trust = str(self.meta.folder), self.run.model.trust_remote_code
         self.tokenizer = load_tokenizer(folder, trust_remote_code=trust)
         self.pad_id = pad_id_of(self.tokenizer)
@@ -151,7 +151,7 @@ class Roller:
 
     def _load_rewards(self) -> dict[str, RewardFunction]:
         """Return reward functions, and where this rank judges completions the reward models."""
-        functions, wanted = load_rewards(self.run.rollout), self.run.rollout.reward_model
+        functions, wanted = load_rewards(self.run.reward), self.run.reward.reward_model
         if not wanted or not self.author.seat.reports:
             return functions
         from megaswift.rollout.reward_models import load_reward_models  # transformers' models: seconds
@@ -181,6 +181,7 @@ class Roller:
         """Return rewarded completions of these prompts; every rank of the world calls it. Raises UserError."""
         with self.engine.settled_parameters():
             found = self._completions(entries, position)
+            entries, found = self._lively(entries, found, position)
             rollout = self._joined(entries, position, found)
             rollout = self._with_logps(rollout)
         rollout = self._with_advantages(rollout)
@@ -188,10 +189,40 @@ class Roller:
             self._write(entries, found, rollout, step)
         return rollout
 
-    def _completions(self, entries: np.ndarray, position: int) -> list[_Completion]:
+    def _lively(
+        self, entries: np.ndarray, found: list[_Completion], position: int
+    ) -> tuple[np.ndarray, list[_Completion]]:
+        """Replace groups without a spread of rewards, which teach nothing, by those of other prompts.
+
+        Yu et al. 2025, DAPO (arXiv 2503.14476), section 3.2; which prompts they are follows from seed and position. Groups that
+        are dull after --max_resample_times stay.
+        """
+        chosen, entries = self.run.rollout, entries.copy()
+        for again in range(1, chosen.max_resample_times + 1) if chosen.dynamic_sample else ():
+            dull = self._dull(found)
+            if not dull:
+                break
+            seed = np.random.SeedSequence((self.run.training.seed, position, again, *OTHERS))
+            random = np.random.Generator(np.random.Philox(seed))
+            others = random.permutation(self.prompts.num_items)[: len(dull)]
+            more, group = self._completions(others, position, again=again), chosen.num_generations
+            lively = sorted(set(range(len(others))) - set(self._dull(more)))
+            for place, other in zip(dull, lively, strict=False):
+                entries[place] = others[other]
+                found[place * group : (place + 1) * group] = more[other * group : (other + 1) * group]
+        return entries, found
+
+    def _dull(self, found: list[_Completion]) -> list[int]:
+        """Return the groups whose completions are all worth the same."""
+        rewards_PG = (np.array([one.rewards for one in found]) @ np.array(self.weights)).reshape(
+            -1, self.run.rollout.num_generations
+        )
+        return np.flatnonzero(rewards_PG.max(1) == rewards_PG.min(1)).tolist()
+
+    def _completions(self, entries: np.ndarray, position: int, *, again: int = 0) -> list[_Completion]:
         group = self.run.rollout.num_generations
         prompts = [
-            Prompt(ids=self._prompt(entries[place // group]), key=self._key(place, position))
+            Prompt(ids=self._prompt(entries[place // group]), key=self._key(place, position, again))
             for place in range(len(entries) * group)
         ]
         talks = self.talks
@@ -215,10 +246,8 @@ class Roller:
             row = self._row(entries[places[start] // group])
             rewards = zip(*rewards_of(self.rewards, row, judged[some]), strict=True)
             found += [
-                _Completion(place=place, answer=answer, judged=one, rewards=list(each))
-                for place, answer, one, each in zip(
-                    places[some], answers[some], judged[some], rewards, strict=True
-                )
+                _Completion(answer=answer, judged=one, rewards=list(each))
+                for answer, one, each in zip(answers[some], judged[some], rewards, strict=True)
             ]
         return found
 
@@ -236,21 +265,22 @@ class Roller:
     def _row(self, entry: int) -> PromptRow:
         return self.rows[int(self.prompts.encoded.samples[entry])]
 
-    def _key(self, place: int, position: int) -> tuple[int, int, int]:
+    def _key(self, place: int, position: int, again: int) -> tuple[int, ...]:
         """Return what decides a completion: the prompt's place in the endless stream of prompts, and its own in the group."""
         prompt, generation = divmod(place, self.run.rollout.num_generations)
-        return self.run.training.seed, position + prompt, generation
+        key = self.run.training.seed, position + prompt, generation
+        return (*key, 0, again) if again else key  # a fourth number counts turns
 
     def _joined(self, entries: np.ndarray, position: int, found: list[_Completion]) -> Rollout:
         group = self.run.rollout.num_generations
-        prompts = [self._prompt(entry) for entry in entries]
+        prompts = [self._prompt(entry) for entry in np.repeat(entries, group)]
         return Rollout(
-            **joined([prompts[one.place // group] for one in found], [one.answer for one in found]),
+            **joined(prompts, [one.answer for one in found]),
             position=position,
             group=group,
             trains_cut=not self.run.rollout.overlong_filter,
             rewards=np.array([one.rewards for one in found]),
-            sampler_logps=_sampler_logps([prompts[one.place // group] for one in found], found),
+            sampler_logps=_sampler_logps(prompts, found),
         )
 
     def _with_logps(self, rollout: Rollout) -> Rollout:
@@ -296,8 +326,9 @@ class Roller:
 
     def _write(self, entries: np.ndarray, found: list[_Completion], rollout: Rollout, step: int) -> None:
         assert self.table is not None and rollout.advantages is not None
-        for one, advantage in zip(found, rollout.advantages.tolist(), strict=True):
-            row = self._row(entries[one.place // rollout.group])
+        rows = np.repeat(entries, rollout.group)
+        for entry, one, advantage in zip(rows, found, rollout.advantages.tolist(), strict=True):
+            row = self._row(entry)
             self.table.report(
                 {
                     "step": step,

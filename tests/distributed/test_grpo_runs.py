@@ -43,6 +43,11 @@ def again(messages, completion, goal, **columns):
     return None if completion.count("e") > goal else "First, " + completion[:3]
 
 
+def curt(completions, completion_ids, **columns):
+    """It ends at once: for most groups the same for all."""
+    return [float(len(ids) < 2) for ids in completion_ids]
+
+
 def broken(completions, goal, **columns):
     return [wanted / 0 for wanted in goal]
 '''
@@ -299,6 +304,31 @@ def test_the_mean_reward_rises() -> None:
         tokens = [json.loads(row)["tokens"] for row in rows]
         cut = round(8 * line["completions/clipped_ratio"])
         assert line["loss_tokens"] == sum(tokens) - 10 * cut, "what was cut off carries no loss"
+
+
+@pytest.mark.slow
+@pytest.mark.ranks(2)
+def test_groups_that_are_all_worth_the_same_give_way_to_other_prompts() -> None:
+    """The same on two ranks; what is left of dull groups was dull in every round."""
+    runs = {"dull": "one", "lively": "one", "lively dp2": "dp2"}
+    for name, layout in runs.items():
+        words = flags("rloo", layout, "--dynamic_sample", str(name != "dull").lower(), output=name)
+        start = words.index("--reward_funcs")
+        words[start : start + 6] = ["--reward_funcs", "curt"]
+        words[words.index("--global_batch_size") + 1] = "16"
+        run_distributed(train_all, LAYOUTS[layout][0], [parse_run("rlhf", words)])
+    (dull, lively, lively_dp2), (lines, better, _) = (
+        [[json.loads(line) for line in (folder() / run / file).read_text().splitlines()] for run in runs]
+        for file in ("completions.jsonl", "logging.jsonl")
+    )
+    assert [row["completion"] for row in lively] == [row["completion"] for row in lively_dp2]
+    assert better[0]["frac_reward_zero_std"] < lines[0]["frac_reward_zero_std"]
+    groups = [(dull[start : start + 4], lively[start : start + 4]) for start in range(0, 16, 4)]
+    for before, after in groups:
+        was_dull = len({row["rewards"]["curt"] for row in before}) == 1
+        assert was_dull or before == after, "what has a spread stays"
+        assert len({row["source"] for row in after}) == 1
+    assert any(before[0]["source"] != after[0]["source"] for before, after in groups)
 
 
 def failure(rank: int, world_size: int, words: list[str]) -> str:

@@ -110,7 +110,6 @@ def first_steps(
 @cache
 def ours() -> dict[str, tuple[float, float, float]]:
     common = {
-        "reward_funcs": ["format"],
         "num_generations": 2,
         "max_completion_length": LONGEST,
         "temperature": TEMPERATURE,
@@ -122,6 +121,7 @@ def ours() -> dict[str, tuple[float, float, float]]:
             settings={
                 "preference": {"rlhf_type": "grpo", **preference},
                 "rollout": {**common, **more},
+                "reward": {"reward_funcs": ["format"]},
                 "sampler": corrected(name),
                 "training": {"global_batch_size": ROWS, "micro_batch_size": 2, "train_iters": 1},
             },

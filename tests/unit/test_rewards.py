@@ -1,11 +1,12 @@
 """Built-in rewards, functions out of files, and what is said of those that fail."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megaswift.config.rollout import REWARDS, RolloutConfig
+from megaswift.config.reward import REWARDS, RewardConfig
 from megaswift.data.prompts import PromptRow
 from megaswift.errors import ConfigError, DataError, TrainingError, UserError
 from megaswift.rollout.rewards import Judged, final_answer, load_rewards, rewards_of, same_answer
@@ -15,10 +16,9 @@ ROW = PromptRow(
 )
 
 
-def chosen(*names: str, **more: Any) -> RolloutConfig:
-    return RolloutConfig(
-        **{"reward_funcs": list(names), "soft_max_length": 10, "soft_cache_length": 4, **more}
-    )
+def chosen(*names: str, **more: Any) -> RewardConfig:
+    lengths = {"soft_max_length": 10, "soft_cache_length": 4, "cosine_max_len": 10}
+    return RewardConfig(**{"reward_funcs": list(names), **lengths, **more})
 
 
 def judge(
@@ -64,6 +64,18 @@ def test_format_wants_thoughts_and_an_answer_and_nothing_else() -> None:
 def test_repetition_costs_the_share_of_repeated_sequences() -> None:
     found = judge("repetition", "a b c a b c", "a b c d", "a b", repetition_max_penalty=-2.0)
     assert found == pytest.approx([-2 * (1 - 3 / 4), 0, 0])
+
+
+def test_cosine_prefers_short_right_answers_and_long_wrong_ones() -> None:
+    """CosFn of the paper at no tokens, half and all of them, and beyond."""
+    lengths = (0, 5, 10, 20)
+    assert judge("cosine", *["7"] * 4, lengths=lengths) == pytest.approx([1.0, 0.75, 0.5, 0.5])
+    assert judge("cosine", *["8"] * 4, lengths=lengths) == pytest.approx([-0.5, -0.25, 0.0, 0.0])
+    steep = judge("cosine", "7", lengths=(2,), cosine_max_len_value_correct=0.0)
+    assert steep == pytest.approx([(1 + math.cos(math.pi / 5)) / 2])
+    bare = PromptRow(source="rows.jsonl:9", messages=ROW.messages, columns={})
+    with pytest.raises(DataError, match=r"reward_funcs=cosine at rows.jsonl:9: .*the column solution"):
+        judge("cosine", "7", row=bare)
 
 
 def test_soft_overlong_falls_over_the_last_tokens() -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from megaswift.config.dump import dump_run
 from megaswift.config.parse import parse_saved
-from megaswift.config.rollout_rules import reward_names, reward_weights
+from megaswift.config.reward_rules import reward_names, reward_weights
 from megaswift.config.rules import ResolvedRun
 from megaswift.config.vllm_rules import server_urls
 from megaswift.errors import ConfigError
@@ -37,8 +37,10 @@ def test_each_form_has_its_defaults(words: str, loss_type: str, beta: float, sca
 
 
 def test_lengths_and_clips_follow_each_other() -> None:
-    chosen = grpo("--max_completion_length 100 --epsilon 0.1").config.rollout
-    assert (chosen.epsilon_high, chosen.soft_max_length, chosen.soft_cache_length) == (0.1, 100, 20)
+    run = grpo("--max_completion_length 100 --epsilon 0.1").config
+    assert run.rollout.epsilon_high == 0.1
+    lengths = run.reward.soft_max_length, run.reward.soft_cache_length, run.reward.cosine_max_len
+    assert lengths == (100, 20, 100)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +72,9 @@ def test_lengths_and_clips_follow_each_other() -> None:
         ("--reward_model a b --reward_weights 1 2", "reward_weights has 2 numbers for 3 rewards: accuracy reward_model_1 reward_model_2"),
         ("--reward_weights much", "reward_weights=much are not numbers"),
         ("--num_generations 1", "num_generations=1 is too small"),
+        ("--max_resample_times 0", "max_resample_times=0 is too small"),
+        ("--cosine_max_len 0", "cosine_max_len=0 is too small"),
+        ("--repetition_max_penalty 1", "repetition_max_penalty=1 is a reward"),
         ("--temperature 0", "temperature=0 is too small"),
         ("--top_p 0", "top_p=0 is not above 0"),
         ("--top_k -2", "top_k=-2 is not 1 or more"),
@@ -94,7 +99,7 @@ def test_what_does_not_fit_is_refused(words: str, message: str) -> None:
 
 def test_a_reward_model_is_enough() -> None:
     run = resolved("--rlhf_type grpo --reward_model m --reward_weights 2", dense(), task="rlhf").config
-    assert (reward_names(run.rollout), reward_weights(run.rollout)) == (["reward_model"], [2.0])
+    assert (reward_names(run.reward), reward_weights(run.reward)) == (["reward_model"], [2.0])
 
 
 def test_rewards_must_be_named() -> None:
@@ -142,5 +147,6 @@ def test_other_losses_still_need_a_strength() -> None:
 def test_saved_settings_resolve_to_themselves(tmp_path) -> None:
     run = grpo("--reward_weights 0.5 --epsilon_high 0.28 --max_length 1000").config
     (tmp_path / "run.yaml").write_text(dump_run(run))
-    assert parse_saved(tmp_path / "run.yaml").rollout == run.rollout
-    assert resolved(f"--config {tmp_path / 'run.yaml'}", dense(), task="rlhf").config.rollout == run.rollout
+    again = resolved(f"--config {tmp_path / 'run.yaml'}", dense(), task="rlhf").config
+    for saved in (parse_saved(tmp_path / "run.yaml"), again):
+        assert (saved.rollout, saved.reward) == (run.rollout, run.reward)
