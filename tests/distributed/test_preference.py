@@ -25,6 +25,7 @@ TRAININGS: dict[str, dict[str, dict[str, Any]]] = {
     "dpo lora": {"preference": {"rlhf_type": "dpo", "beta": 0.5}, **LORA},
     "orpo": {"preference": {"rlhf_type": "orpo", "beta": 0.5}},
     "simpo": {"preference": {"rlhf_type": "simpo"}},
+    "cpo": {"preference": {"rlhf_type": "cpo", "beta": 0.5}},
     "kto": {"preference": {"rlhf_type": "kto", "beta": 0.5, "undesirable_weight": 0.8}},
     "rm": {"preference": {"rlhf_type": "rm", "center_rewards_coefficient": 0.01}},
     "gkd": {"preference": {"rlhf_type": "gkd", "lmbda": 0.0, "beta": 0.3}},

@@ -43,6 +43,9 @@ RUNS: dict[str, tuple[int, tuple[str, ...]]] = {
     "dpo lora": (1, ("--rlhf_type", "dpo", *LORA)),
     "kto precomputed": (1, ("--rlhf_type", "kto", "--precompute_ref_log_probs", "true", *LORA)),
     "kto lora": (1, ("--rlhf_type", "kto", *LORA)),
+    "orpo": (1, ("--rlhf_type", "orpo", *LORA)),
+    "simpo": (1, ("--rlhf_type", "simpo", *LORA)),
+    "cpo": (1, ("--rlhf_type", "cpo", *LORA)),
     "rm": (2, ("--rlhf_type", "rm", *TP2)),
     "dpo precomputed spread": (2, ("--rlhf_type", "dpo", "--precompute_ref_log_probs", "true", *CP2)),
     "rm lora spread": (2, ("--rlhf_type", "rm", *CP2, *LORA)),
@@ -343,7 +346,8 @@ def test_references_computed_once_train_as_those_at_hand(computed: str, at_hand:
 @pytest.mark.slow
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize(
-    "name", ["dpo copied", "kto precomputed", "labels lora", "gkd lora", "rm", "labels", "texts"]
+    "name",
+    ["dpo copied", "kto precomputed", "orpo", "simpo", "cpo", "labels lora", "gkd lora", "rm", "labels", "texts"],
 )
 def test_resumed_run_repeats_every_figure(name: str) -> None:
     before = lines(name) if output_of(name) else []
