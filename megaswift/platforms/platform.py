@@ -8,6 +8,7 @@ from datetime import timedelta
 import torch
 
 from megaswift.errors import ConfigError
+from megaswift.platforms.gloo import share_gloo_devices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,7 @@ def init_distributed(
     if platform.backend == "gloo" and world_size > 1 and master.split(":")[0] in ("127.0.0.1", "localhost"):
         # gloo asks the resolver for this host's name, which a laptop or a container may not know.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    share_gloo_devices()
     torch.distributed.init_process_group(
         platform.backend,
         init_method=f"tcp://{master}",

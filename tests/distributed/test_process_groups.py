@@ -1,5 +1,7 @@
 """Rank arithmetic without torch against Megatron-Core's own groups."""
 
+from pathlib import Path
+
 import pytest
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -77,3 +79,14 @@ def test_layers_of_every_chunk_equal_megatron(layout: Layout, num_layers: int) -
             assert layers.start == get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
             seen += list(layers)
     assert seen == list(range(num_layers))
+
+
+def network_threads(rank: int, world_size: int, layout: Layout) -> int:
+    initialise(layout, seed=1, timeout_min=1)
+    return sum(name.read_text() == "gloo_tcp_loop\n" for name in Path("/proc/self/task").glob("*/comm"))
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted by Linux")
+def test_all_groups_of_a_rank_share_a_network_thread() -> None:
+    assert run_distributed(network_threads, 2, Layout(world=2, tp=2)) == [1, 1]
