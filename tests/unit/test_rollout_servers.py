@@ -22,6 +22,7 @@ def test_the_trainer_finds_what_it_needs() -> None:
         "--host 127.0.0.1",
         "--worker-extension-cls megaswift.rollout.vllm_worker.WeightReceiver",
         "--logprobs-mode processed_logprobs",
+        "--generation-config vllm",
         "--gpu-memory-utilization 0.9",
         f"--dtype {dense().dtype}",
         "--enable-prefix-caching",
