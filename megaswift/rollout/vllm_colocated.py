@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megaswift.config.vllm import SamplerConfig, VllmConfig
 from megaswift.config.vllm_rules import BESIDE_THE_TRAINER
 from megaswift.errors import ConfigError
+from megaswift.launch.environment import vllm_logging_level
 from megaswift.metadata.meta import ModelMeta
 from megaswift.rollout.engine import Answer, Prompt, Sampling, Weights, seed_of
 
@@ -70,7 +71,7 @@ class ColocatedEngine:
             "LOCAL_RANK": str(local_rank),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": "0",
-            "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+            "VLLM_LOGGING_LEVEL": vllm_logging_level(),
         }
         with _trainer_untouched(), _environment(surroundings):
             self._llm = _start(arguments)
