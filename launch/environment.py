@@ -14,6 +14,7 @@
 | OMPI_COMM_WORLD_RANK, _SIZE, _LOCAL_RANK, _LOCAL_SIZE | Open MPI's mpirun | the rank, when mpirun started it |
 | PMI_RANK, PMI_SIZE, MPI_LOCALRANKID, MPI_LOCALNRANKS | MPICH's and Intel's mpirun | the same |
 | CUDA_VISIBLE_DEVICES | the user, Slurm | GPUs that this process may use |
+| VLLM_LOGGING_LEVEL | the user | how much vLLM says in the ranks of a trainer |
 
 Set for ranks where the user has not: OMP_NUM_THREADS (a share of the cores, not all of them for each rank) and
 CUDA_DEVICE_MAX_CONNECTIONS=1 (Megatron-Core overlaps communication with computation only in the order in which they were
@@ -168,6 +169,11 @@ def visible_gpus(environ: Mapping[str, str] = os.environ) -> list[str] | None:
     """Return the GPUs that CUDA_VISIBLE_DEVICES names, or None where it is not set."""
     value = environ.get("CUDA_VISIBLE_DEVICES")
     return None if value is None else [one for one in value.split(",") if one.strip() not in ("", "-1")]
+
+
+def vllm_logging_level(environ: Mapping[str, str] = os.environ) -> str:
+    """Return how much vLLM may say beside a trainer's own lines: errors, unless asked for more."""
+    return environ.get("VLLM_LOGGING_LEVEL", "ERROR")
 
 
 def _torchrun(environ: Mapping[str, str]) -> RankEnv:

@@ -78,6 +78,7 @@ def serve_command(chosen: ServerConfig, meta: ModelMeta, *, port: int) -> list[s
     ]
     words += ["--host", chosen.address.host, "--port", port, "--worker-extension-cls", WORKERS]
     words += ["--logprobs-mode", "processed_logprobs"]  # of the distribution that is drawn from
+    words += ["--generation-config", "vllm"]  # nothing of the model's own generation_config.json
     words += ["--tensor-parallel-size", vllm.vllm_tensor_parallel_size]
     words += ["--gpu-memory-utilization", IN_A_SERVER if share is None else share]
     words += ["--dtype", chosen.model.torch_dtype or meta.dtype]  # left alone, vLLM makes 16 bits of float32

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megaswift.config.vllm import SamplerConfig, VllmConfig
 from megaswift.config.vllm_rules import BESIDE_THE_TRAINER
 from megaswift.errors import ConfigError
+from megaswift.launch.environment import vllm_logging_level
 from megaswift.metadata.meta import ModelMeta
 from megaswift.rollout.engine import Answer, Prompt, Sampling, Weights, seed_of
 
@@ -42,7 +43,7 @@ class ColocatedEngine:
                 "use_vllm=true with vllm_mode=colocate needs vLLM beside this program, and it is not installed. Install vllm, or "
                 "start servers where it is with `megaswift rollout` and give --vllm_mode server."
             )
-        self._level = sampler.sleep_level
+        self._level, self._has_cache = sampler.sleep_level, True
         share = chosen.vllm_gpu_memory_utilization
         arguments = {
             "model": str(meta.folder),
@@ -70,14 +71,14 @@ class ColocatedEngine:
             "LOCAL_RANK": str(local_rank),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": "0",
-            "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+            "VLLM_LOGGING_LEVEL": vllm_logging_level(),
         }
         with _trainer_untouched(), _environment(surroundings):
             self._llm = _start(arguments)
 
     def load(self, weights: Weights) -> None:
         """Copy the weights into vLLM's own parameters."""
-        if self._level:
+        if not self._has_cache:
             torch.cuda.empty_cache()  # what the trainer's allocator keeps for itself is not there for vLLM's
             self._llm.wake_up(tags=["weights"])
         self._llm.collective_rpc("megaswift_take", args=(weights,))
@@ -87,8 +88,9 @@ class ColocatedEngine:
         """Return one completion of each prompt; all ranks of an engine call it alike."""
         from vllm import SamplingParams  # an optional package
 
-        if self._level:
+        if not self._has_cache:
             self._llm.wake_up(tags=["kv_cache"])
+            self._has_cache = True
         settings = [
             SamplingParams(
                 temperature=sampling.temperature,
@@ -110,6 +112,7 @@ class ColocatedEngine:
         """Give up what --sleep_level says."""
         if self._level:
             self._llm.sleep(level=self._level)
+            self._has_cache = False
 
 
 def _answer(output: Any) -> Answer:

@@ -1,5 +1,6 @@
 """vLLM behind HTTP as a RolloutEngine: prompts go to all servers in turn, weights come to them from rank 0 of the trainer."""
 
+import hmac
 import json
 import secrets
 import socket
@@ -19,6 +20,7 @@ from megaswift.rollout.weight_stream import send_weights
 AT_ONCE = 1024  # requests under way at a server, each a thread that waits: vLLM runs at most so many sequences by default
 ANSWER_S = 3600.0  # for the longest completion behind a full queue
 LOOK_S = 0.5  # between looks at servers that are starting or do not come for their weights
+PROMPT_S = 10.0  # for what a server that is up answers at once
 
 logger = get_logger(__name__)
 
@@ -85,6 +87,8 @@ class ServedEngine:
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": max(sampling.top_k, 0),
+            "min_p": 0.0,  # this and the next: not what the model's own generation_config.json may ask for
+            "repetition_penalty": 1.0,
             "stop_token_ids": list(sampling.stop_ids),
             "seed": seed_of(prompt),
             "logprobs": 0,  # of no token beside the one that was drawn
@@ -102,7 +106,7 @@ def _served_model(url: str, deadline: float, timeout_s: float) -> str:
     """Return the name of the model that a server answers for, once it is up."""
     while True:
         try:
-            name: str = json.loads(_request(url, "/v1/models", None, LOOK_S * 20))["data"][0]["id"]
+            name: str = json.loads(_request(url, "/v1/models", None, PROMPT_S))["data"][0]["id"]
             return name
         except (urllib.error.URLError, OSError) as error:
             if time.monotonic() > deadline:
@@ -145,18 +149,28 @@ def _connections(offer: socket.socket, token: str, calls: dict[str, Future[Any]]
                     call.result()
                     raise TrainingError("a vLLM server took no weights and says that all is well.") from None
             continue
-        connection.settimeout(ANSWER_S)
-        if connection.recv(len(token), socket.MSG_WAITALL).decode(errors="replace") == token:
+        connection.settimeout(PROMPT_S)
+        if _names(connection, token):
+            connection.settimeout(ANSWER_S)
             found.append(connection)
         else:
-            connection.close()  # somebody else
+            connection.close()
     return found
+
+
+def _names(connection: socket.socket, token: str) -> bool:
+    """Whether the other end names the token; somebody else may have found the port."""
+    try:
+        said = connection.recv(len(token), socket.MSG_WAITALL)
+    except OSError:
+        return False
+    return hmac.compare_digest(said, token.encode())
 
 
 def _own_address(url: str) -> str:
     """Return the address of this machine that a server can reach: the one from which it is reached."""
     parts = urlsplit(url)
-    with socket.create_connection((str(parts.hostname), parts.port or 80), timeout=LOOK_S * 20) as there:
+    with socket.create_connection((str(parts.hostname), parts.port or 80), timeout=PROMPT_S) as there:
         address: str = there.getsockname()[0]
         return address
 

@@ -93,8 +93,8 @@ def rollout() -> Rollout:
 
 def first_steps(
     rank: int, world_size: int, model: Path, cases: list[Case], rollouts: list[Rollout]
-) -> dict[str, tuple[float, float, float]]:
-    """Return loss, gradient norm and share of clipped tokens of the first step of every case on given completions."""
+) -> dict[str, tuple[float, float, dict[str, float]]]:
+    """Return loss, gradient norm and what else is logged of the first step of every case on given completions."""
     found = {}
     for case, given in zip(cases, rollouts, strict=True):
         with prepared(model, case, encoded=given.encoded) as trained:
@@ -102,13 +102,12 @@ def first_steps(
             batches = list(given.micro_batches(settings, dp_rank=0, dp=1, pad_id=0))
             result = trained.engine.train_step(batches)
             assert result.grad_norm is not None
-            clipped = sum(value for name, value in result.metrics.items() if name.startswith("clip_ratio"))
-            found[case.name] = (result.loss, result.grad_norm, clipped)
+            found[case.name] = (result.loss, result.grad_norm, result.metrics)
     return found
 
 
 @cache
-def ours() -> dict[str, tuple[float, float, float]]:
+def ours() -> dict[str, tuple[float, float, dict[str, float]]]:
     common = {
         "num_generations": 2,
         "max_completion_length": LONGEST,
@@ -205,6 +204,29 @@ def test_grpo_has_the_loss_and_gradient_of_trl(name: str, tmp_path: Path) -> Non
     if corrected(name):
         trainer.use_vllm = True  # as if it had generated with it
     expected = loss_and_norm(trainer, padded(rollout(), name))
-    loss, norm, clipped = ours()[name]
+    loss, norm, logged = ours()[name]
     agree((loss, norm), expected)
+    clipped = sum(value for kind, value in logged.items() if kind.startswith("clip_ratio"))
     assert 0 < clipped < 0.9 and TOLERANCE <= 1e-5
+
+
+@pytest.mark.slow
+def test_the_mismatch_of_sampler_and_model_is_logged_over_all_micro_batches() -> None:
+    given = rollout()
+    assert given.old_logps is not None and given.sampler_logps is not None
+    own = np.concatenate(
+        [
+            np.arange(start + prompt, end)
+            for start, prompt, end in zip(given.starts, given.prompt_lengths, given.starts[1:], strict=False)
+        ]
+    )
+    log_ratio = given.old_logps[own].astype(np.float64) - given.sampler_logps[own]
+    expected = {
+        "sampling/importance_sampling_ratio/max": np.exp(log_ratio).max(),
+        "sampling/importance_sampling_ratio/mean": np.exp(log_ratio).mean(),
+        "sampling/sampling_logp_difference/mean": np.abs(log_ratio).mean(),
+        "sampling/kl": (np.exp(log_ratio) - log_ratio - 1).mean(),
+    }
+    logged = ours()["token_mask"][2]
+    assert {name: logged[name] for name in expected} == pytest.approx(expected)
+    assert not any(name.startswith("sampling/") for name in ours()["grpo"][2])

@@ -118,6 +118,14 @@ def test_vllm_is_for_completions() -> None:
         resolved("--use_vllm true", dense(), task="sft")
 
 
+def test_a_student_may_write_by_vllm_and_a_teacher_may_not() -> None:
+    words = "--rlhf_type gkd --teacher_model t --use_vllm true --lmbda"
+    assert resolved(f"{words} 0.5", dense(), task="rlhf").config.sampler.use_vllm
+    for more in ("0.5 --seq_kd true", "0"):
+        with pytest.raises(ConfigError, match="use_vllm=True is for"):
+            resolved(f"{words} {more}", dense(), task="rlhf")
+
+
 @pytest.mark.parametrize(
     ("words", "lengths"),
     [

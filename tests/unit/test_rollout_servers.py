@@ -1,11 +1,16 @@
-"""`megaswift rollout`: the command lines of its servers, and which GPUs each gets."""
+"""`megaswift rollout`: the command lines of its servers, and which GPUs each gets; and what is said where vLLM is not."""
+
+import importlib.util
+from pathlib import Path
 
 import pytest
 
 from megaswift.cli.rollout import run, serve_command, shares_of_devices, surroundings
 from megaswift.config.parse import take_flags
-from megaswift.config.vllm import ServerConfig
+from megaswift.config.vllm import SamplerConfig, ServerConfig, VllmConfig
 from megaswift.errors import ConfigError
+from megaswift.rollout.vllm_colocated import ColocatedEngine
+from tests.harness.tiny_run import make_tiny_run
 from tests.unit.test_config_rules import dense
 
 
@@ -22,6 +27,7 @@ def test_the_trainer_finds_what_it_needs() -> None:
         "--host 127.0.0.1",
         "--worker-extension-cls megaswift.rollout.vllm_worker.WeightReceiver",
         "--logprobs-mode processed_logprobs",
+        "--generation-config vllm",
         "--gpu-memory-utilization 0.9",
         f"--dtype {dense().dtype}",
         "--enable-prefix-caching",
@@ -69,3 +75,12 @@ def test_what_is_wrong_is_said_before_anything_starts(words: str, message: str) 
     with pytest.raises(ConfigError) as caught:
         run(words.split())
     assert message in str(caught.value)
+
+
+def test_without_vllm_one_is_told_where_to_run_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = make_tiny_run(tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="vLLM is not installed here"):
+        run(["--model", str(model)])
+    with pytest.raises(ConfigError, match="start servers where it is with `megaswift rollout`"):
+        ColocatedEngine(dense(), VllmConfig(), SamplerConfig(), dtype="float32", local_rank=0)

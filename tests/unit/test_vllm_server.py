@@ -1,6 +1,8 @@
 """The trainer's side of vLLM behind HTTP, against servers that answer as vLLM 0.32 does: who is asked what, and what goes wrong."""
 
 import json
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +17,7 @@ from megaswift.errors import ConfigError, TrainingError
 from megaswift.rollout.engine import Prompt, Sampling, seed_of
 from megaswift.rollout.vllm_server import ServedEngine
 from megaswift.rollout.vllm_worker import arriving
+from tests.harness.distributed import free_port
 from tests.unit.test_weight_stream import Alone
 
 SAMPLING = Sampling(temperature=0.7, top_p=0.9, top_k=-1, max_tokens=5, stop_ids=(2, 9))
@@ -99,6 +102,34 @@ def test_every_server_gets_all_weights_and_forgets_its_prompts() -> None:
             assert server.asked[-1][0] == "/reset_prefix_cache"
 
 
+def test_a_stranger_at_the_port_gets_nothing() -> None:
+    """He comes first, says something else, and the server still has all weights."""
+    port = free_port()
+    with servers() as found:
+        asked = ServedEngine([found[0].url], timeout_s=5, room=64, weights_port=port)
+        heard = []
+
+        def listen() -> None:
+            while True:
+                try:
+                    with socket.create_connection(("127.0.0.1", port), timeout=5) as stranger:
+                        stranger.sendall(b"x" * 64)
+                        heard.append(stranger.recv(64))
+                        return
+                except ConnectionRefusedError:
+                    time.sleep(0.001)
+                except ConnectionResetError:
+                    heard.append(b"")
+                    return
+
+        thread = Thread(target=listen)
+        thread.start()
+        asked.load(iter([("a", torch.ones(3))]))
+        thread.join()
+        assert heard == [b""]
+        assert torch.equal(found[0].weights["a"], torch.ones(3))
+
+
 def test_completions_come_back_in_order_and_groups_stay_together() -> None:
     prompts = [
         Prompt(ids=np.array([10 + place // 4, 5, 6], np.int32), key=(1, place // 4, place % 4))
@@ -116,6 +147,7 @@ def test_completions_come_back_in_order_and_groups_stay_together() -> None:
             assert len(wanted) == 4
             assert asked[0]["stop_token_ids"] == [2, 9]
             assert (asked[0]["temperature"], asked[0]["top_k"], asked[0]["model"]) == (0.7, 0, "the model")
+            assert (asked[0]["repetition_penalty"], asked[0]["min_p"]) == (1.0, 0.0)
 
 
 @pytest.mark.parametrize(

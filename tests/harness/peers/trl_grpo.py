@@ -28,7 +28,7 @@ def main() -> None:
         self.llm.collective_rpc("megaswift_take", args=(self._iter_named_params(),))
         self.llm.reset_prefix_cache()
 
-    spent: dict[str, list[float]] = {"sync": [], "generate": [], "step": []}
+    spent: dict[str, list[float]] = {"sync": [], "generate": [], "step": [], "cpu": []}
 
     def timed(name: str, function: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -46,12 +46,13 @@ def main() -> None:
     class Clock(TrainerCallback):
         """Notes how long steps take, from the end of one to the end of the next."""
 
-        last: float | None = None
+        last: tuple[float, float] | None = None
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            now = time.perf_counter()
+            now = time.perf_counter(), time.process_time()
             if self.last is not None:
-                spent["step"].append(now - self.last)
+                spent["step"].append(now[0] - self.last[0])
+                spent["cpu"].append(now[1] - self.last[1])
             self.last = now
 
     def reward(completions: Any, **columns: Any) -> list[float]:
