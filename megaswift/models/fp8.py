@@ -42,6 +42,10 @@ class Scaling(Protocol):
         """Return x for a product that sums over its rows."""
         ...
 
+    def is_symmetric(self, operand: Operand) -> bool:
+        """Say whether both are the same."""
+        ...
+
 
 class Tensorwise:
     """One scale a tensor, from the tensor itself (Float8CurrentScaling)."""
@@ -55,6 +59,10 @@ class Tensorwise:
         return scaled_round_trip(x_MN, self.types[operand], scale_of(amax, self.types[operand], before=1.0))
 
     along_rows = along_columns
+
+    def is_symmetric(self, operand: Operand) -> bool:
+        """Return true: one scale holds for every direction."""
+        return True
 
 
 class Delayed:
@@ -70,6 +78,10 @@ class Delayed:
         return scaled_round_trip(x_MN, self.types[operand], self.scales[operand])
 
     along_rows = along_columns
+
+    def is_symmetric(self, operand: Operand) -> bool:
+        """Return true: one scale holds for every direction."""
+        return True
 
     def learn(self, tensors: dict[Operand, torch.Tensor]) -> None:
         """Remember the largest values and scale the next tensors by them; every rank of tp, cp and dp calls it."""
@@ -100,6 +112,10 @@ class Blocks:
     def along_rows(self, x_MN: torch.Tensor, operand: Operand) -> torch.Tensor:
         """Return x with blocks along its columns."""
         return self.along_columns(x_MN.t(), operand).t()
+
+    def is_symmetric(self, operand: Operand) -> bool:
+        """Say whether the blocks are squares."""
+        return self.blocks[operand] is Block.SQUARE
 
 
 def scale_of(amax: float, dtype: torch.dtype, *, before: float) -> float:
@@ -158,6 +174,13 @@ class FP8Product:
         return output
 
 
+def _turned(
+    along_columns: torch.Tensor, x_MN: torch.Tensor, operand: Operand, scaling: Scaling
+) -> torch.Tensor:
+    """Return x for a product over its rows, given what it is for one over its columns."""
+    return along_columns if scaling.is_symmetric(operand) else scaling.along_rows(x_MN, operand)
+
+
 class _Multiply(torch.autograd.Function):
     """x_TD @ w_FD^T, and the two products of its gradient."""
 
@@ -165,21 +188,22 @@ class _Multiply(torch.autograd.Function):
     def forward(ctx: Any, x_TD: torch.Tensor, w_FD: torch.Tensor, scaling: Scaling) -> torch.Tensor:
         ctx.scaling, ctx.dtype = scaling, x_TD.dtype
         needs_x, needs_w, _ = ctx.needs_input_grad
-        ctx.save_for_backward(
-            scaling.along_rows(x_TD, Operand.INPUT) if needs_w else None,
-            scaling.along_rows(w_FD, Operand.WEIGHT) if needs_x else None,
-        )
         x, w = scaling.along_columns(x_TD, Operand.INPUT), scaling.along_columns(w_FD, Operand.WEIGHT)
+        ctx.save_for_backward(
+            _turned(x, x_TD, Operand.INPUT, scaling) if needs_w else None,
+            _turned(w, w_FD, Operand.WEIGHT, scaling) if needs_x else None,
+        )
         return (x @ w.t()).to(x_TD.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad_TF,), (x_TD, w_FD) = grads, ctx.saved_tensors
         grad_x = grad_w = None
+        grad = ctx.scaling.along_columns(grad_TF, Operand.GRADIENT)
         if w_FD is not None:
-            grad_x = (ctx.scaling.along_columns(grad_TF, Operand.GRADIENT) @ w_FD).to(ctx.dtype)
+            grad_x = (grad @ w_FD).to(ctx.dtype)
         if x_TD is not None:
-            grad_w = (ctx.scaling.along_rows(grad_TF, Operand.GRADIENT).t() @ x_TD).to(ctx.dtype)
+            grad_w = (_turned(grad, grad_TF, Operand.GRADIENT, ctx.scaling).t() @ x_TD).to(ctx.dtype)
         if isinstance(ctx.scaling, Delayed):
             ctx.scaling.learn({Operand.GRADIENT: grad_TF})
         return grad_x, grad_w, None

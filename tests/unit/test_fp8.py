@@ -143,3 +143,12 @@ def test_auto_takes_fp8_where_it_runs_and_pays(hidden_size, software, chosen, wo
     found, note = format_for("auto", "tensorwise", hidden_size=hidden_size, software=software)
     assert found == chosen and words in note
     assert format_for("e4m3", "tensorwise", hidden_size=1, software=software) == ("e4m3", None)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_what_is_called_symmetric_is_the_same_in_both_directions(recipe: str) -> None:
+    x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+    scaling = made(recipe)
+    for operand in Operand:
+        same = torch.equal(scaling.along_rows(x, operand), scaling.along_columns(x, operand))
+        assert scaling.is_symmetric(operand) == same
