@@ -65,6 +65,8 @@ def multiply_in_float32(model: CausalLM) -> None:
 
 def has_half_products(dtype: torch.dtype) -> bool:
     """Say whether this CPU has fast products for `dtype` (oneDNN: AVX-512, AMX, ARM's bf16)."""
+    if dtype is not torch.float32 and not torch.backends.mkldnn.is_available():
+        return False
     if dtype is torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     if dtype is torch.float16:

@@ -49,6 +49,10 @@ RUNS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
         },
     ),
     "pissa": ("llama", {"tuner": {"tuner_type": "lora", "lora_dropout": 0.0, "init_weights": "pissa"}}),
+    "qlora": (
+        "llama",
+        {"tuner": {"tuner_type": "lora", "lora_dropout": 0.0, "quant_method": "bnb", "quant_bits": 4}},
+    ),
     "experts": ("qwen2_moe", {}),
     "odd heads": ("llama-odd-heads", {}),
     "hybrid": ("qwen3_5_text", {}),
@@ -81,6 +85,7 @@ CHANGES: dict[str, dict[str, list[str]]] = {
     "q-galore": {"ep2": ["ep2"]},
     "sgd": {"dp2": ["dp2", "tp2 sp"]},
     "lora": {"tp2 sp": ["tp2 sp", "pp2", "dp2 distopt"]},
+    "qlora": {"tp2 sp": ["tp2 sp"]},
     "pissa": {"tp2 sp": ["tp2 sp", "pp2"]},
     "odd heads": {"tp2 sp": ["pp2"], "one": ["tp2 sp"]},
     "hybrid": {"tp2 sp": ["tp2 sp", "pp2"]},
