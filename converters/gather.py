@@ -70,20 +70,6 @@ def stream_model(
     assert not keep or not any(missing.values()), f"{[name for name in missing if missing[name]]} lack parts"
 
 
-def gather_model(
-    chunks: Sequence[torch.nn.Module],
-    meta: ModelMeta,
-    layout: Layout,
-    rank: int,
-    *,
-    group: Any,
-    dtype: torch.dtype,
-    keep: bool,
-) -> dict[str, torch.Tensor]:
-    """Return all that stream_model() yields."""
-    return dict(stream_model(chunks, meta, layout, rank, group=group, dtype=dtype, keep=keep))
-
-
 def _plan(meta: ModelMeta, layout: Layout, rank: int) -> list[Parameter]:
     at = coordinates(layout, rank)
     return [one for vp_rank in range(layout.vpp) for one in plan_chunk(meta, layout, at, vp_rank=vp_rank)]

@@ -66,8 +66,11 @@ def load_checkpoint(checkpoint: Checkpoint, *, chunks: list[Any], optimizer: Any
     weights = model_tensors(chunks)
     wanted = {**weights, **optimizer_tensors(optimizer, weights)}
     same_layout = manifest.layout == asdict(layout)
+    own = states_of_the_rank(optimizer)
     if same_layout:
-        wanted |= states_of_the_rank(optimizer)
+        wanted |= own
+    elif "subspaces" in own:
+        logger.warning("the layout has changed: moments in subspaces of the gradient start anew")
     loaded = load_tensors(checkpoint.folder / SHARDS, wanted)
     for name, value in weights.items():
         # Read in place where the shard is the weight itself; a weight that is saved as two tensors comes back joined.

@@ -46,6 +46,7 @@ OPTIONAL = {
     "flash-attn": "attention of packed rows on GPUs without Transformer Engine",
     "apex": "gradient accumulation inside the GEMM",
     "peft": "opening adapters elsewhere; training does not need it",
+    "bitsandbytes": "a frozen base, or GaLore's projections, in four bits",
     "tensorboard": "metrics as TensorBoard files",
     "mpi4py": "ranks started by mpirun",
     "nvidia-ml-py": "GPU health",

@@ -7,6 +7,7 @@ with double quantisation the scales of 256 blocks are quantised together, which 
 Letters: T tokens, D inputs, F outputs.
 """
 
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,14 @@ from megaswift.errors import ConfigError
 from megaswift.models.product import has_half_products, replace_product
 
 BLOCK = 64
+
+
+def require_bitsandbytes(flag: str) -> None:
+    """Raise ConfigError where bitsandbytes, which `flag` needs, is not installed."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"{flag} needs bitsandbytes. Install it (pip install 'megaswift[qlora]'), or leave the flag out."
+        )
 
 
 class QuantisedProduct:
@@ -70,12 +79,9 @@ def quantise_base(chunks: Sequence[torch.nn.Module], tuner: TunerConfig, *, devi
     Embedding, output layer, router and norms stay as they are. The weights must be loaded. Raises ConfigError without
     bitsandbytes.
     """
-    try:
-        from bitsandbytes.functional import quantize_4bit
-    except ImportError:
-        raise ConfigError(
-            "quant_bits=4 needs bitsandbytes. Install it (pip install 'megaswift[qlora]'), or leave the flag out."
-        ) from None
+    require_bitsandbytes("quant_bits=4")
+    from bitsandbytes.functional import quantize_4bit
+
     for chunk in chunks:
         for module in chunk.decoder.modules():
             if (

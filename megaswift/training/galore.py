@@ -17,7 +17,7 @@ from megatron.core import parallel_state
 from torch.optim.adamw import adamw
 
 from megaswift.config.optimizer import OptimizerConfig
-from megaswift.models.nf4 import BLOCK
+from megaswift.models.nf4 import BLOCK, require_bitsandbytes
 
 
 @dataclass(kw_only=True)
@@ -30,11 +30,16 @@ class LowRank:
 
 
 class GaLoreAdamW(torch.optim.AdamW):
-    """Steps Megatron's parameter groups; of the weights in `matrices` those that it has are kept in a subspace."""
+    """Steps Megatron's parameter groups; of the weights in `matrices` those that it has are kept in a subspace.
+
+    Raises ConfigError where projections are to be in four bits and bitsandbytes is not installed.
+    """
 
     def __init__(
         self, groups: list[dict[str, Any]], matrices: Iterable[torch.Tensor], chosen: OptimizerConfig
     ) -> None:
+        if chosen.galore_quantization:
+            require_bitsandbytes("galore_quantization=true")
         super().__init__(groups)
         own = {parameter for group in groups for parameter in group["params"]}
         self.chosen = chosen

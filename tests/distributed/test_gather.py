@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from megaswift.converters.gather import gather_model
+from megaswift.converters.gather import stream_model
 from megaswift.metadata.read import get_model_meta
 from megaswift.rollout.generate import generating_model
 from tests.harness.distributed import run_distributed
@@ -45,10 +45,11 @@ def differences(
             spread = "ep" in parallel
             group = dist.group.WORLD if spread else parallel_state.get_model_parallel_group()
             keep = spread or rank == 0
-            tensors = gather_model(
+            stream = stream_model(
                 [chunk.module for chunk in trained.engine.chunks], trained.meta, trained.layout, rank,
                 group=group, dtype=torch.float32, keep=keep,
             )  # fmt: skip
+            tensors = dict(stream)
             expected = load_file(model / "model.safetensors") if keep else {}
             assert tensors.keys() == expected.keys()
             faults = [name for name, value in expected.items() if not torch.equal(value, tensors[name])]

@@ -21,7 +21,7 @@ from megaswift.rollout.engine import Sampling
 from megaswift.rollout.generate import chances, complete
 from tests.distributed.test_rlhf_runs import train_all
 from tests.harness.distributed import run_distributed
-from tests.harness.tiny_run import make_tiny_run
+from tests.harness.tiny_run import make_tiny_run, save_tiny_scorer
 from tests.harness.training import temporary_folder
 
 # float32 sums in another order, a few Adam steps apart.
@@ -112,13 +112,7 @@ def folder() -> Path:
             messages = json.loads(line)["messages"]
             file.write(json.dumps({"messages": messages[: 1 + number % 2], "goal": number % 4}) + "\n")
     (folder / "plugin.py").write_text(PLUGIN)
-    tokenizer = load_tokenizer(model)
-    torch.manual_seed(0)
-    scorer = AutoModelForSequenceClassification.from_pretrained(
-        model, num_labels=1, pad_token_id=tokenizer.eos_token_id
-    )
-    scorer.save_pretrained(folder / "rm")
-    tokenizer.save_pretrained(folder / "rm")
+    save_tiny_scorer(model, folder / "rm")
     return folder
 
 

@@ -4,6 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
 from tests.harness.tiny import save_tiny
 from tests.unit.small_tokenizers import small_tokenizer
 
@@ -30,3 +33,14 @@ def make_tiny_run(
             messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             file.write(json.dumps({"messages": messages}) + "\n")
     return model, data
+
+
+def save_tiny_scorer(model: Path, output: Path) -> None:
+    """Write a sequence classifier with one label over `model`, and its tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    torch.manual_seed(0)
+    scorer = AutoModelForSequenceClassification.from_pretrained(
+        model, num_labels=1, pad_token_id=tokenizer.eos_token_id
+    )
+    scorer.save_pretrained(output)
+    tokenizer.save_pretrained(output)

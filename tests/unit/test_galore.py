@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from megaswift.config.optimizer import OptimizerConfig
+from megaswift.errors import ConfigError
+from megaswift.models import nf4
 from megaswift.training import galore
 from megaswift.training.galore import GaLoreAdamW
 
@@ -86,3 +88,9 @@ def test_four_bits_change_the_direction_little_and_are_kept_by_a_checkpoint() ->
     other.load_low_rank_states(states)
     (one,), (two,) = optimizer.low_rank.values(), other.low_rank.values()
     assert torch.equal(optimizer._unpacked(one.projector), other._unpacked(two.projector))
+
+
+def test_four_bits_without_bitsandbytes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nf4.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="galore_quantization=true needs bitsandbytes"):
+        stepped((6, 9), [], galore_quantization=True)

@@ -113,6 +113,15 @@ def moved(values: Tokens, row: int, token: int, by: float) -> Tokens:
     ]
 
 
+def slopes_of(paper: Callable[[Tokens], float]) -> list[float]:
+    """Return the gradient by central differences."""
+    return [
+        (paper(moved(LOGPS, row, token, STEP)) - paper(moved(LOGPS, row, token, -STEP))) / (2 * STEP)
+        for row, line in enumerate(LOGPS)
+        for token in range(len(line))
+    ]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_loss_and_gradient_are_those_of_the_paper(name: str) -> None:
     loss_type, more, beta, reduce = CASES[name]
@@ -125,11 +134,7 @@ def test_loss_and_gradient_are_those_of_the_paper(name: str) -> None:
     loss = total(grpo_loss(given, *settings_of(name)), loss_type, given)
     assert float(loss) == pytest.approx(paper(LOGPS), abs=TOLERANCE)
     loss.backward()
-    slopes = [
-        (paper(moved(LOGPS, row, token, STEP)) - paper(moved(LOGPS, row, token, -STEP))) / (2 * STEP)
-        for row, line in enumerate(LOGPS)
-        for token in range(len(line))
-    ]
+    slopes = slopes_of(paper)
     assert given.logps_T.grad is not None
     assert given.logps_T.grad.tolist() == pytest.approx(slopes, abs=TOLERANCE)
     assert any(slopes), "a gradient of zero would say little"
@@ -173,11 +178,7 @@ def test_completions_of_another_engine_are_weighted(mode: str, old: bool) -> Non
     loss = total(outcome, "grpo", given)
     assert float(loss) == pytest.approx(paper(LOGPS), abs=TOLERANCE)
     loss.backward()
-    slopes = [
-        (paper(moved(LOGPS, row, token, STEP)) - paper(moved(LOGPS, row, token, -STEP))) / (2 * STEP)
-        for row, line in enumerate(LOGPS)
-        for token in range(len(line))
-    ]
+    slopes = slopes_of(paper)
     assert given.logps_T.grad is not None
     assert given.logps_T.grad.tolist() == pytest.approx(slopes, abs=TOLERANCE)
     flattened = [one for row in weights for one in row]

@@ -13,7 +13,7 @@ from megaswift.config.parse import parse_run
 from megaswift.config.run import RunConfig
 from megaswift.errors import ConfigError
 from megaswift.rollout.reward_models import load_reward_models
-from tests.harness.tiny_run import make_tiny_run
+from tests.harness.tiny_run import make_tiny_run, save_tiny_scorer
 from tests.harness.training import temporary_folder
 
 CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
@@ -28,13 +28,7 @@ def folder() -> Path:
     """A policy, and a reward model beside it."""
     folder = temporary_folder()
     model, _ = make_tiny_run(folder, rows=1)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    torch.manual_seed(0)
-    scorer = AutoModelForSequenceClassification.from_pretrained(
-        model, num_labels=1, pad_token_id=tokenizer.eos_token_id
-    )
-    scorer.save_pretrained(folder / "rm")
-    tokenizer.save_pretrained(folder / "rm")
+    save_tiny_scorer(model, folder / "rm")
     return folder
 
 
