@@ -1,10 +1,11 @@
 """The loss curve of every emulated FP8 recipe beside that of bfloat16: `make bench-fp8`.
 
-    python -m tests.harness.bench_fp8 [--steps 200] [--layers 30] [--max_length 256] [--only RECIPE ...]
+    python -m tests.harness.bench_fp8 [--steps 200] [--layers 30] [--bf16_layers 0] [--max_length 256] [--only RECIPE ...]
 
 SmolLM2-135M is trained with `megaswift sft` on the same rows in the same order. The final loss is that of the held-back
-rows after the last step: the loss of one batch of a few rows varies by half of itself. `--layers` keeps the first layers
-of its trained weights only, for a machine without hours to spare.
+rows after the last step: the loss of one batch of a few rows varies by half of itself. It is given as the run computes it,
+and for the weights that the run exports, in bfloat16. `--layers` keeps the first layers of the trained weights only, for a
+machine without hours to spare.
 """
 
 import argparse
@@ -12,6 +13,8 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -21,6 +24,7 @@ from tests.harness.smollm2 import fetch_smollm2
 
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 HELD_BACK = 0.06  # share of the rows
+NO_RATE = 1e-12  # far below what changes a weight in bfloat16
 
 
 def shallow(model: Path, layers: int) -> Path:
@@ -32,30 +36,57 @@ def shallow(model: Path, layers: int) -> Path:
     return folder
 
 
-def losses(
-    model: Path, data: Path, recipe: str | None, *, steps: int, max_length: int, rate: float
-) -> tuple[float, float, float]:
-    """Return the mean loss of the first and of the last tenth of the steps, and that of the held-back rows after them."""
-    output = BENCH / "runs" / f"fp8-{recipe or 'bf16'}"
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What all runs share."""
+
+    model: Path
+    data: Path
+    steps: int
+    max_length: int
+    rate: float
+    bf16_layers: int  # at either end of the decoder; not with delayed scales
+
+
+def losses(setting: Setting, recipe: str | None) -> tuple[float, float, float, float]:
+    """Return the mean loss of the first and of the last tenth of the steps, and that of the held-back rows after them: as
+    the run computes it, and in bfloat16."""
+    flags: list[object] = []
+    if recipe is not None:
+        flags += ["--fp8_format", "hybrid", "--fp8_recipe", recipe]
+        if setting.bf16_layers and recipe != "delayed":
+            flags += ["--first_last_layers_bf16", "true"]
+            flags += ["--num_layers_at_start_in_bf16", setting.bf16_layers]
+            flags += ["--num_layers_at_end_in_bf16", setting.bf16_layers]
+    name = recipe or "bf16"
+    output, curve, held_back = train(setting, setting.model, name, [*flags, "--train_iters", setting.steps])
+    exported = output / f"checkpoint-{setting.steps}" / "hf"
+    still = replace(setting, rate=NO_RATE)
+    _, _, in_bf16 = train(still, exported, f"{name}-exported", ["--train_iters", 1])
+    tenth = max(1, setting.steps // 10)
+    return sum(curve[:tenth]) / tenth, sum(curve[-tenth:]) / tenth, held_back, in_bf16
+
+
+def train(
+    setting: Setting, model: Path, name: str, flags: Sequence[object]
+) -> tuple[Path, list[float], float]:
+    """Return the folder of a run, its losses step by step, and that of the held-back rows after the last."""
+    output = BENCH / "runs" / f"fp8-{name}"
     shutil.rmtree(output, ignore_errors=True)
     command = [
-        sys.executable, "-m", "megaswift.cli.main", "sft", "--model", model, "--dataset", data, "--packing", "true",
-        "--max_length", max_length, "--train_iters", steps, "--global_batch_size", 1, "--learning_rate", rate,
-        "--split_dataset_ratio", HELD_BACK, "--eval_steps", steps,
-        "--tuner_type", "full", "--torch_dtype", "bfloat16", "--save_strategy", "no", "--save_safetensors", "false",
-        "--output_dir", output, "--resume", "never", "--logging_steps", 1, "--nproc_per_node", 1,
+        sys.executable, "-m", "megaswift.cli.main", "sft", "--model", model, "--dataset", setting.data, "--packing", "true",
+        "--max_length", setting.max_length, "--global_batch_size", 1, "--learning_rate", setting.rate,
+        "--split_dataset_ratio", HELD_BACK, "--eval_steps", setting.steps, "--tuner_type", "full", "--torch_dtype", "bfloat16",
+        "--save_strategy", "no", "--save_optim", "false", "--output_dir", output, "--resume", "never", "--logging_steps", 1,
+        "--nproc_per_node", 1, *flags,
     ]  # fmt: skip
-    if recipe is not None:
-        command += ["--fp8_format", "hybrid", "--fp8_recipe", recipe]
     done = subprocess.run(
         [str(word) for word in command], capture_output=True, text=True, cwd=ROOT, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in (output / "logging.jsonl").read_text().splitlines()]
-    curve = [line["loss"] for line in lines if "loss" in line]
     (held_back,) = [line["eval_loss"] for line in lines if "eval_loss" in line]
-    tenth = max(1, steps // 10)
-    return sum(curve[:tenth]) / tenth, sum(curve[-tenth:]) / tenth, held_back
+    return output, [line["loss"] for line in lines if "loss" in line], held_back
 
 
 def main() -> None:
@@ -63,6 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--bf16_layers", type=int, default=0, help="at either end; not with delayed")
     parser.add_argument("--max_length", type=int, default=256)
     parser.add_argument("--learning_rate", type=float, default=2e-5)
     parser.add_argument("--data", type=Path, help="alpaca rows (json list); default: rows written here")
@@ -72,24 +104,28 @@ def main() -> None:
     model = fetch_smollm2(ROOT / ".demo" / "SmolLM2-135M-Instruct")
     if chosen.layers != 30:
         model = shallow(model, chosen.layers)
-    data = prepare_rows(chosen.data)
-    print(f"{model.name}, {chosen.steps} steps of {chosen.max_length} tokens, hybrid format\n")
-    print("| products in | first tenth | last tenth | held-back rows | beside bf16 |\n|---|--:|--:|--:|--:|")
-    plain = None
+    setting = Setting(
+        model=model,
+        data=prepare_rows(chosen.data),
+        steps=chosen.steps,
+        max_length=chosen.max_length,
+        rate=chosen.learning_rate,
+        bf16_layers=chosen.bf16_layers,
+    )
+    print(
+        f"{model.name}, {chosen.steps} steps of {chosen.max_length} tokens, hybrid format, "
+        f"{chosen.bf16_layers} layers at either end in bfloat16 (delayed: 0)\n"
+    )
+    print(
+        "| products in | first tenth | last tenth | beside bf16 | held-back rows | beside bf16 | exported weights in bf16 | beside bf16 |"
+    )
+    print("|---|" + "--:|" * 7)
+    plain: tuple[float, ...] = ()
     for recipe in (None, *chosen.only):
-        first, last, held_back = losses(
-            model,
-            data,
-            recipe,
-            steps=chosen.steps,
-            max_length=chosen.max_length,
-            rate=chosen.learning_rate,
-        )
-        plain = plain or held_back
-        change = held_back / plain - 1
-        print(
-            f"| {recipe or 'bf16'} | {first:.4f} | {last:.4f} | {held_back:.4f} | {change:+.2%} |", flush=True
-        )
+        first, *last = losses(setting, recipe)
+        plain = plain or tuple(last)
+        cells = [f"{loss:.4f} | {loss / beside - 1:+.2%}" for loss, beside in zip(last, plain, strict=True)]
+        print(f"| {recipe or 'bf16'} | {first:.4f} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
