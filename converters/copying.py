@@ -76,9 +76,13 @@ if _sync_file_range is not None:
 
 
 class SpanWriter:
-    """Writes spans into a new file of `num_bytes`; what no span fills is zero."""
+    """Writes spans into a new file of `num_bytes`; what no span fills is zero.
 
-    def __init__(self, path: Path, num_bytes: int) -> None:
+    With `fsync`, which the caller calls at the end, the disk begins early.
+    """
+
+    def __init__(self, path: Path, num_bytes: int, *, fsync: bool = False) -> None:
+        self._fsync = fsync
         self._sources: dict[Path, int] = {}
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         os.ftruncate(self._file, num_bytes)
@@ -102,7 +106,7 @@ class SpanWriter:
             else:
                 for at, data in span.chunks():
                     write_at(self._file, data, at)
-        if _sync_file_range is not None:
+        if self._fsync and _sync_file_range is not None:
             # The disk begins now, not when the last byte is there; a failure shows in fsync.
             _sync_file_range(self._file, 0, 0, _SYNC_FILE_RANGE_WRITE)
 

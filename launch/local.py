@@ -42,6 +42,16 @@ class LocalRank:
     tail: deque[str]  # what a rank above 0 wrote last
 
 
+def this_program() -> list[str]:
+    """Return the command that starts this program again: the installed script, or the module."""
+    script = sys.argv[0]
+    return (
+        [sys.executable, script]
+        if script.endswith("megaswift")
+        else [sys.executable, "-m", "megaswift.cli.main"]
+    )
+
+
 def start_ranks(command: Sequence[str], *, nproc: int, node: NodeEnv) -> int:
     """Run `command` as each of this node's `nproc` ranks and return the exit code for the shell.
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from megaswift.cli.help import sections_help
-from megaswift.cli.train import this_program
 from megaswift.config.convert import CheckConfig, ConvertConfig
 from megaswift.config.parse import take_flags
 from megaswift.converters.certificate import Certificate, certify
@@ -20,7 +19,7 @@ from megaswift.converters.shards import parse_size
 from megaswift.converters.tensor_files import INDEX_FILE, SINGLE_FILE, read_folder
 from megaswift.errors import ConfigError
 from megaswift.launch.environment import own_error_file
-from megaswift.launch.local import die_with_parent, start_ranks
+from megaswift.launch.local import die_with_parent, start_ranks, this_program
 from megaswift.launch.start import plan_start
 from megaswift.logs import get_logger, setup_logging
 from megaswift.metadata.files import read_json
@@ -172,7 +171,14 @@ def _convert(config: ConvertConfig, *, rank: int, world: int) -> int:
     started = time.monotonic()
     meta, source = _read(config)
     conversion = _plan(config, meta, source)
-    output = carry_out(conversion, Path(str(config.target.output_dir)), source=source, rank=rank, world=world)
+    output = carry_out(
+        conversion,
+        Path(str(config.target.output_dir)),
+        source=source,
+        rank=rank,
+        world=world,
+        fsync=config.target.fsync,
+    )
     if rank == 0:
         gigabytes = sum(part.num_bytes for part in conversion.parts) / 1e9
         log.info(f"{output}: {gigabytes:.2f} GB in {time.monotonic() - started:.1f} s")

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from megaswift.cli.help import sections_help
 from megaswift.cli.plan import find_hardware
-from megaswift.cli.train import this_program
 from megaswift.config.dump import dump_run
 from megaswift.config.parse import TASK_DEFAULTS, parse, take_flags
 from megaswift.config.plan import PlanConfig
@@ -19,7 +18,7 @@ from megaswift.errors import ConfigError, LaunchError, ModelError, nearest
 from megaswift.launch.environment import NodeEnv
 from megaswift.launch.host import read_host
 from megaswift.launch.layout import choose_layout
-from megaswift.launch.local import start_ranks
+from megaswift.launch.local import start_ranks, this_program
 from megaswift.launch.rehearsal import RANK_GIB, STEPS, rehearsal_of, shrink
 from megaswift.logs import get_logger, setup_logging
 from megaswift.metadata.files import read_json

@@ -11,7 +11,7 @@ from megaswift.config.rules import check_request, minimal_world
 from megaswift.launch.devices import num_gpus, platform_here
 from megaswift.launch.environment import own_error_file, set_library_defaults
 from megaswift.launch.layout import layout_here
-from megaswift.launch.local import die_with_parent, start_ranks
+from megaswift.launch.local import die_with_parent, start_ranks, this_program
 from megaswift.launch.preflight import check_output, check_run, model_of
 from megaswift.launch.sbatch import UNFINISHED
 from megaswift.launch.start import plan_start
@@ -88,13 +88,3 @@ def mark_unfinished(output_dir: Path, unfinished: bool) -> None:
         mark.touch()
     else:
         mark.unlink(missing_ok=True)
-
-
-def this_program() -> list[str]:
-    """Return the command that starts this program again: the installed script, or the module."""
-    script = sys.argv[0]
-    return (
-        [sys.executable, script]
-        if script.endswith("megaswift")
-        else [sys.executable, "-m", "megaswift.cli.main"]
-    )
