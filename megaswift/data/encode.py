@@ -1,5 +1,6 @@
 """Tokenising a whole set, in one process or several, into flat arrays that ranks can share."""
 
+import gc
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -152,10 +153,14 @@ def encode_or_report(
     chunks = [range(start, min(start + CHUNK, len(samples))) for start in range(0, len(samples), CHUNK)]
     parts: list[_Part] = []
     work = partial(_encode_chunk, samples, template, form)
-    for part in forked_map(work, chunks, processes=min(processes, len(chunks))):
-        if strict and part.bad:
-            stop_at(part.bad[0])
-        parts.append(part)
+    gc.freeze()  # else every collection, and a text makes many objects, goes through all samples again
+    try:
+        for part in forked_map(work, chunks, processes=min(processes, len(chunks))):
+            if strict and part.bad:
+                stop_at(part.bad[0])
+            parts.append(part)
+    finally:
+        gc.unfreeze()
     bad = tuple(row for part in parts for row in part.bad)
     return _joined(parts, form), Report(read=len(samples), kept=len(samples) - len(bad), bad=bad)
 

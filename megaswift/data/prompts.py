@@ -11,7 +11,6 @@ import numpy as np
 from megaswift.data.forms import asked_of
 from megaswift.data.sample import Message, RowError, Sample
 from megaswift.data.template import Encoded, Template
-from megaswift.data.tokenizer import token_ids
 
 FILE, STARTS = "rows.jsonl", "rows.npy"
 
@@ -50,9 +49,7 @@ def encode_prompts(
     `whole` texts without a chat template end as the tokenizer ends them.
     """
     texts = [_text_or_error(template, sample) for sample in samples]
-    encodings = iter(
-        template.encoder.encode_without_offsets([text for text in texts if isinstance(text, str)])
-    )
+    encoded = iter(template.encoder.encode([text for text in texts if isinstance(text, str)]))
     encoder, limit = template.encoder, template.max_length
     bos, end = ([], []) if template.uses_chat_template else (encoder.bos, encoder.end if whole else [])
     outcomes: list[list[Encoded] | RowError] = []
@@ -60,7 +57,7 @@ def encode_prompts(
         if isinstance(text, RowError):
             outcomes.append(text)
             continue
-        ids = np.concatenate([bos, token_ids(next(encodings)), end]).astype(np.int32)
+        ids = np.concatenate([bos, next(encoded), end]).astype(np.int32)
         if limit is not None and len(ids) > limit:
             if template.truncation_strategy not in ("left", "right"):
                 outcomes.append(RowError("too long", f"{len(ids)} tokens, and there is room for {limit}"))

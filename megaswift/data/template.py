@@ -15,7 +15,7 @@ import numpy as np
 from megaswift.config.data import DataConfig
 from megaswift.data.sample import Message, RowError, Sample
 from megaswift.data.spans import Span, SpanFinder, drops_thinking
-from megaswift.data.tokenizer import TextEncoder, token_ids, tokens_of_span
+from megaswift.data.tokenizer import TextEncoder
 from megaswift.errors import DataError
 from megaswift.logs import get_logger
 
@@ -49,11 +49,6 @@ class Rendered:
     text: str
     spans: tuple[tuple[int, int, float], ...]  # start, end, weight
     is_text: bool = False  # a pre-training row: bos and eos are added, every token carries loss
-
-    @property
-    def is_trained_whole(self) -> bool:
-        """Whether every token carries the full loss."""
-        return self.spans == ((0, len(self.text), 1.0),)
 
 
 class Template:
@@ -129,16 +124,16 @@ class Template:
         """Tokenise many samples in one call of the tokenizer; a sample that cannot be used gives its RowError."""
         rendered = [self._render_or_error(sample) for sample in samples]
         usable = [entry for entry in rendered if isinstance(entry, Rendered)]
-        whole = all(entry.is_trained_whole for entry in usable)
-        encode = self.encoder.encode_without_offsets if whole else self.encoder.encode
-        encodings = iter(encode([entry.text for entry in usable]))
+        located = iter(
+            self.encoder.locate([entry.text for entry in usable], [entry.spans for entry in usable])
+        )
         outcomes: list[list[Encoded] | RowError] = []
         for entry in rendered:
             if isinstance(entry, RowError):
                 outcomes.append(entry)
                 continue
             try:
-                outcomes.append(self._fit(self._tokens(entry, next(encodings)), entry.is_text))
+                outcomes.append(self._fit(self._tokens(entry, *next(located)), entry.is_text))
             except RowError as error:
                 outcomes.append(error)
         return outcomes
@@ -275,16 +270,10 @@ class Template:
                 weights[turn] = chosen * float(message.get("loss_scale", 1.0))
         return weights
 
-    def _tokens(self, rendered: Rendered, encoding: Any) -> Encoded:
-        ids = token_ids(encoding)
+    def _tokens(self, rendered: Rendered, ids: np.ndarray, places: Sequence[tuple[int, int]]) -> Encoded:
         weights = np.zeros(len(ids), np.float32)
-        if rendered.is_trained_whole:
-            weights[:] = 1
-        else:
-            for start, end, weight in rendered.spans:
-                if weight:
-                    first, last = tokens_of_span(encoding, start, end)
-                    weights[first:last] = weight
+        for (first, last), (*_, weight) in zip(places, rendered.spans, strict=True):
+            weights[first:last] = weight
         bos = self.encoder.bos if rendered.is_text or not self.uses_chat_template else []
         eos = self.encoder.eos if rendered.is_text else []
         if bos or eos:
@@ -334,7 +323,7 @@ class Template:
                     f"The chat template of {self.tokenizer.name_or_path or 'this tokenizer'} cannot be trained with: "
                     f"{error.reason}. Set --use_chat_template false, or mend chat_template in the tokenizer's files."
                 ) from error
-        own = token_ids(self.encoder.encode([rendered.text])[0])
+        (own,) = self.encoder.encode([rendered.text])
         theirs = self.tokenizer(rendered.text, add_special_tokens=False)["input_ids"]
         if own.tolist() != list(theirs):
             raise DataError(

@@ -1,9 +1,12 @@
 """A model folder's tokenizer, and the fast path into it that keeps exact character offsets."""
 
 import json
-from collections.abc import Sequence
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,8 +31,21 @@ def pad_id_of(tokenizer: Any) -> int:
     return next((int(token) for token in ids if token is not None), 0)
 
 
+CharSpan = tuple[int, int] | tuple[int, int, float]  # characters from, to; what follows is not looked at
+SEEN_PIECES, SEEN_CHARACTERS = 1 << 16, 256  # remembered pieces, and the longest of them
+TAKES_MORE = ("lstrip", "rstrip", "single_word")
+# Normalizers and pre-tokenizers that do the same to a piece wherever it stands in a text.
+PIECEWISE = {
+    "Sequence", "NFC", "NFD", "NFKC", "NFKD", "Lowercase", "ByteLevel", "Split", "Digits", "Punctuation", "Whitespace",
+    "WhitespaceSplit", "BertPreTokenizer", "UnicodeScripts",
+}  # fmt: skip
+
+
 class TextEncoder:
     """Text to token ids through the tokenizer's Rust backend, many texts at once.
+
+    The backend cuts a text at the tokens that it spells, and tokenises the pieces one by one; done here, the same piece
+    (a system message, the head of a turn) is tokenised once.
 
     ByteLevel post-processors trim blanks off the offsets by default, which loses the place of blank tokens; a copy of
     the backend with trim_offsets=False gives the same ids and whole offsets.
@@ -49,6 +65,8 @@ class TextEncoder:
         self._backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
         self._backend.no_truncation()
         self._backend.no_padding()
+        self._cut = _cut_at_tokens(spec)
+        self._seen: dict[str, np.ndarray] = {}
         adds_bos = tokenizer.bos_token_id is not None and self._backend.encode("a").ids[:1] == [
             tokenizer.bos_token_id
         ]
@@ -61,15 +79,92 @@ class TextEncoder:
         ]
         self.eos: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
-    def encode(self, texts: Sequence[str]) -> list[Any]:
-        """Return a tokenizers.Encoding for each text; special tokens are only those that the text spells."""
-        encodings: list[Any] = self._backend.encode_batch(list(texts), add_special_tokens=False)
-        return encodings
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return the ids of each text, int32 [tokens]; special tokens are only those that the text spells."""
+        return [ids for ids, _ in self.locate(texts, [()] * len(texts))]
 
-    def encode_without_offsets(self, texts: Sequence[str]) -> list[Any]:
-        """Return the same ids a fifth faster; the places of characters are not in these Encodings."""
-        encodings: list[Any] = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return encodings
+    def locate(
+        self, texts: Sequence[str], spans: Sequence[Sequence[CharSpan]]
+    ) -> list[tuple[np.ndarray, list[tuple[int, int]]]]:
+        """Return the ids of each text, and the tokens [first, last) that hold at least one character of each of its spans."""
+        rows = [self._pieces(text, of_text) for text, of_text in zip(texts, spans, strict=True)]
+        # Offsets are needed only where a span begins or ends inside a piece.
+        cut = list(dict.fromkeys(row.texts[i] for row in rows for i in row.cut))
+        offsets = dict(zip(cut, self._backend.encode_batch(cut, add_special_tokens=False), strict=True))
+        ids = {text: token_ids(encoding) for text, encoding in offsets.items()}
+        new = [one for one in dict.fromkeys(one for row in rows for one in row.texts) if one not in ids]
+        new = [one for one in new if one not in self._seen]
+        encodings = self._backend.encode_batch_fast(new, add_special_tokens=False)
+        ids |= {text: token_ids(encoding) for text, encoding in zip(new, encodings, strict=True)}
+        located = [
+            _assembled(
+                row, of_text, [ids[one] if one in ids else self._seen[one] for one in row.texts], offsets
+            )
+            for row, of_text in zip(rows, spans, strict=True)
+        ]
+        if len(self._seen) < SEEN_PIECES:
+            self._seen |= {text: ids[text] for text in new if len(text) <= SEEN_CHARACTERS}
+        return located
+
+    def _pieces(self, text: str, spans: Sequence[CharSpan]) -> "_Pieces":
+        texts = [piece for piece in self._cut.split(text) if piece] if self._cut else [text]
+        starts = [0, *accumulate(map(len, texts))]
+        edges = {edge for span in spans for edge in span[:2]}.difference(starts)
+        return _Pieces(texts, starts, {bisect_right(starts, edge) - 1 for edge in edges})
+
+
+class _Pieces(NamedTuple):
+    """A text as the tokens that it spells and what is between them."""
+
+    texts: list[str]
+    starts: list[int]  # characters; one more, the length of the text
+    cut: set[int]  # the pieces inside which a span begins or ends
+
+
+def _assembled(
+    pieces: _Pieces,
+    spans: Sequence[CharSpan],
+    ids: Sequence[np.ndarray],
+    offsets: Mapping[str, Any],
+) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """Return the ids of a text, and the tokens of its spans."""
+    firsts = [0, *accumulate(map(len, ids))]
+    located = []
+    for start, end, *_ in spans:
+        found = []
+        for i in range(bisect_right(pieces.starts, start) - 1, bisect_left(pieces.starts, end)):
+            at, after = pieces.starts[i : i + 2]
+            first, last = 0, firsts[i + 1] - firsts[i]
+            if i in pieces.cut:
+                first, last = tokens_of_span(
+                    offsets[pieces.texts[i]], max(start, at) - at, min(end, after) - at
+                )
+            if first < last:
+                found += [firsts[i] + first, firsts[i] + last]
+        located.append((found[0], found[-1]) if found else (0, 0))
+    return np.concatenate(ids) if ids else np.empty(0, np.int32), located
+
+
+def _cut_at_tokens(spec: Mapping[str, Any]) -> re.Pattern[str] | None:
+    """Return what splits a text into the tokens that the backend looks for first and what is between them.
+
+    None where pieces alone might give other ids: a token that takes blanks or whole words only, or a first piece that is
+    treated otherwise than the rest (tokenizers 0.22, tokenizer/added_vocabulary.rs and pre_tokenizers/metaspace.rs).
+    """
+    tokens = [token for token in spec["added_tokens"] if not token["normalized"]]
+    steps = {*_types(spec["normalizer"]), *_types(spec["pre_tokenizer"])}
+    if not tokens or not steps <= PIECEWISE or any(token[key] for token in tokens for key in TAKES_MORE):
+        return None
+    longest_first = sorted((token["content"] for token in tokens), key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+
+
+def _types(step: Mapping[str, Any] | None) -> Iterator[str]:
+    """Yield the types of a step and of the steps that it is made of."""
+    if step is not None:
+        yield step["type"]
+        for inner in (*step.get("normalizers", ()), *step.get("pretokenizers", ())):
+            yield from _types(inner)
 
 
 def _keep_blanks(processor: dict[str, Any] | None) -> None:

@@ -13,7 +13,7 @@ from megaswift.config.reward_rules import reward_names
 from megaswift.config.run import RunConfig
 from megaswift.data.sample import Message, Sample
 from megaswift.data.template import Template
-from megaswift.data.tokenizer import load_tokenizer, pad_id_of, token_ids
+from megaswift.data.tokenizer import load_tokenizer, pad_id_of
 from megaswift.errors import ConfigError
 from megaswift.metadata.hub import Files, locate
 from megaswift.parity.reference import without_progress_bars
@@ -66,7 +66,7 @@ class RewardModel:
         ]
         encoder = self._template.encoder
         bos = [] if self._template.uses_chat_template else encoder.bos
-        ids = [[*bos, *token_ids(one).tolist()] for one in encoder.encode_without_offsets(texts)]
+        ids = [[*bos, *one.tolist()] for one in encoder.encode(texts)]
         found: list[float] = []
         for start in range(0, len(ids), self._at_once):
             found += self._scores(ids[start : start + self._at_once])

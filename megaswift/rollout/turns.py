@@ -20,7 +20,6 @@ from megaswift.config.rollout_rules import SCHEDULER_GROUP
 from megaswift.data.prompts import PromptRow
 from megaswift.data.sample import ROLES, Message, RowError, Sample
 from megaswift.data.template import Template
-from megaswift.data.tokenizer import token_ids
 from megaswift.errors import ConfigError, TrainingError, nearest
 from megaswift.rollout.engine import Answer, Prompt, Sampling
 from megaswift.rollout.rewards import functions_of, loaded
@@ -152,7 +151,7 @@ class Talks:
                 f"multi_turn_scheduler at {talk.row.source}: {error.reason}. Return messages that the chat template knows."
             ) from error
         rest = text.rpartition(PLACE)[2]
-        ids: list[int] = token_ids(self.template.encoder.encode_without_offsets([rest])[0]).tolist()
+        ids: list[int] = self.template.encoder.encode([rest])[0].tolist()
         return ids[1:] if ids[:1] == [last] else ids
 
 
