@@ -32,7 +32,8 @@ lint: $(VENV)/ready
 	$(BIN)/lint-imports
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile tests/unit tests/parity
+	$(BIN)/pytest tests/distributed tests/cluster  # these start their own processes
 
 demo: $(VENV)/ready
 	$(BIN)/python -m tests.harness.demo
