@@ -75,7 +75,7 @@ def _norm_names(name: str, *, is_moe: bool, is_latent: bool) -> tuple[str, ...]:
 
 def stacks_layers(meta: ModelMeta) -> bool:
     """Whether a plain GPTModel of this kind stacks its layers: it does where they are all dense and alike."""
-    return meta.moe is None and meta.linear_attention is None
+    return meta.moe is None and meta.linear_attention is None and meta.layer_variation is None
 
 
 def find(

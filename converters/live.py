@@ -17,7 +17,10 @@ from megaswift.metadata.meta import ModelMeta
 from megaswift.parallel.layout import Layout, coordinates
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-FILE_BUFFERS = ("expert_bias",)  # not trained by gradients, but part of the model and its files
+FILE_BUFFERS = (
+    "expert_bias",
+    "layer_scalar",
+)  # not trained by gradients, but part of the model and its files
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,11 +69,14 @@ def table_for(meta: ModelMeta) -> Table:
 
 def file_tensors(meta: ModelMeta) -> dict[str, tuple[int, ...]]:
     """Return every tensor that a checkpoint of this model holds, with its shape, in the order of the model."""
-    table, letters = table_for(meta), Sizes.of(meta, tp=1).real
-    shapes = {row: row.tensor_shapes(letters) for row in table.rows if FACTS[row.when](meta)}
+    table, sizes = table_for(meta), Sizes.of_layers(meta, tp=1)
+    shapes: dict[tuple[Row, Sizes], tuple[tuple[int, ...], ...]] = {}
     tensors: dict[str, tuple[int, ...]] = {}
     for row, layer, expert in _whole_model(meta):
-        tensors |= zip(_tensor_names(table, row, layer, expert), shapes[row], strict=True)
+        kind = row, sizes[layer]
+        if kind not in shapes:
+            shapes[kind] = row.tensor_shapes(sizes[layer].real)
+        tensors |= zip(_tensor_names(table, row, layer, expert), shapes[kind], strict=True)
     return tensors
 
 
@@ -129,7 +132,7 @@ def plan_chunk(meta: ModelMeta, layout: Layout, at: Coordinates, *, vp_rank: int
     Ranks that differ only in dp and cp get equal plans; ranks that differ in tp or etp get the same names in the same
     order. Raises ConfigError where an axis does not divide what it shards.
     """
-    table, sizes = table_for(meta), Sizes.of(meta, tp=layout.tp)
+    table, sizes = table_for(meta), Sizes.of_layers(meta, tp=layout.tp)
     layers = chunk_layers(layout, meta.num_layers, pp_rank=at.pp, vp_rank=vp_rank)
     num_experts = _num_experts(meta)
     if num_experts % layout.ep:
@@ -142,17 +145,18 @@ def plan_chunk(meta: ModelMeta, layout: Layout, at: Coordinates, *, vp_rank: int
     last = at.pp == layout.pp - 1 and vp_rank == layout.vpp - 1
 
     parameters = []
-    cuts: dict[tuple[Row, int], _Cut] = {}  # the same in every layer and expert
+    cuts: dict[tuple[Row, int, Sizes], _Cut] = {}  # the same in every layer of these sizes and expert
     for row, layer, expert, name in _walk(table, meta, layers, experts, first=first, last=last):
         index, parts = (at.etp, layout.etp) if row.place is Place.EXPERT else (at.tp, layout.tp)
         packed_at = expert if row.is_packed else 0
-        if (row, packed_at) not in cuts:
-            cuts[row, packed_at] = _cut(row, sizes, index=index, parts=parts, packed_at=packed_at)
+        kind = row, packed_at, sizes[layer]
+        if kind not in cuts:
+            cuts[kind] = _cut(row, sizes[layer], index=index, parts=parts, packed_at=packed_at)
         tensors = _tensor_names(table, row, layer, expert)
-        parameters.append(_parameter(row, cuts[row, packed_at], name, tensors))
+        parameters.append(_parameter(row, cuts[kind], name, tensors))
     if meta.tied_embeddings and last and not first:
         row = next(row for row in table.rows if row.megatron == EMBEDDING)
-        cut = _cut(row, sizes, index=at.tp, parts=layout.tp)
+        cut = _cut(row, sizes[-1], index=at.tp, parts=layout.tp)
         parameters.append(_parameter(row, cut, TIED_OUTPUT, row.tensors, is_copy=True))
     return parameters
 
@@ -172,10 +176,12 @@ def _walk(
     for local_layer, layer in enumerate(layers):
         is_moe = meta.moe is not None and meta.moe.layer_is_moe[layer]
         is_delta = meta.linear_attention is not None and meta.linear_attention.layers[layer]
+        value_is_key = meta.layer_variation is not None and meta.layer_variation.value_is_key[layer]
         here = {
             Place.LAYER,
             Place.MOE if is_moe else Place.DENSE,
             Place.DELTA if is_delta else Place.SOFTMAX,
+            Place.NO_VALUES if value_is_key else Place.VALUES,
         }
         prefix = f"decoder.layers.{local_layer}."
         for row in rows:

@@ -33,6 +33,8 @@ class Place(Enum):
     LAST = "the last chunk of the last stage"
     LAYER = "every decoder layer"
     SOFTMAX = "decoder layers with softmax attention"
+    VALUES = "decoder layers with a projection of values"
+    NO_VALUES = "decoder layers whose values are their keys before the norm"
     DELTA = "decoder layers with Gated DeltaNet"
     DENSE = "decoder layers with a dense feed-forward part"
     MOE = "decoder layers with experts"
@@ -158,9 +160,12 @@ FACTS: dict[str, Callable[[ModelMeta], bool]] = {
 PADDED_LETTERS = frozenset("VHG")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Sizes:
-    """What the letters stand for: in the file, and in a model whose vocabulary and heads are padded so that tp divides them."""
+    """What the letters stand for: in the file, and in a model whose vocabulary and heads are padded so that tp divides them.
+
+    One is itself, not its values: layers of the same sizes share one.
+    """
 
     real: Mapping[str, int]
     padded: Mapping[str, int]
@@ -211,3 +216,13 @@ class Sizes:
             "H": groups * (meta.num_heads // meta.num_kv_heads),
         }
         return cls(real=real, padded={**real, **padded})
+
+    @classmethod
+    def of_layers(cls, meta: ModelMeta, *, tp: int) -> list["Sizes"]:
+        """Return the sizes of every layer, and the same object for layers that are alike."""
+        varied = meta.layer_variation
+        if varied is None:
+            return [cls.of(meta, tp=tp)] * meta.num_layers
+        kinds = list(zip(varied.head_dims, varied.num_kv_heads, varied.ffn_hidden_sizes, strict=True))
+        sizes = {kind: cls.of(meta.of_layer(kinds.index(kind)), tp=tp) for kind in set(kinds)}
+        return [sizes[kind] for kind in kinds]

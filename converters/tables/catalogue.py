@@ -7,6 +7,9 @@ from megaswift.converters.tables.decoder import (
     ENDS,
     GATED_LINEARS,
     GATED_MLP,
+    GEMMA4_NORMS,
+    HEAD_NORMS,
+    KEY_VALUE_LINEARS,
     LATE_HEAD_NORMS,
     LINEARS,
     LLAMA4_MLP,
@@ -18,6 +21,7 @@ from megaswift.converters.tables.dense import DENSE_TABLES
 from megaswift.converters.tables.experts import (
     DEEPSEEK_EXPERTS,
     ERNIE_EXPERTS,
+    GEMMA4_EXPERTS,
     GPT_OSS_EXPERTS,
     GRANITE_EXPERTS,
     HUNYUAN_EXPERTS,
@@ -41,6 +45,9 @@ TABLES: dict[str, Table] = {
     "deepseek_v3": _DEEPSEEK,
     "dots1": _DEEPSEEK_MOE,
     "ernie4_5_moe": Table(rows=ENDS + ATTENTION + GATED_MLP + ERNIE_EXPERTS),
+    "gemma4_text": Table(
+        rows=ENDS + GEMMA4_NORMS + KEY_VALUE_LINEARS + HEAD_NORMS + GATED_MLP + GEMMA4_EXPERTS
+    ),
     "glm4_moe": _DEEPSEEK_MOE,
     "glm4_moe_lite": _DEEPSEEK,
     "gpt_oss": Table(rows=ENDS + PRE_NORMS + LINEARS + SINKS + GPT_OSS_EXPERTS),

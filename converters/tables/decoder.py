@@ -19,6 +19,14 @@ LINEARS = (
     Row(_LAYER, "self_attention.linear_proj.weight",    "self_attn.o_proj.weight",         "D HK",             _DIM1),
     Row(_LAYER, "self_attention.linear_proj.bias",      "self_attn.o_proj.bias",           "D",                _NONE, when="attention_out_bias"),
 )
+_VALUES, _NO_VALUES = Place.VALUES, Place.NO_VALUES
+KEY_VALUE_LINEARS = (
+    Row(_VALUES,    "self_attention.linear_qkv.weight", "self_attn.{q,k,v}_proj.weight",   "HK D, GK D, GK D", _DIM0, per="G"),
+    Row(_VALUES,    "self_attention.linear_qkv.bias",   "self_attn.{q,k,v}_proj.bias",     "HK, GK, GK",       _DIM0, per="G", when="qkv_bias"),
+    Row(_NO_VALUES, "self_attention.linear_qkv.weight", "self_attn.{q,k}_proj.weight",     "HK D, GK D",       _DIM0, per="G"),
+    Row(_NO_VALUES, "self_attention.linear_qkv.bias",   "self_attn.{q,k}_proj.bias",       "HK, GK",           _DIM0, per="G", when="qkv_bias"),
+    *LINEARS[2:],
+)
 FUSED_LINEARS = (
     Row(_LAYER, "self_attention.linear_qkv.weight",     "self_attn.qkv_proj.weight",       "HK D, GK D, GK D", _DIM0, per="G"),
     Row(_LAYER, "self_attention.linear_proj.weight",    "self_attn.o_proj.weight",         "D HK",             _DIM1),
@@ -76,6 +84,12 @@ GEMMA_NORMS = (
     *POST_NORMS,
     Row(_LAYER, "input_layernorm.weight",               "input_layernorm.weight",          "D",                _NONE),
     Row(_LAYER, "pre_mlp_layernorm.weight",             "pre_feedforward_layernorm.weight", "D",               _NONE),
+)
+GEMMA4_NORMS = (
+    *POST_NORMS,
+    Row(_LAYER, "input_layernorm.weight",               "input_layernorm.weight",          "D",                _NONE),
+    Row(_DENSE, "pre_mlp_layernorm.weight",             "pre_feedforward_layernorm.weight", "D",               _NONE),
+    Row(_LAYER, "layer_scalar",                         "layer_scalar",                    "1",                _NONE),
 )
 GLM_NORMS = (
     *PRE_NORMS,

@@ -63,6 +63,20 @@ LLAMA4_EXPERTS = (
     Row(_MOE,    "mlp.shared_experts.linear_fc2.weight",          "feed_forward.shared_expert.down_proj.weight", "D S",   _DIM1),
 )
 
+GEMMA4_EXPERTS = (
+    Row(_MOE,    "mlp.router.weight",                             "router.proj.weight",                       "E D",      _NONE),
+    Row(_MOE,    "mlp.router.norm.weight",                        "router.scale",                             "D",        _NONE),
+    Row(_MOE,    "mlp.router.expert_scale",                       "router.per_expert_scale",                  "E",        _NONE),
+    Row(_EXPERT, "mlp.experts.local_experts.#.linear_fc1.weight", "experts.gate_up_proj",                     "M D, M D", _DIM0),
+    Row(_EXPERT, "mlp.experts.local_experts.#.linear_fc2.weight", "experts.down_proj",                        "D M",      _DIM1),
+    Row(_MOE,    "mlp.shared_experts.linear_fc1.weight",          "mlp.{gate,up}_proj.weight",                "F D, F D", _DIM0),
+    Row(_MOE,    "mlp.shared_experts.linear_fc2.weight",          "mlp.down_proj.weight",                     "D F",      _DIM1),
+    Row(_MOE,    "mlp.dense_input_norm.weight",                   "pre_feedforward_layernorm.weight",         "D",        _NONE),
+    Row(_MOE,    "mlp.dense_output_norm.weight",                  "post_feedforward_layernorm_1.weight",      "D",        _NONE),
+    Row(_MOE,    "mlp.expert_input_norm.weight",                  "pre_feedforward_layernorm_2.weight",       "D",        _NONE),
+    Row(_MOE,    "mlp.expert_output_norm.weight",                 "post_feedforward_layernorm_2.weight",      "D",        _NONE),
+)
+
 HUNYUAN_EXPERTS = (
     Row(_MOE,    "mlp.router.weight",                             "mlp.gate.wg.weight",                       "E D",      _NONE),
     *QWEN_EXPERTS[1:3],

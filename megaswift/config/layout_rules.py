@@ -75,7 +75,7 @@ def tp_divides_the_feed_forward_part(case: Case) -> None:
     """Every feed-forward matrix is cut into tp equal parts."""
     meta, tp = case.meta, case.run.parallel.tp
     sizes = {}
-    if meta.moe is None or not all(meta.moe.layer_is_moe):
+    if meta.moe is None or meta.moe.beside_dense or not all(meta.moe.layer_is_moe):
         sizes["ffn_hidden_size"] = meta.ffn_hidden_size
     if meta.moe is not None and meta.moe.shared_ffn_hidden_size:
         sizes["shared_ffn_hidden_size"] = meta.moe.shared_ffn_hidden_size
@@ -95,15 +95,16 @@ def tp_shares_out_the_heads(case: Case) -> Case | None:
         raise ConfigError(
             f"tp={tp} is above num_heads={meta.num_heads} ({case.model_name}). Choose tp from {_listed(choices)}."
         )
-    groups = padded_kv_heads(meta.num_heads, meta.num_kv_heads, tp=tp)
-    if groups == meta.num_kv_heads:
-        return None
-    per_group = meta.num_heads // meta.num_kv_heads
-    note = (
-        f"tp={tp} does not divide num_heads={meta.num_heads} and num_kv_heads={meta.num_kv_heads}: {groups * per_group} and "
-        f"{groups} are computed, those above being zero. Results and the exported model are the same."
-    )
-    return case.change("parallel", note)
+    for kv_heads in meta.kv_head_counts:
+        groups = padded_kv_heads(meta.num_heads, kv_heads, tp=tp)
+        if groups != kv_heads:
+            per_group = meta.num_heads // kv_heads
+            note = (
+                f"tp={tp} does not divide num_heads={meta.num_heads} and num_kv_heads={kv_heads}: {groups * per_group} and "
+                f"{groups} are computed, those above being zero. Results and the exported model are the same."
+            )
+            return case.change("parallel", note)
+    return None
 
 
 def linear_attention_is_cut_by_heads(case: Case) -> None:

@@ -81,7 +81,7 @@ def _product_sizes(case: Case) -> dict[str, int]:
     if meta.mla is not None:
         sizes["num_heads x head_dim / tp"] = meta.num_heads * meta.mla.v_head_dim // tp
         sizes |= {"kv_lora_rank": meta.mla.kv_rank, "q_lora_rank": meta.mla.q_rank or 0}
-    if meta.moe is None or not all(meta.moe.layer_is_moe):
+    if meta.moe is None or meta.moe.beside_dense or not all(meta.moe.layer_is_moe):
         sizes["ffn_hidden_size / tp"] = meta.ffn_hidden_size // tp
     if meta.moe is not None:
         sizes["the expert's ffn_hidden_size / etp"] = meta.moe.ffn_hidden_size // (case.run.parallel.etp or 1)

@@ -41,6 +41,16 @@ def gate_with(swiglu: ClampedSwiGLU) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda gate: gate * torch.sigmoid(swiglu.alpha * gate)
 
 
+class VariedConfig(TransformerConfig):
+    """The config of a model whose layers differ in sizes: Megatron's block asks it for each layer's own."""
+
+    layer_configs: list[TransformerConfig]
+
+    def get_config_for_layer(self, layer_number: int) -> TransformerConfig:
+        """Return the config of a layer of the whole model, counted from 1."""
+        return self.layer_configs[layer_number - 1]
+
+
 def transformer_config(
     meta: ModelMeta, run: RunConfig, layout: Layout, platform: Platform
 ) -> TransformerConfig:
@@ -54,10 +64,17 @@ def transformer_config(
         **_eight_bits(run, platform),
     }
     if meta.moe is not None:
-        values |= _experts(meta.moe, run, layout, platform)
+        values |= _experts(meta, meta.moe, run, layout, platform)
     if meta.mla is not None:
         return MLATransformerConfig(**values | _latent_attention(meta, meta.mla))
-    config = TransformerConfig(**values)
+    if meta.layer_variation is None:
+        config = TransformerConfig(**values)
+    else:
+        config = VariedConfig(**values, heterogeneous_block_specs=True)
+        config.layer_configs = [
+            transformer_config(meta.of_layer(layer), run, layout, platform)
+            for layer in range(meta.num_layers)
+        ]
     if meta.rope_scaling is not None:
         # Megatron multiplies cosines and sines by 0.1 * ln(this) + 1 (yarn_rotary_pos_embedding.py, 0.16.1).
         config.yarn_rotary_scaling_factor = math.exp((meta.rope_scaling.amplitude - 1.0) / 0.1)
@@ -242,7 +259,9 @@ def _recompute(run: RunConfig) -> dict[str, Any]:
     }
 
 
-def _experts(moe: MoEMeta, run: RunConfig, layout: Layout, platform: Platform) -> dict[str, Any]:
+def _experts(
+    meta: ModelMeta, moe: MoEMeta, run: RunConfig, layout: Layout, platform: Platform
+) -> dict[str, Any]:
     # Megatron (0.16.1, router.py) weighs a rank's share of a router loss by that rank's tokens where it divides by tokens
     # later: as many times too little as ranks share a sequence. 0.19 weighs it right.
     weighs_too_little = Version(megatron.core.__version__) < Version("0.19")
@@ -260,7 +279,10 @@ def _experts(moe: MoEMeta, run: RunConfig, layout: Layout, platform: Platform) -
         "moe_router_topk": moe.topk,
         "moe_ffn_hidden_size": moe.ffn_hidden_size,
         "moe_layer_freq": [int(is_moe) for is_moe in moe.layer_is_moe],
-        "moe_shared_expert_intermediate_size": moe.shared_ffn_hidden_size or None,
+        # A dense part beside the experts is a shared expert to Megatron; models/experts.py gives both their norms.
+        "moe_shared_expert_intermediate_size": (
+            meta.ffn_hidden_size if moe.beside_dense else moe.shared_ffn_hidden_size or None
+        ),
         "moe_shared_expert_gate": moe.shared_gate,
         # Normalising the chosen probabilities is a softmax over the chosen logits; not normalising is a softmax before the choice.
         "moe_router_pre_softmax": moe.score_function == "softmax"

@@ -53,9 +53,7 @@ def _layer(meta: ModelMeta, layer: int) -> int:
     if moe is not None and is_moe:
         count += _experts(meta, moe)
     if not is_moe or (moe is not None and moe.beside_dense):
-        varied = meta.layer_variation
-        size = varied.ffn_hidden_sizes[layer] if varied else meta.ffn_hidden_size
-        count += _feed_forward(meta, size, bias=meta.mlp_bias)
+        count += _feed_forward(meta, meta.of_layer(layer).ffn_hidden_size, bias=meta.mlp_bias)
     if meta.layer_inputs is not None:
         count += 2 * meta.hidden_size * meta.layer_inputs.hidden_size + _norm(meta, meta.hidden_size)
     return count
@@ -83,10 +81,9 @@ def _attention_of(meta: ModelMeta, layer: int) -> int:
 
 def _attention(meta: ModelMeta, layer: int) -> int:
     """q D*H*K (twice with an output gate), k and v D*G*K each, o H*K*D, their biases, norms and sinks."""
-    varied = meta.layer_variation
-    head_dim = varied.head_dims[layer] if varied else meta.head_dim
-    kv_heads = varied.num_kv_heads[layer] if varied else meta.num_kv_heads
-    queries, keys = meta.num_heads * head_dim, kv_heads * head_dim
+    one, varied = meta.of_layer(layer), meta.layer_variation
+    head_dim = one.head_dim
+    queries, keys = meta.num_heads * head_dim, one.num_kv_heads * head_dim
     projected = queries * (2 if meta.attention.output_gate else 1)
     own_keys = varied is None or varied.kv_from_layer[layer] is None
     if own_keys:
@@ -140,12 +137,12 @@ def _expert(meta: ModelMeta, moe: MoEMeta) -> int:
 
 
 def _experts(meta: ModelMeta, moe: MoEMeta) -> int:
-    """Router D*E, experts, shared experts and their gate; beside a dense part also three norms and router scales."""
+    """Router D*E, its norm D and its scales E, experts, shared experts and their gate; beside a dense part three norms more."""
     count = moe.num_experts * (meta.hidden_size + _expert(meta, moe))
     count += moe.num_experts if moe.router_linear_bias else 0
     if moe.shared_ffn_hidden_size:
         count += _feed_forward(meta, moe.shared_ffn_hidden_size, bias=meta.mlp_bias)
         count += meta.hidden_size if moe.shared_gate else 0
-    if moe.beside_dense:
-        count += 3 * _norm(meta, meta.hidden_size) + meta.hidden_size + moe.num_experts
-    return count
+    count += meta.hidden_size if moe.router_norm else 0
+    count += moe.num_experts if moe.expert_scale else 0
+    return count + (3 * _norm(meta, meta.hidden_size) if moe.beside_dense else 0)

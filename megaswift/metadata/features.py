@@ -63,6 +63,9 @@ FEATURES: dict[str, Callable[[ModelMeta], bool]] = {
     "parallel branches": lambda m: m.parallel_residual,
     "multi-token prediction": lambda m: m.num_mtp_layers > 0,
     "sizes that differ between layers": lambda m: m.layer_variation is not None,
+    "keys and values of an earlier layer": lambda m: (
+        m.layer_variation is not None and any(one is not None for one in m.layer_variation.kv_from_layer)
+    ),
     "per-layer embeddings": lambda m: m.layer_inputs is not None,
     "scalar of each layer": lambda m: m.layer_scalar,
     "mixture of experts": lambda m: m.moe is not None,
@@ -75,6 +78,8 @@ FEATURES: dict[str, Callable[[ModelMeta], bool]] = {
     "experts with biases": lambda m: m.moe is not None and m.moe.expert_bias,
     "experts scaled at their input": lambda m: m.moe is not None and m.moe.scale_input,
     "experts beside a dense part": lambda m: m.moe is not None and m.moe.beside_dense,
+    "router with a norm of its input": lambda m: m.moe is not None and m.moe.router_norm,
+    "weights scaled by expert": lambda m: m.moe is not None and m.moe.expert_scale,
     "weights quantised otherwise than in block FP8 or MXFP4": lambda m: (
         m.quantization is not None and m.quantization.get("quant_method") not in ("fp8", "mxfp4")
     ),
@@ -133,6 +138,13 @@ BUILT = frozenset(
         "scaled routing weights",
         "gated attention",
         "Gated DeltaNet",
+        "norm of v",
+        "rope scaling proportional",
+        "sizes that differ between layers",
+        "scalar of each layer",
+        "experts beside a dense part",
+        "router with a norm of its input",
+        "weights scaled by expert",
     }
 )
 

@@ -4,7 +4,7 @@ Sizes are logical, before any sharding. The defaults describe a Llama: whatever 
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 
@@ -172,8 +172,10 @@ class MoEMeta:
     expert_bias: bool = False  # the experts' projections have biases
     scale_input: bool = False  # probabilities multiply the expert's input instead of its output
     beside_dense: bool = (
-        False  # experts are added to a dense feed-forward part with norms of its own (gemma4)
+        False  # experts are added to a dense feed-forward part, each with norms before and after it (gemma4)
     )
+    router_norm: bool = False  # the router reads x / rms(x) * scale / sqrt(D), not the experts' input
+    expert_scale: bool = False  # a learned number of each expert multiplies its weight
     num_groups: int | None = (
         None  # group-limited routing: choose among the experts of the best topk_groups groups
     )
@@ -251,6 +253,25 @@ class ModelMeta:
     trust_remote_code: bool = False  # the folder asks for its own code (auto_map)
     generation: dict[str, object] = field(default_factory=dict)  # generation_config.json
     raw: dict[str, object] = field(default_factory=dict)  # config.json as it is
+
+    def of_layer(self, layer: int) -> "ModelMeta":
+        """Return the model whose every layer has the sizes of this one."""
+        varied = self.layer_variation
+        if varied is None:
+            return self
+        return replace(
+            self,
+            head_dim=varied.head_dims[layer],
+            num_kv_heads=varied.num_kv_heads[layer],
+            ffn_hidden_size=varied.ffn_hidden_sizes[layer],
+            layer_variation=None,
+        )
+
+    @property
+    def kv_head_counts(self) -> tuple[int, ...]:
+        """The numbers of key/value heads that layers have, the smallest first."""
+        varied = self.layer_variation
+        return tuple(sorted(set(varied.num_kv_heads))) if varied else (self.num_kv_heads,)
 
     @property
     def num_moe_layers(self) -> int:

@@ -62,3 +62,17 @@ class ParallelLayer(TransformerLayer):
                 output, hidden_states, self.hidden_dropout
             )
         return hidden_states, None
+
+
+class ScaledLayer(TransformerLayer):
+    """A layer whose output is multiplied by a number of the file, which is not trained (Gemma 4)."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        scalar = torch.ones(1, dtype=config.params_dtype, device=torch.cuda.current_device())
+        self.register_buffer("layer_scalar", scalar)
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As Megatron's: return the layer's output [S, B, D], and what cross-attention would read."""
+        output_SBD, context = super().forward(*args, **kwargs)
+        return output_SBD * self.layer_scalar, context

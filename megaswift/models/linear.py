@@ -4,6 +4,7 @@ from typing import Any
 
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 class UnbiasedColumnParallelLinear(ColumnParallelLinear):
@@ -34,3 +35,14 @@ class ExpertRowParallelLinear(RowParallelLinear):
         """Return (output, bias); Megatron's MLP adds to the output, and autograd forbids that to what a reduction hands on."""
         output, bias = super().forward(*args, **kwargs)
         return output.clone(), bias
+
+
+class QueryKeyLinear(ColumnParallelLinear):
+    """Megatron's linear of queries, keys and values for layers whose values are their keys: it has no rows of values."""
+
+    def __init__(
+        self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any
+    ) -> None:
+        assert config.kv_channels is not None and config.num_query_groups is not None, "filled by the config"
+        values = config.kv_channels * config.num_query_groups
+        super().__init__(input_size, output_size - values, config=config, **kwargs)

@@ -177,7 +177,7 @@ def _is_row_parallel(module: Any) -> bool:
 def _inputs(name: str, module: Any, meta: ModelMeta) -> int:
     """Return the input size of the file's matrix: padded heads are not in it."""
     if name.endswith("self_attention.linear_proj"):
-        return meta.num_heads * meta.head_dim
+        return meta.num_heads * meta.of_layer(int(name.split(".")[2])).head_dim
     return int(module.weight.shape[1]) * (module.tp_group.size() if _is_row_parallel(module) else 1)
 
 

@@ -38,7 +38,7 @@ class RMSNorm(torch.nn.Module):
         self.eps = eps
         self.zero_centered = zero_centered
         initial = torch.zeros if zero_centered else torch.ones
-        self.weight = _parameter(initial(hidden_size, dtype=config.params_dtype), config)
+        self.weight = shared_parameter(initial(hidden_size, dtype=config.params_dtype), config)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x normalised: [..., D] -> [..., D], statistics in float32."""
@@ -82,15 +82,18 @@ class LayerNorm(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = _parameter(torch.ones(hidden_size, dtype=config.params_dtype), config)
-        self.bias = _parameter(torch.zeros(hidden_size, dtype=config.params_dtype), config) if bias else None
+        self.weight = shared_parameter(torch.ones(hidden_size, dtype=config.params_dtype), config)
+        self.bias = (
+            shared_parameter(torch.zeros(hidden_size, dtype=config.params_dtype), config) if bias else None
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x normalised: [..., D] -> [..., D]."""
         return torch.nn.functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
-def _parameter(value: torch.Tensor, config: TransformerConfig) -> torch.nn.Parameter:
+def shared_parameter(value: torch.Tensor, config: TransformerConfig) -> torch.nn.Parameter:
+    """Return a parameter that every rank of tp has whole, for a module that sees this rank's part of the sequence."""
     parameter = torch.nn.Parameter(value)
     parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # read by Megatron
     return parameter

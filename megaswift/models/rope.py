@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 from megaswift.errors import ModelError
@@ -26,10 +27,7 @@ class RotaryPositions(RotaryEmbedding):
             rotary_base=meta.rope_theta,
             **kwargs,
         )
-        self.metas = [meta]
-        if has_two_ropes(meta):
-            assert meta.rope.local_theta is not None
-            self.metas.append(replace(meta, rope_theta=meta.rope.local_theta, rope_scaling=None))
+        self.metas, _ = rope_tables(meta)
         self.device = device
 
     def get_rotary_seq_len(self, *args: Any, **kwargs: Any) -> Any:
@@ -44,7 +42,7 @@ class RotaryPositions(RotaryEmbedding):
         return super().forward(rows, *args, **kwargs)
 
     def get_emb(self, max_seq_len: int, offset: int = 0) -> torch.Tensor:
-        """Return the angles [S, tables, 1, R], float32: the first table is that of full attention."""
+        """Return the angles [S, tables, 1, R], float32, in the order of `rope_tables`; short ones end in zeros."""
         positions = torch.arange(offset, offset + max_seq_len, device=self.device, dtype=torch.float32)
         tables = []
         for meta in self.metas:
@@ -53,13 +51,32 @@ class RotaryPositions(RotaryEmbedding):
             tables.append(
                 angles.repeat_interleave(2, dim=-1) if self.rotary_interleaved else angles.repeat(1, 2)
             )
-        return torch.stack(tables, dim=1)[:, :, None]
+        widest = max(table.shape[1] for table in tables)
+        return torch.stack([F.pad(table, (0, widest - table.shape[1])) for table in tables], dim=1)[
+            :, :, None
+        ]
 
 
-def has_two_ropes(meta: ModelMeta) -> bool:
-    """Whether sliding layers turn otherwise than the rest."""
-    local = meta.rope.local_theta
-    return local is not None and (local != meta.rope_theta or meta.rope_scaling is not None)
+def rope_tables(meta: ModelMeta) -> tuple[list[ModelMeta], list[int]]:
+    """Return the kinds of rotary positions that layers have, each as a model that has it everywhere, and each layer's kind."""
+    kinds: list[tuple[int, float, RopeScaling | None]] = []
+    models, of_layers = [], []
+    for layer in range(meta.num_layers):
+        one = meta.of_layer(layer)
+        slides = bool(meta.sliding_window) and meta.sliding_window[layer] is not None
+        if slides and meta.rope.local_theta is not None:
+            one = replace(one, rope_theta=meta.rope.local_theta, rope_scaling=None)
+        kind = one.head_dim, one.rope_theta, one.rope_scaling
+        if kind not in kinds:
+            kinds.append(kind)
+            models.append(one)
+        of_layers.append(kinds.index(kind))
+    return models, of_layers
+
+
+def rotary_dim(meta: ModelMeta) -> int:
+    """Return how much of a head turns."""
+    return int(meta.head_dim * meta.rotary_fraction)
 
 
 def inverse_frequencies(meta: ModelMeta, *, length: int = 0) -> torch.Tensor:
@@ -67,7 +84,7 @@ def inverse_frequencies(meta: ModelMeta, *, length: int = 0) -> torch.Tensor:
 
     `length` is that of the longest document at hand: some kinds of scaling begin beyond the original context only.
     """
-    dim = int(meta.head_dim * meta.rotary_fraction)
+    dim = rotary_dim(meta)
     scaling = meta.rope_scaling
     kind = scaling.kind if scaling else "default"
     if scaling is None:
@@ -86,6 +103,8 @@ def inverse_frequencies(meta: ModelMeta, *, length: int = 0) -> torch.Tensor:
     if kind == "ntk_alpha":
         assert scaling.alpha is not None, "ntk_alpha scaling names its alpha"
         return _frequencies(meta.rope_theta * scaling.alpha ** (dim / (dim - 2)), dim)
+    if kind == "proportional":
+        return _proportional(_frequencies(meta.rope_theta, dim), scaling)
     raise ModelError(f"rope_type={kind} of {meta.model_type} is not supported.")
 
 
@@ -130,3 +149,11 @@ def _longrope(frequencies: torch.Tensor, scaling: RopeScaling, *, length: int) -
     assert scaling.original_max_position is not None, "longrope scaling has an original context"
     is_long = length > scaling.original_max_position
     return frequencies / torch.tensor(scaling.long_factor if is_long else scaling.short_factor)
+
+
+def _proportional(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
+    """Keep the fastest part of the frequencies and let the rest of the head stand still."""
+    turning = int(
+        scaling.proportion * 2 * len(frequencies) // 2
+    )  # rounded as transformers does, from the head's size
+    return F.pad(frequencies[:turning], (0, len(frequencies) - turning)) / scaling.factor

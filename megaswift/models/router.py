@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megaswift.mcore.specs import submodules_of
 from megaswift.metadata.meta import MoEMeta
+from megaswift.models.norm import RMSNorm, shared_parameter
 
 
 def place_router(layer: ModuleSpec, moe: MoEMeta) -> None:
@@ -28,6 +29,8 @@ def megatron_routes(moe: MoEMeta) -> bool:
     It has a bias for sigmoid scores alone, normalises them unless one expert is chosen, and scores a group of experts
     by its best topk / topk_groups.
     """
+    if moe.router_norm or moe.expert_scale:
+        return False
     if moe.score_function == "softmax":
         chooses = not moe.router_bias and not (moe.norm_topk_prob and (moe.topk == 1 or moe.num_groups))
     else:
@@ -38,15 +41,28 @@ def megatron_routes(moe: MoEMeta) -> bool:
 
 
 class Router(TopKRouter):
-    """Megatron's router with the model's own choice of experts; its balancing losses are Megatron's."""
+    """Megatron's router with the model's own input and choice of experts; its balancing losses are Megatron's."""
 
     def __init__(self, config: TransformerConfig, *args: Any, moe: MoEMeta, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self.moe = moe
+        self.norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon) if moe.router_norm else None
+        self.expert_scale = None
+        if moe.expert_scale:
+            ones_E = torch.ones(moe.num_experts, dtype=config.params_dtype)
+            self.expert_scale = shared_parameter(ones_E, config)
         if moe.router_bias:
             del self.expert_bias  # the attribute that stands for "no bias"
             bias_E = torch.zeros(moe.num_experts, dtype=torch.float32, device=torch.cuda.current_device())
             self.register_buffer("expert_bias", bias_E)
+
+    def gating(self, input: torch.Tensor) -> torch.Tensor:
+        """Return the logits [S, B, E] of what the layer gives to its router [S, B, D]."""
+        if self.norm is not None:
+            input = (
+                self.norm(input) * input.shape[-1] ** -0.5
+            )  # Gemma 4 (transformers 5.23, modeling_gemma4.py)
+        return super().gating(input)
 
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
@@ -57,6 +73,8 @@ class Router(TopKRouter):
         mask_T = None if padding_mask is None else padding_mask.flatten()
         logits_TE = self.apply_z_loss(logits_TE, padding_mask=mask_T)
         weights_TE, chosen_TE = choose_experts(logits_TE, self.moe, bias_E=self.expert_bias)
+        if self.expert_scale is not None:
+            weights_TE = weights_TE * self.expert_scale.to(weights_TE)
         if self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled():
             balanced_TE, scores_TE = compute_routing_scores_for_aux_loss(
                 logits_TE, self.topk, self.score_function, padding_mask=mask_T

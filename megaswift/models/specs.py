@@ -14,20 +14,27 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megaswift.errors import ModelError
-from megaswift.mcore.specs import submodules_of
+from megaswift.mcore.specs import as_subclass, submodules_of
 from megaswift.metadata.features import FEATURES
 from megaswift.metadata.meta import ModelMeta
-from megaswift.models.attention import CoreAttention, GatedAttention, TwoRopesAttention
-from megaswift.models.branch import BranchEnd, ParallelLayer
+from megaswift.models.attention import (
+    CoreAttention,
+    GatedAttention,
+    NormedValueAttention,
+    OwnRopeAttention,
+)
+from megaswift.models.branch import BranchEnd, ParallelLayer, ScaledLayer
 from megaswift.models.delta_net import GatedDeltaNet
+from megaswift.models.experts import ExpertsBesideDense
 from megaswift.models.linear import (
     ExpertRowParallelLinear,
+    QueryKeyLinear,
     UnbiasedColumnParallelLinear,
     UnbiasedRowParallelLinear,
 )
 from megaswift.models.mla import LatentAttention
 from megaswift.models.norm import AllHeadsRMSNorm, LayerNorm, RMSNorm
-from megaswift.models.rope import has_two_ropes
+from megaswift.models.rope import rope_tables, rotary_dim
 from megaswift.models.router import place_router
 from megaswift.models.sinks import SinkAttention
 from megaswift.platforms.platform import Platform
@@ -53,6 +60,10 @@ LOCAL_ONLY = (
     "clamped SwiGLU",
     "experts with biases",
     "Gated DeltaNet",
+    "norm of v",
+    "sizes that differ between layers",
+    "scalar of each layer",
+    "experts beside a dense part",
 )
 
 
@@ -101,6 +112,11 @@ def _local_layer(meta: ModelMeta, config: TransformerConfig, layer: int) -> Modu
             experts = submodules_of(spec.submodules.mlp).experts
             submodules_of(experts).linear_fc2 = ExpertRowParallelLinear
     _place_norms(spec, meta, config)
+    if is_moe and meta.moe is not None and meta.moe.beside_dense:
+        spec.submodules.pre_mlp_layernorm = IdentityOp
+        spec.submodules.mlp = as_subclass(spec.submodules.mlp, ExpertsBesideDense, norm=_norm(meta))
+    if meta.layer_scalar:
+        spec.module = ScaledLayer
     if meta.linear_attention is not None and meta.linear_attention.layers[layer]:
         spec.submodules.self_attention = ModuleSpec(module=GatedDeltaNet, params={"meta": meta})
     else:
@@ -136,8 +152,7 @@ def _place_norms(spec: ModuleSpec, meta: ModelMeta, config: TransformerConfig) -
 def _attend(spec: ModuleSpec, meta: ModelMeta, config: TransformerConfig, layer: int) -> None:
     """Choose the modules of the attention."""
     attention = spec.submodules.self_attention.submodules
-    if has_two_ropes(meta):
-        spec.submodules.self_attention.module = TwoRopesAttention
+    _choose_rope(spec.submodules.self_attention, meta, layer)
     if meta.attention.output_gate:
         spec.submodules.self_attention.module = GatedAttention
     if meta.mla is not None:
@@ -165,6 +180,22 @@ def _attend(spec: ModuleSpec, meta: ModelMeta, config: TransformerConfig, layer:
         attention.linear_proj = UnbiasedRowParallelLinear
     if config.add_bias_linear and not meta.qkv_bias:
         attention.linear_qkv = UnbiasedColumnParallelLinear
+
+
+def _choose_rope(attention: ModuleSpec, meta: ModelMeta, layer: int) -> None:
+    """Let attention take its own of several kinds of rotary positions, and norm its values where the model does."""
+    ropes, of_layers = rope_tables(meta)
+    if len(ropes) == 1 and not meta.attention.value_norm:
+        return
+    own = ropes[of_layers[layer]]
+    params = {"table": of_layers[layer], "size": rotary_dim(own), "stretched": own.rope_scaling is not None}
+    attention.module = OwnRopeAttention
+    if meta.attention.value_norm:
+        value_is_key = meta.layer_variation is not None and meta.layer_variation.value_is_key[layer]
+        attention.module, params["value_is_key"] = NormedValueAttention, value_is_key
+        if value_is_key:
+            attention.submodules.linear_qkv = QueryKeyLinear
+    attention.params = {**attention.params, **params}
 
 
 def _norms_of_all_heads(meta: ModelMeta, config: TransformerConfig) -> tuple[ModuleSpec, ModuleSpec]:

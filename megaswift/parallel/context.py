@@ -35,7 +35,12 @@ class ContextMode:
 
 
 def heads_of(meta: ModelMeta, *, tp: int) -> Heads:
-    """Return the attention heads of one tp rank as core attention sees them: latent attention has as many keys as queries."""
+    """Return the attention heads of one tp rank as core attention sees them: latent attention has as many keys as queries.
+
+    Where layers differ, those of the layers with the fewest keys, which are the hardest to exchange.
+    """
+    if meta.layer_variation is not None:
+        meta = meta.of_layer(meta.layer_variation.num_kv_heads.index(meta.kv_head_counts[0]))
     if meta.mla is not None:
         own = meta.num_heads // tp
         key_size = meta.mla.nope_head_dim + meta.mla.rope_head_dim

@@ -19,6 +19,7 @@ from transformers.utils import logging
 from megaswift.parity.documents import Outcome, loss_weights, packs, total_weight
 
 CHOICE_BIAS = "e_score_correction_bias"  # files hold it in float32, whatever the dtype of the weights
+LAYER_SCALAR = "layer_scalar"  # a buffer, that is a constant too
 
 # Of heads that remember many tokens. Those that forget at once prove little, and lose digits in the sums of their decays.
 DECAY = "linear_attn.A_log"
@@ -47,6 +48,8 @@ def save_random(
         for key in state:
             if key.endswith(CHOICE_BIAS):
                 state[key].normal_(std=0.1)
+            elif key.endswith(LAYER_SCALAR):
+                state[key] = torch.empty_like(state[key]).uniform_(0.5, 1.5).to(dtype)
             else:
                 state[key] = state[key].to(dtype)
     if config.tie_word_embeddings:

@@ -45,7 +45,9 @@ def layer_time(
 ) -> LayerTime:
     """Return the time of one layer of a kind."""
     device, precision = machine.device, candidate.precision
-    projections = gemm_passes(attention_gemms(job, candidate), job, precision, device, software, constants)
+    projections = gemm_passes(
+        attention_gemms(job, candidate, kind), job, precision, device, software, constants
+    )
     mlp = gemm_passes(mlp_gemms(job, candidate, kind), job, precision, device, software, constants)
     attention = core_attention(job, candidate, kind, device, software, constants)
     small = elementwise(job, candidate, kind, device, software, constants)
@@ -69,7 +71,7 @@ def layer_time(
         compute=compute,
         forward=forward,
         tensor=_tensor(job, candidate, kind, machine, software, constants),
-        context=_context(job, candidate, attention, machine, constants),
+        context=_context(job, candidate, kind, attention, machine, constants),
         experts=_experts(job, candidate, kind, machine, software, constants),
     )
 
@@ -98,7 +100,12 @@ def _tensor(
 
 
 def _context(
-    job: Job, candidate: Candidate, attention: Passes, machine: Machine, constants: TimeConstants
+    job: Job,
+    candidate: Candidate,
+    kind: LayerKind,
+    attention: Passes,
+    machine: Machine,
+    constants: TimeConstants,
 ) -> float:
     """Exposed communication of context parallelism: heads exchanged, or keys and values gathered or passed round."""
     layout, meta, forwards = candidate.layout, job.meta, _forwards(candidate)
@@ -106,9 +113,9 @@ def _context(
         return 0.0
     size = candidate.tokens(job)
     if candidate.cp_comm == "a2a":
-        sent = 2 * 2 * size * (meta.num_heads + meta.num_kv_heads) * meta.head_dim / layout.tp
+        sent = 2 * 2 * size * (meta.num_heads + kind.kv_heads) * kind.head_dim / layout.tp
         return (forwards + 1) * exchange(machine, sent, size=layout.cp, stride=layout.tp, constants=constants)
-    block = 2 * 2 * size * (meta.num_heads if meta.mla else meta.num_kv_heads) * meta.head_dim / layout.tp
+    block = 2 * 2 * size * (meta.num_heads if meta.mla else kind.kv_heads) * kind.head_dim / layout.tp
     rate = group_rate(machine, layout.cp, layout.tp, constants)
     steps = layout.cp - 1
     one = steps * (block / rate + latency(machine, layout.cp, layout.tp, constants))

@@ -169,14 +169,13 @@ def saved(
     whole = 4.0 * element * hidden  # inputs of the two norms, and their outputs for the weight gradients
     whole += 0 if software.fused_norm else 2 * constants.eager_norm_bytes * hidden
     whole += 2 * hidden if software.dropout else 0  # one byte an element for each mask
-    attention = _attention_bytes(job, element, software, constants)
+    attention = _attention_bytes(job, kind, element, software, constants)
     masked = _mask_bytes(job, element, software)
     scaled = element if job.frozen and job.use_dora else 0
     whole += 2 * scaled * hidden  # outputs of attention and of the feed-forward part
     whole += 2 * masked * hidden  # the norms' outputs with holes instead of whole, and where the holes are
     gates = 2 if meta.gated_mlp else 1
-    dense_ffn = meta.ffn_hidden_size if kind.mlp else 0
-    ffn = dense_ffn + (meta.moe.shared_ffn_hidden_size if meta.moe and kind.is_moe else 0)
+    ffn = kind.ffn + (meta.moe.shared_ffn_hidden_size if meta.moe and kind.is_moe else 0)
     extra = 0 if software.fused_elementwise else gates - 1  # the activated gate, beside gate, up and product
     extra += gates - 1 if software.local_layers else 0
     mlp = (element * (gates + 1 + extra) + masked + scaled * gates) * ffn
@@ -184,10 +183,10 @@ def saved(
         mlp = 0
     if candidate.recompute == "alternate":
         # The layer's input, the output of attention, and every second product: q, v, the first half of fc1, fc2.
-        query, _, value, _ = _head_widths(job)
-        whole, attention, mlp = 2 * element * hidden, element * (2 * query + value), element * dense_ffn
+        query, _, value, _ = _head_widths(job, kind)
+        whole, attention, mlp = 2 * element * hidden, element * (2 * query + value), element * kind.ffn
     routed, router, work = _routed_bytes(job, candidate, kind, gates, software)
-    work = work or element * (2 * gates + 1) * dense_ffn / layout.tp
+    work = work or element * (2 * gates + 1) * kind.ffn / layout.tp
     gathered = 2 * element * hidden if shards > 1 else 0.0
     return Saved(
         dense=size * (whole / shards + (attention + mlp) / layout.tp + router),
@@ -203,10 +202,12 @@ def _mask_bytes(job: Job, element: int, software: Software) -> int:
     return element if software.local_layers else 1
 
 
-def _attention_bytes(job: Job, element: int, software: Software, constants: MemoryConstants) -> float:
+def _attention_bytes(
+    job: Job, kind: LayerKind, element: int, software: Software, constants: MemoryConstants
+) -> float:
     """Return what attention keeps of one token, over all heads: q, k, v, the output, and scores where they exist."""
     meta = job.meta
-    query, key, value, kept = _head_widths(job)
+    query, key, value, kept = _head_widths(job, kind)
     width = element * (query + kept + value)
     width += element * (query + key) if meta.qk_norm else 0
     width += element * (query + key + value) if software.local_layers else 0
@@ -222,7 +223,7 @@ def _attention_bytes(job: Job, element: int, software: Software, constants: Memo
     return width + per_score * meta.num_heads * job.seq_len
 
 
-def _head_widths(job: Job) -> tuple[int, int, int, int]:
+def _head_widths(job: Job, kind: LayerKind) -> tuple[int, int, int, int]:
     """Return the widths over all heads of q, of k, of the output, and of what is kept of k and v."""
     meta = job.meta
     if meta.mla is not None:
@@ -230,7 +231,7 @@ def _head_widths(job: Job) -> tuple[int, int, int, int]:
         value = meta.num_heads * meta.mla.v_head_dim
         # v is a view of the up-projection, which therefore stays whole; k is a copy with the rotary part.
         return query, query, value, query + meta.num_heads * meta.mla.nope_head_dim + value
-    query, key = meta.num_heads * meta.head_dim, meta.num_kv_heads * meta.head_dim
+    query, key = meta.num_heads * kind.head_dim, kind.kv_heads * kind.head_dim
     return query, key, query, 2 * key
 
 

@@ -17,6 +17,10 @@ class LayerKind:
 
     is_moe: bool
     span: int | None  # keys that a query sees; None: all before it
+    head_dim: int
+    kv_heads: int
+    kv_projections: int  # of keys and of values: 2, or 1 where they are one
+    ffn: int  # width of the dense part; 0: none
     attention: int  # sharded over tp
     attention_replicated: int  # on every rank of tp
     mlp: int  # dense feed-forward part, sharded over tp
@@ -82,13 +86,18 @@ def _layer_kind(meta: ModelMeta, layer: int) -> LayerKind:
     sharded, replicated, span = _attention(meta, layer)
     moe = meta.moe if meta.moe and meta.moe.layer_is_moe[layer] else None
     norms = {"pre": 2, "post": 2, "sandwich": 4}[meta.norm.placement] - (1 if meta.parallel_residual else 0)
-    ffn = meta.layer_variation.ffn_hidden_sizes[layer] if meta.layer_variation else meta.ffn_hidden_size
+    one, varied = meta.of_layer(layer), meta.layer_variation
+    ffn = one.ffn_hidden_size if moe is None or moe.beside_dense else 0
     return LayerKind(
         is_moe=moe is not None,
         span=span,
+        head_dim=one.head_dim,
+        kv_heads=one.num_kv_heads,
+        kv_projections=1 if varied and varied.value_is_key[layer] else 2,
+        ffn=ffn,
         attention=sharded,
         attention_replicated=replicated,
-        mlp=_mlp(meta, ffn, bias=meta.mlp_bias) if moe is None or moe.beside_dense else 0,
+        mlp=_mlp(meta, ffn, bias=meta.mlp_bias),
         experts=moe.num_experts * _mlp(meta, moe.ffn_hidden_size, bias=moe.expert_bias) if moe else 0,
         shared_experts=_mlp(meta, moe.shared_ffn_hidden_size, bias=meta.mlp_bias) if moe else 0,
         replicated=norms * _norm(meta, meta.hidden_size) + (_router(meta, moe) if moe else 0),
@@ -107,8 +116,9 @@ def _mlp(meta: ModelMeta, ffn: int, *, bias: bool) -> int:
 
 
 def _router(meta: ModelMeta, moe: MoEMeta) -> int:
-    gate = meta.hidden_size if moe.shared_gate else 0
-    return moe.num_experts * (meta.hidden_size + int(moe.router_linear_bias)) + gate
+    beside = meta.hidden_size * (int(moe.shared_gate) + int(moe.router_norm))
+    beside += 3 * _norm(meta, meta.hidden_size) if moe.beside_dense else 0
+    return moe.num_experts * (meta.hidden_size + int(moe.router_linear_bias) + int(moe.expert_scale)) + beside
 
 
 def _attention(meta: ModelMeta, layer: int) -> tuple[int, int, int | None]:
@@ -134,9 +144,9 @@ def _attention(meta: ModelMeta, layer: int) -> tuple[int, int, int | None]:
         down += mla.q_rank * (hidden + bias + 1) if mla.q_rank else 0
         out_bias = hidden if meta.attention_out_bias else 0
         return (mla.q_rank or hidden) * query + up + value * hidden, down + out_bias, span
-    varied = meta.layer_variation
-    head = varied.head_dims[layer] if varied else meta.head_dim
-    query, key = meta.num_heads * head, (varied.num_kv_heads[layer] if varied else meta.num_kv_heads) * head
+    one, varied = meta.of_layer(layer), meta.layer_variation
+    head = one.head_dim
+    query, key = meta.num_heads * head, one.num_kv_heads * head
     own_keys = varied is None or varied.kv_from_layer[layer] is None
     projected = query * (2 if meta.attention.output_gate else 1)
     if own_keys:

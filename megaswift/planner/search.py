@@ -259,7 +259,7 @@ def tensor_sizes(job: Job, machine: Machine) -> list[int]:
         for tp in _divisors(math.gcd(machine.num_devices, machine.per_node))
         if tp <= min(MOST_TENSOR, meta.num_heads)
         and meta.num_heads % tp == 0
-        and padded_kv_heads(meta.num_heads, meta.num_kv_heads, tp=tp) == meta.num_kv_heads
+        and all(padded_kv_heads(meta.num_heads, heads, tp=tp) == heads for heads in meta.kv_head_counts)
         and all(width % tp == 0 for width in widths)
     ]
 
@@ -277,7 +277,7 @@ def _context_kinds(job: Job, layout: Layout, space: Space) -> list[str]:
     """A ring; or heads exchanged, where every rank keeps at least one of keys and values."""
     if layout.cp == 1:
         return ["p2p"]
-    heads = job.meta.num_heads if job.meta.mla else job.meta.num_kv_heads
+    heads = job.meta.num_heads if job.meta.mla else job.meta.kv_head_counts[0]
     kinds = ["p2p", "a2a"] if heads % (layout.tp * layout.cp) == 0 else ["p2p"]
     return [kind for kind in kinds if space.allows("cp_comm", kind)]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megaswift.parallel.layout import Layout, chunk_layers
 from megaswift.planner.job import Job
-from megaswift.planner.parts import Parts
+from megaswift.planner.parts import LayerKind, Parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,14 +105,16 @@ def stage_params(job: Job, layout: Layout, stage: Stage) -> StageParams:
         dense=dense + linear,
         linear=linear,
         experts=experts,
-        adapters=stage.layers * _adapter(job) / layout.tp if job.frozen else 0.0,
+        adapters=sum(count * _adapter(job, parts.kinds[index]) for index, count in stage.kinds) / layout.tp
+        if job.frozen
+        else 0.0,
     )
 
 
-def _adapter(job: Job) -> float:
+def _adapter(job: Job, kind: LayerKind) -> float:
     """Return the adapters of one layer: r (in + out) for q, k, v, o, gate, up and down."""
     meta = job.meta
-    query, key = meta.num_heads * meta.head_dim, meta.num_kv_heads * meta.head_dim
+    query, key = meta.num_heads * kind.head_dim, kind.kv_heads * kind.head_dim
     attention = 3 * meta.hidden_size + query + 2 * key + query + meta.hidden_size
     ffn = meta.ffn_hidden_size
     return job.lora_rank * (attention + 3 * (meta.hidden_size + ffn))

@@ -84,7 +84,7 @@ def gemm_passes(
     return Passes(forward=forward, backward=backward)
 
 
-def attention_gemms(job: Job, candidate: Candidate) -> list[Gemm]:
+def attention_gemms(job: Job, candidate: Candidate, kind: LayerKind) -> list[Gemm]:
     """Return the projections of attention on one rank."""
     meta, tp, size = job.meta, candidate.layout.tp, candidate.tokens(job)
     if meta.mla is not None:
@@ -97,8 +97,8 @@ def attention_gemms(job: Job, candidate: Candidate) -> list[Gemm]:
             Gemm(m=size, n=meta.num_heads * value / tp, k=mla.kv_rank),
             Gemm(m=size, n=meta.hidden_size, k=meta.num_heads * mla.v_head_dim / tp),
         ]
-    query, key = meta.num_heads * meta.head_dim, meta.num_kv_heads * meta.head_dim
-    projected = query * (2 if meta.attention.output_gate else 1) + 2 * key
+    query, key = meta.num_heads * kind.head_dim, kind.kv_heads * kind.head_dim
+    projected = query * (2 if meta.attention.output_gate else 1) + kind.kv_projections * key
     return [
         Gemm(m=size, n=projected / tp, k=meta.hidden_size),
         Gemm(m=size, n=meta.hidden_size, k=query / tp),
@@ -111,7 +111,7 @@ def mlp_gemms(job: Job, candidate: Candidate, kind: LayerKind) -> list[Gemm]:
     gates = 2 if meta.gated_mlp else 1
     moe = meta.moe if kind.is_moe else None
     gemms = []
-    for ffn in ((meta.ffn_hidden_size if kind.mlp else 0), (moe.shared_ffn_hidden_size if moe else 0)):
+    for ffn in (kind.ffn, (moe.shared_ffn_hidden_size if moe else 0)):
         if ffn:
             gemms.append(Gemm(m=size, n=gates * ffn / layout.tp, k=meta.hidden_size))
             gemms.append(Gemm(m=size, n=meta.hidden_size, k=ffn / layout.tp))
@@ -137,7 +137,7 @@ def core_attention(
     span = min(length, kind.span or length)
     pairs = candidate.tokens(job) * span * meta.num_heads / candidate.layout.tp
     mla = meta.mla
-    width = mla.nope_head_dim + mla.rope_head_dim + mla.v_head_dim if mla else 2 * meta.head_dim
+    width = mla.nope_head_dim + mla.rope_head_dim + mla.v_head_dim if mla else 2 * kind.head_dim
     flops = 2 * pairs * width
     if software.attention.startswith("flash"):
         # Causal: half of the scores where the span is the sequence. The backward pass has five products for two
@@ -167,9 +167,9 @@ def elementwise(
     5 H K for rotary positions, 6 F for a gated activation; backward twice that.
     """
     meta, tp, size = job.meta, candidate.layout.tp, candidate.tokens(job)
-    hidden, query = meta.hidden_size / candidate.sequence_shards, meta.num_heads * meta.head_dim / tp
+    hidden, query = meta.hidden_size / candidate.sequence_shards, meta.num_heads * kind.head_dim / tp
     gates = 2 if meta.gated_mlp else 1
-    ffn = (meta.ffn_hidden_size if kind.mlp else 0) / tp
+    ffn = kind.ffn / tp
     rows = 0.0
     if kind.is_moe and meta.moe is not None:
         rows = candidate.routed_tokens(job) / size
@@ -213,13 +213,13 @@ def model_flops(job: Job) -> float:
     meta, parts = job.meta, job.parts
     active = float(parts.embedding)  # the output layer; looking up an embedding computes nothing
     scores = 0.0
-    width = (
-        meta.head_dim * 2
-        if meta.mla is None
-        else meta.mla.nope_head_dim + meta.mla.rope_head_dim + meta.mla.v_head_dim
-    )
     for index in parts.layers:
         kind = parts.kinds[index]
+        width = (
+            kind.head_dim * 2
+            if meta.mla is None
+            else meta.mla.nope_head_dim + meta.mla.rope_head_dim + meta.mla.v_head_dim
+        )
         active += kind.attention + kind.attention_replicated + kind.mlp + kind.shared_experts
         if kind.is_moe and meta.moe is not None:
             active += kind.experts * meta.moe.topk / meta.moe.num_experts

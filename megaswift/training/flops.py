@@ -109,8 +109,7 @@ def _multiplications_of_a_pair(meta: ModelMeta, layer: int) -> int:
     """Return what a query and a key cost in one pass: their scores and the weighted values, over all heads."""
     if meta.mla is not None:
         return meta.num_heads * (meta.mla.nope_head_dim + meta.mla.rope_head_dim + meta.mla.v_head_dim)
-    head_dim = meta.layer_variation.head_dims[layer] if meta.layer_variation else meta.head_dim
-    return 2 * meta.num_heads * head_dim
+    return 2 * meta.num_heads * meta.of_layer(layer).head_dim
 
 
 def _linears(meta: ModelMeta, layer: int) -> list[Linear]:
@@ -120,13 +119,11 @@ def _linears(meta: ModelMeta, layer: int) -> list[Linear]:
 
 
 def _attention(meta: ModelMeta, layer: int) -> list[Linear]:
-    head_dim, groups, copies = meta.head_dim, meta.num_kv_heads, 2
-    varies = meta.layer_variation
+    one, copies, varies = meta.of_layer(layer), 2, meta.layer_variation
     if varies is not None:
-        head_dim, groups = varies.head_dims[layer], varies.num_kv_heads[layer]
         copies = 0 if varies.kv_from_layer[layer] is not None else 1 if varies.value_is_key[layer] else 2
-    queries = meta.num_heads * head_dim
-    projected = queries * (2 if meta.attention.output_gate else 1) + copies * groups * head_dim
+    queries = meta.num_heads * one.head_dim
+    projected = queries * (2 if meta.attention.output_gate else 1) + copies * one.num_kv_heads * one.head_dim
     return [
         Linear(name="linear_qkv", inputs=meta.hidden_size, outputs=projected),
         Linear(name="linear_proj", inputs=queries, outputs=meta.hidden_size),
@@ -171,7 +168,7 @@ def _recurrence(meta: ModelMeta) -> list[Linear]:
 
 def _feed_forward(meta: ModelMeta, layer: int) -> list[Linear]:
     moe, hidden = meta.moe, meta.hidden_size
-    size = meta.layer_variation.ffn_hidden_sizes[layer] if meta.layer_variation else meta.ffn_hidden_size
+    size = meta.of_layer(layer).ffn_hidden_size
     if moe is None or not moe.layer_is_moe[layer]:
         return _mlp(meta, size)
     linears = [

@@ -49,6 +49,7 @@ FAMILIES_OF = {model_type: name for name, (model_type, _) in reversed(MODELS.ite
 RICHER = {
     "arcee": "arcee-bias",
     "deepseek_v2": "deepseek_v2-groups",
+    "gemma4_text": "gemma4_text",
     "qwen2_moe": "qwen2_moe-mixed",
 }
 REPEATING = {"kimi_k2": "deepseek_v3", "mimo": "qwen2"}  # not in transformers: saved as what they repeat
@@ -59,7 +60,7 @@ WITH_EXPERTS = tuple(
     family for family in EVERY_FAMILY if any(row.place is Place.EXPERT for row in TABLES[family].rows)
 )
 TRANSPOSED = ("gpt_oss", "llama4_text")  # experts that etp does not cut
-VARIANTS = ("llama-tied", "qwen2-tied", "olmo2-odd-heads", "llama-mlp-bias")
+VARIANTS = ("llama-tied", "qwen2-tied", "olmo2-odd-heads", "llama-mlp-bias", "gemma4_text-dense")
 # layout -> tiny models; each list goes through one start of the ranks.
 CASES: dict[str, tuple[str, ...]] = {
     "one": ("llama", "llama-tied", "qwen3", "qwen2_moe-mixed", "qwen3_next"),
@@ -70,7 +71,12 @@ CASES: dict[str, tuple[str, ...]] = {
     "tp2_pp2": (*(family for family in EVERY_FAMILY if family not in WITH_EXPERTS), *VARIANTS),
     "tp2_ep2_etp2": tuple(family for family in WITH_EXPERTS if family not in TRANSPOSED),
     "tp2_ep2_pp2": ("qwen2_moe", "qwen3_moe", "mixtral", "qwen3_next"),
-    "tp4": ("llama-tied", "mixtral", "phi3"),  # phi3: part of one kv group of a fused tensor on a rank
+    "tp4": (
+        "llama-tied",
+        "mixtral",
+        "gemma4_text-dense",
+        "phi3",
+    ),  # phi3: part of one kv group of a fused tensor on a rank
     "pp2_vpp2": ("llama-tied", "mixtral", "qwen3_next"),
     "uneven_pp": ("llama-tied", "mixtral", "qwen3_5_text"),
     "tp2_cp2": ("llama-tied", "mixtral"),

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig
 
 from megaswift.parity.reference import save_random
-from tests.harness.tiny_dense import DENSE_MODELS
+from tests.harness.tiny_dense import DENSE_MODELS, GEMMA4
 
 SIZES: dict[str, Any] = {
     "vocab_size": 131,  # odd: every tp > 1 needs vocabulary padding
@@ -161,6 +161,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "moe_intermediate_size": 48,
             "moe_num_shared_experts": 1,
             "moe_layer_start_index": 1,
+        },
+    ),
+    "gemma4_text": (
+        "gemma4_text",
+        {
+            **GEMMA4,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 48,
         },
     ),
     "glm4_moe": ("glm4_moe", {**DEEPSEEK_EXPERTS, "use_qk_norm": True, "attention_bias": True}),

@@ -11,6 +11,20 @@ YARN: dict[str, Any] = {
 }
 SLIDING = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
 
+GEMMA4: dict[
+    str, Any
+] = {  # as the 31B model: full attention has larger heads, fewer groups, and keys for values
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 8,
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "hidden_size_per_layer_input": 0,
+    "final_logit_softcapping": 3.0,
+    "tie_word_embeddings": True,
+}
+
 
 def _longrope(**others: Any) -> dict[str, Any]:
     """Return a config of phi3 whose four rotary frequencies have factors of their own."""
@@ -48,6 +62,7 @@ DENSE_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "gemma3_text",
         {"sliding_window": 8, "layer_types": SLIDING, "query_pre_attn_scalar": 24},
     ),
+    "gemma4_text-dense": ("gemma4_text", GEMMA4),
     "glm4": ("glm4", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
     "granite": (
         "granite",

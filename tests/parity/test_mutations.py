@@ -14,7 +14,7 @@ from megaswift.converters.certificate import certify
 from megaswift.converters.tables.catalogue import TABLES
 from megaswift.errors import WeightsError
 from megaswift.mcore.process_groups import initialise
-from megaswift.metadata.meta import ModelMeta
+from megaswift.metadata.meta import ModelMeta, RopeScaling
 from megaswift.metadata.read import get_model_meta
 from megaswift.parallel.layout import Layout
 from megaswift.parity.compare import differences
@@ -208,6 +208,19 @@ MUTATIONS: dict[str, tuple[str, Plant, str]] = {
     "gates of attention below the queries": ("qwen3_next", rows("linear_qkv.weight", by_head=False), PARITY),
     "projections of key heads not together": ("qwen3_5_text", rows("in_proj_qkvz.weight", per=""), PARITY),
     "b and a swapped": ("qwen3_5_text", files("in_proj_ba.weight", "{b,a}", "{a,b}"), PARITY),
+    "norms before the dense part and the experts swapped": (
+        "gemma4_text", swapped("mlp.dense_input_norm.weight", "mlp.expert_input_norm.weight"), PARITY,
+    ),
+    "norms behind the dense part and the experts swapped": (
+        "gemma4_text", swapped("mlp.dense_output_norm.weight", "mlp.expert_output_norm.weight"), PARITY,
+    ),
+    "scales of experts that the facts do not know": ("gemma4_text", fact(moe__expert_scale=False), FILES),
+    "the number of a layer without a row": ("gemma4_text", without("layer_scalar"), FILES),
+    "sliding layers turned like full attention": ("gemma4_text", fact(rope__local_theta=None), PARITY),
+    "the whole of a head turned": (
+        "gemma4_text", fact(rope_scaling=RopeScaling(kind="proportional", proportion=1.0)), PARITY,
+    ),
+    "rows of keys and queries not grouped": ("gemma4_text-dense", rows("linear_qkv.weight", per=""), PARITY),
     "convolution of key heads not together": ("qwen3_next", rows("conv1d.weight", per=""), PARITY),
 }  # fmt: skip
 LAYOUTS = (Layout(), Layout(world=2, tp=2), Layout(world=2, pp=2))

@@ -31,7 +31,7 @@ def verified(rank: int, world_size: int, model: Path, arguments: list[str], mist
     return code, said.getvalue()
 
 
-@pytest.mark.parametrize("name", ["deepseek-v3", "gpt-oss-120b", "kimi-k2", "mimo-7b", "qwen3-next-80b-a3b"])
+@pytest.mark.parametrize("name", ["deepseek-v3", "gemma-4-26b-a4b-text", "gpt-oss-120b", "kimi-k2", "mimo-7b", "qwen3-next-80b-a3b"])
 def test_a_published_config_passes(name: str) -> None:
     [(code, text)] = run_distributed(verified, 1, CONFIGS / f"{name}.json", [], False)
     assert code == 0, text

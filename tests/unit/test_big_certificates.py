@@ -13,9 +13,11 @@ GOLDEN = Path(__file__).parent.parent / "golden"
 
 # Without multi-token-prediction layers; the router's choice biases are among them. Against what is published:
 # DeepSeek-V3 671B (2412.19437), Qwen3-235B-A22B 235B (2505.09388), Llama 3.1 405B (405,853,388,800 on its model page),
-# Kimi K2 1T (1,026B on its model page), gpt-oss-120b 116.83B and -20b 20.91B (2508.10925, table 1).
+# Kimi K2 1T (1,026B on its model page), gpt-oss-120b 116.83B and -20b 20.91B (2508.10925, table 1), Gemma 4 26B A4B 25.2B (its
+# model card; the scalars of the layers are among them).
 PARAMETERS = {
     "deepseek-v3": 671_026_419_200,
+    "gemma-4-26b-a4b-text": 25_233_141_790,
     "glm-4.5": 352_797_829_024,
     "gpt-oss-120b": 116_829_156_672,
     "gpt-oss-20b": 20_914_757_184,
@@ -26,6 +28,7 @@ PARAMETERS = {
 LAYOUTS = {
     "deepseek-v3": ["--tp", "2", "--pp", "16", "--ep", "64", "--decoder_first_pipeline_num_layers", "4",
                     "--decoder_last_pipeline_num_layers", "1"],
+    "gemma-4-26b-a4b-text": ["--tp", "8", "--pp", "2", "--ep", "16"],
     "gpt-oss-120b": ["--pp", "4", "--ep", "8"],
     "llama-3.1-405b": ["--tp", "8", "--pp", "9", "--vpp", "2"],
 }  # fmt: skip

@@ -202,6 +202,8 @@ def _gemma4_moe(config: ConfigReader) -> MoEMeta | None:
         ffn_hidden_size=required("moe_intermediate_size", int)(config),
         layer_is_moe=every_layer(config),
         beside_dense=True,
+        router_norm=True,
+        expert_scale=True,
     )
 
 
@@ -258,5 +260,5 @@ GEMMA4_TEXT = replace(
     harmless_values={
         "use_bidirectional_attention": (None, "vision")
     },  # vision tokens only; text stays causal
-    supported=False,
+    supported=True,
 )
