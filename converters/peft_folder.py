@@ -125,7 +125,8 @@ def _adaptable(meta: ModelMeta) -> Iterator[Parameter]:
     """Yield the weight of every linear that can have an adapter, as one rank would hold it."""
     for parameter in plan_chunk(meta, Layout(), coordinates(Layout(), 0)):
         *_, module, kind = parameter.name.split(".")
-        if kind == "weight" and module in LINEARS:
+        packed = parameter.is_expert and meta.moe is not None and meta.moe.only_packed
+        if kind == "weight" and module in LINEARS and not packed:
             yield parameter
 
 

@@ -176,6 +176,7 @@ class MoEMeta:
     )
     router_norm: bool = False  # the router reads x / rms(x) * scale / sqrt(D), not the experts' input
     expert_scale: bool = False  # a learned number of each expert multiplies its weight
+    only_packed: bool = False  # one tensor holds a matrix of all experts: to PEFT they are no linears (gemma4)
     num_groups: int | None = (
         None  # group-limited routing: choose among the experts of the best topk_groups groups
     )

@@ -75,15 +75,16 @@ def resolve_targets(names: list[str]) -> tuple[str, ...]:
 
 
 def adapted_linears(
-    chunk: torch.nn.Module, targets: tuple[str, ...]
+    chunk: torch.nn.Module, targets: tuple[str, ...], *, with_experts: bool
 ) -> Iterator[tuple[str, torch.nn.Module]]:
     """Yield (global name, module) of every linear in `targets`: layers and experts are counted over all ranks."""
     for layer in chunk.decoder.layers:  # type: ignore[union-attr]  # an nn.ModuleList behind nn.Module's attribute
         for path, module in list(layer.named_modules()):
             parts = path.split(".")
-            if parts[-1] not in targets:
+            is_expert = "local_experts" in parts
+            if parts[-1] not in targets or (is_expert and not with_experts):
                 continue
-            if "local_experts" in parts:
+            if is_expert:
                 index = parts.index("local_experts") + 1
                 local = len(layer.get_submodule(".".join(parts[:index])))
                 parts[index] = str(
@@ -111,7 +112,8 @@ def apply_lora(
         chunk.requires_grad_(False)
         if chunk.scores and chunk.post_process:
             chunk.output_layer.requires_grad_(True)  # nothing, for embeddings
-        for name, module in adapted_linears(chunk, targets):
+        with_experts = meta.moe is not None and not meta.moe.only_packed
+        for name, module in adapted_linears(chunk, targets, with_experts=with_experts):
             rank = (ranks or {}).get(name, tuner.lora_rank)
             # The scale belongs to the rank the user named; a larger block only holds several adapters of that rank.
             scale = tuner.lora_alpha / (math.sqrt(tuner.lora_rank) if tuner.use_rslora else tuner.lora_rank)

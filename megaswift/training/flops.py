@@ -173,7 +173,7 @@ def _feed_forward(meta: ModelMeta, layer: int) -> list[Linear]:
         return _mlp(meta, size)
     linears = [
         Linear(name="router", inputs=hidden, outputs=moe.num_experts),
-        *_mlp(meta, moe.ffn_hidden_size, times=moe.topk),
+        *_mlp(meta, moe.ffn_hidden_size, times=moe.topk, adaptable=not moe.only_packed),
     ]
     if moe.shared_ffn_hidden_size:
         linears += _mlp(meta, moe.shared_ffn_hidden_size)
@@ -181,9 +181,9 @@ def _feed_forward(meta: ModelMeta, layer: int) -> list[Linear]:
     return [*linears, *_mlp(meta, size)] if moe.beside_dense else linears
 
 
-def _mlp(meta: ModelMeta, size: int, *, times: int = 1) -> list[Linear]:
-    fanned = size * (2 if meta.gated_mlp else 1)
+def _mlp(meta: ModelMeta, size: int, *, times: int = 1, adaptable: bool = True) -> list[Linear]:
+    fanned, prefix = size * (2 if meta.gated_mlp else 1), "" if adaptable else "packed "
     return [
-        Linear(name="linear_fc1", inputs=meta.hidden_size, outputs=fanned, times=times),
-        Linear(name="linear_fc2", inputs=size, outputs=meta.hidden_size, times=times),
+        Linear(name=f"{prefix}linear_fc1", inputs=meta.hidden_size, outputs=fanned, times=times),
+        Linear(name=f"{prefix}linear_fc2", inputs=size, outputs=meta.hidden_size, times=times),
     ]

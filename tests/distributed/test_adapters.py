@@ -184,7 +184,7 @@ def test_settings_of_peft_give_the_same_function(tmp_path: Path, settings: dict[
 
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("use_rslora", [False, True])
-@pytest.mark.parametrize("name", ["llama-tied", "qwen3", "gemma4_text-dense"])
+@pytest.mark.parametrize("name", ["llama-tied", "qwen3", "gemma4_text"])
 def test_adapter_with_a_shared_a_opens_in_peft(tmp_path: Path, name: str, use_rslora: bool) -> None:
     folder = save_tiny(name, tmp_path / "model")
     tuner = TunerConfig(tuner_type="lora", lora_rank=3, lora_alpha=7, use_rslora=use_rslora)

@@ -204,6 +204,7 @@ def _gemma4_moe(config: ConfigReader) -> MoEMeta | None:
         beside_dense=True,
         router_norm=True,
         expert_scale=True,
+        only_packed=True,
     )
 
 
