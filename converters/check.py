@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 
-from megaswift.converters.plan import EMBEDDING, TIED_OUTPUT, file_tensors, is_carried, table_for
+from megaswift.converters.plan import EMBEDDING, TIED_OUTPUT, file_tensors, is_carried, is_unread, table_for
 from megaswift.converters.tensor_files import DTYPE_NAMES, TensorInfo
 from megaswift.errors import WeightsError
 from megaswift.metadata.meta import ModelMeta
@@ -62,5 +62,6 @@ def _is_ignored(meta: ModelMeta, name: str) -> bool:
         (twin is not None and name == twin[1])
         or (meta.scores is not None and name == LM_HEAD)
         or is_carried(meta, name)
+        or is_unread(meta, name)
         or any(re.fullmatch(pattern, name) for pattern in table_for(meta).ignored)
     )

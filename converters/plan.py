@@ -176,12 +176,11 @@ def _walk(
     for local_layer, layer in enumerate(layers):
         is_moe = meta.moe is not None and meta.moe.layer_is_moe[layer]
         is_delta = meta.linear_attention is not None and meta.linear_attention.layers[layer]
-        value_is_key = meta.layer_variation is not None and meta.layer_variation.value_is_key[layer]
         here = {
             Place.LAYER,
             Place.MOE if is_moe else Place.DENSE,
             Place.DELTA if is_delta else Place.SOFTMAX,
-            Place.NO_VALUES if value_is_key else Place.VALUES,
+            *_projections(meta, layer),
         }
         prefix = f"decoder.layers.{local_layer}."
         for row in rows:
@@ -193,6 +192,29 @@ def _walk(
     for row in rows:
         if row.place is Place.LAST and last:
             yield row, 0, 0, row.megatron
+
+
+def _projections(meta: ModelMeta, layer: int) -> tuple[Place, ...]:
+    varied = meta.layer_variation
+    if varied is not None and varied.kv_from_layer[layer] is not None:
+        return (Place.NO_KEYS,)
+    value_is_key = varied is not None and varied.value_is_key[layer]
+    return Place.KEYS, Place.NO_VALUES if value_is_key else Place.VALUES
+
+
+def is_unread(meta: ModelMeta, name: str) -> bool:
+    """Whether a tensor of the file is of keys and values in a layer that takes those of an earlier one.
+
+    Files of Gemma 4 have them, and transformers drops them (5.23, modeling_gemma4.py, _keys_to_ignore_on_load_unexpected).
+    """
+    varied, (before, after) = meta.layer_variation, table_for(meta).layer_prefix.split("#")
+    found = re.match(f"{re.escape(before)}(\\d+){re.escape(after)}self_attn\\.[kv]_(proj|norm)\\.", name)
+    return (
+        found is not None
+        and varied is not None
+        and int(found[1]) < meta.num_layers
+        and varied.kv_from_layer[int(found[1])] is not None
+    )
 
 
 def _tensor_names(table: Table, row: Row, layer: int, expert: int) -> tuple[str, ...]:

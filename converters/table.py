@@ -13,6 +13,7 @@ Of latent attention: A latent of q, C latent of k and v, L the same with the sha
 rotary positions) and v.
 Of Gated DeltaNet: N key heads, P key head size, X value heads, Y value head size, T length of the convolution; J rows of q,
 k, v and z of one key head, I of its b and a.
+Of inputs of layers: R rows of their embedding, B size of one, Q of those of all layers together.
 """
 
 import math
@@ -33,8 +34,10 @@ class Place(Enum):
     LAST = "the last chunk of the last stage"
     LAYER = "every decoder layer"
     SOFTMAX = "decoder layers with softmax attention"
+    KEYS = "decoder layers with a projection of keys"
     VALUES = "decoder layers with a projection of values"
     NO_VALUES = "decoder layers whose values are their keys before the norm"
+    NO_KEYS = "decoder layers with the keys and values of an earlier layer"
     DELTA = "decoder layers with Gated DeltaNet"
     DENSE = "decoder layers with a dense feed-forward part"
     MOE = "decoder layers with experts"
@@ -153,11 +156,12 @@ FACTS: dict[str, Callable[[ModelMeta], bool]] = {
     "router_linear_bias": lambda meta: meta.moe is not None and meta.moe.router_linear_bias,
     "expert_bias": lambda meta: meta.moe is not None and meta.moe.expert_bias,
     "router_bias": lambda meta: meta.moe is not None and meta.moe.router_bias,
+    "layer_inputs": lambda meta: meta.layer_inputs is not None,
     "shared_gate": lambda meta: meta.moe is not None and meta.moe.shared_gate,
 }
 
 
-PADDED_LETTERS = frozenset("VHG")
+PADDED_LETTERS = frozenset("VRHG")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -183,6 +187,11 @@ class Sizes:
             "K": meta.head_dim,
             "F": meta.ffn_hidden_size,
         }
+        padded = {}
+        if meta.layer_inputs:
+            rows, size = meta.layer_inputs.vocab_size, meta.layer_inputs.hidden_size
+            real |= {"R": rows, "B": size, "Q": meta.num_layers * size}
+            padded["R"] = padded_vocab_size(rows, tp=tp)
         if meta.moe:
             real |= {
                 "M": meta.moe.ffn_hidden_size,
@@ -210,7 +219,7 @@ class Sizes:
                 "I": 2 * share,
             }
         groups = padded_kv_heads(meta.num_heads, meta.num_kv_heads, tp=tp)
-        padded = {
+        padded |= {
             "V": padded_vocab_size(meta.vocab_size, tp=tp),
             "G": groups,
             "H": groups * (meta.num_heads // meta.num_kv_heads),

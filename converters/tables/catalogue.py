@@ -8,9 +8,9 @@ from megaswift.converters.tables.decoder import (
     GATED_LINEARS,
     GATED_MLP,
     GEMMA4_NORMS,
-    HEAD_NORMS,
     KEY_VALUE_LINEARS,
     LATE_HEAD_NORMS,
+    LAYER_INPUTS,
     LINEARS,
     LLAMA4_MLP,
     PRE_NORMS,
@@ -46,7 +46,7 @@ TABLES: dict[str, Table] = {
     "dots1": _DEEPSEEK_MOE,
     "ernie4_5_moe": Table(rows=ENDS + ATTENTION + GATED_MLP + ERNIE_EXPERTS),
     "gemma4_text": Table(
-        rows=ENDS + GEMMA4_NORMS + KEY_VALUE_LINEARS + HEAD_NORMS + GATED_MLP + GEMMA4_EXPERTS
+        rows=ENDS + GEMMA4_NORMS + KEY_VALUE_LINEARS + GATED_MLP + GEMMA4_EXPERTS + LAYER_INPUTS
     ),
     "glm4_moe": _DEEPSEEK_MOE,
     "glm4_moe_lite": _DEEPSEEK,

@@ -19,13 +19,26 @@ LINEARS = (
     Row(_LAYER, "self_attention.linear_proj.weight",    "self_attn.o_proj.weight",         "D HK",             _DIM1),
     Row(_LAYER, "self_attention.linear_proj.bias",      "self_attn.o_proj.bias",           "D",                _NONE, when="attention_out_bias"),
 )
-_VALUES, _NO_VALUES = Place.VALUES, Place.NO_VALUES
+# Layers that share keys and values: of a layer with its values, of one whose values are its keys, of one that projects neither.
+_KEYS, _VALUES, _NO_VALUES, _NO_KEYS = Place.KEYS, Place.VALUES, Place.NO_VALUES, Place.NO_KEYS
 KEY_VALUE_LINEARS = (
     Row(_VALUES,    "self_attention.linear_qkv.weight", "self_attn.{q,k,v}_proj.weight",   "HK D, GK D, GK D", _DIM0, per="G"),
     Row(_VALUES,    "self_attention.linear_qkv.bias",   "self_attn.{q,k,v}_proj.bias",     "HK, GK, GK",       _DIM0, per="G", when="qkv_bias"),
     Row(_NO_VALUES, "self_attention.linear_qkv.weight", "self_attn.{q,k}_proj.weight",     "HK D, GK D",       _DIM0, per="G"),
     Row(_NO_VALUES, "self_attention.linear_qkv.bias",   "self_attn.{q,k}_proj.bias",       "HK, GK",           _DIM0, per="G", when="qkv_bias"),
+    Row(_NO_KEYS,   "self_attention.linear_qkv.weight", "self_attn.q_proj.weight",         "HK D",             _DIM0),
+    Row(_NO_KEYS,   "self_attention.linear_qkv.bias",   "self_attn.q_proj.bias",           "HK",               _DIM0, when="qkv_bias"),
+    Row(_LAYER,     "self_attention.q_layernorm.weight", "self_attn.q_norm.weight",        "K",                _NONE),
+    Row(_KEYS,      "self_attention.k_layernorm.weight", "self_attn.k_norm.weight",        "K",                _NONE),
     *LINEARS[2:],
+)
+LAYER_INPUTS = (
+    Row(_FIRST, "layer_inputs.word_embeddings.weight",  "model.embed_tokens_per_layer.weight", "R Q",          _DIM0, when="layer_inputs"),
+    Row(_FIRST, "layer_inputs.projection.weight",       "model.per_layer_model_projection.weight", "Q D",      _NONE, when="layer_inputs"),
+    Row(_FIRST, "layer_inputs.norm.weight",             "model.per_layer_projection_norm.weight", "B",         _NONE, when="layer_inputs"),
+    Row(_LAYER, "input_gate.weight",                    "per_layer_input_gate.weight",     "B D",              _NONE, when="layer_inputs"),
+    Row(_LAYER, "input_projection.weight",              "per_layer_projection.weight",     "D B",              _NONE, when="layer_inputs"),
+    Row(_LAYER, "input_norm.weight",                    "post_per_layer_input_norm.weight", "D",               _NONE, when="layer_inputs"),
 )
 FUSED_LINEARS = (
     Row(_LAYER, "self_attention.linear_qkv.weight",     "self_attn.qkv_proj.weight",       "HK D, GK D, GK D", _DIM0, per="G"),

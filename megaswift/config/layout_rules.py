@@ -141,6 +141,25 @@ def pipeline_divides_the_layers(case: Case) -> None:
     chunk_layers(layout, case.meta.num_layers, pp_rank=0)
 
 
+def layers_that_hand_on_stay_together(case: Case) -> None:
+    """Layers that read an earlier layer's keys, or inputs made from the tokens, are on its stage and keep what they got."""
+    meta, run = case.meta, case.run
+    varied = meta.layer_variation
+    shares = varied is not None and any(layer is not None for layer in varied.kv_from_layer)
+    if not shares and meta.layer_inputs is None:
+        return
+    what = "keys of earlier layers" if shares else "inputs of each layer"
+    if run.parallel.pp > 1:
+        raise ConfigError(
+            f"pipeline_model_parallel_size={run.parallel.pp} parts layers of {case.model_name} that hand on {what}. Choose "
+            "tensor, context or data parallelism."
+        )
+    if run.training.recompute_granularity == "full":
+        raise ConfigError(
+            f"recompute_granularity=full computes layers of {case.model_name} again without their {what}. Choose selective."
+        )
+
+
 def experts_divide(case: Case) -> None:
     """Every rank of ep has the same number of experts, every rank of etp the same part of one."""
     moe, parallel = case.meta.moe, case.run.parallel

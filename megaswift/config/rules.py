@@ -56,6 +56,7 @@ RULES: tuple[Rule, ...] = (
     layout.linear_attention_is_cut_by_heads,
     context.the_heads_allow_the_way_across_ranks,
     layout.pipeline_divides_the_layers,
+    layout.layers_that_hand_on_stay_together,
     layout.experts_divide,
     layout.world_holds_whole_copies,
     layout.world_holds_whole_copies_of_experts,

@@ -145,6 +145,8 @@ BUILT = frozenset(
         "experts beside a dense part",
         "router with a norm of its input",
         "weights scaled by expert",
+        "keys and values of an earlier layer",
+        "per-layer embeddings",
     }
 )
 

@@ -69,6 +69,7 @@ def layer_kinds(meta: ModelMeta) -> list[tuple[Any, ...]]:
     if meta.layer_variation is not None:
         varied = meta.layer_variation
         columns += [varied.head_dims, varied.num_kv_heads, varied.ffn_hidden_sizes, varied.value_is_key]
+        columns.append(tuple(layer is not None for layer in varied.kv_from_layer))
     return [tuple(column[layer] for column in columns if column) for layer in range(meta.num_layers)]
 
 
@@ -197,6 +198,8 @@ _RULES: dict[str, Callable[[Any, _Sizes, ModelMeta], Any]] = {
     "moe_num_shared_experts": _at_most(2),
     "global_head_dim": lambda value, sizes, meta: 2 * sizes.head_dim,
     "num_global_key_value_heads": _fixed(1),
+    # As many first layers have keys of their own as in the model.
+    "num_kv_shared_layers": lambda value, sizes, meta: max(0, sizes.layers - (meta.num_layers - value)),
     "hidden_size_per_layer_input": lambda value, sizes, meta: 6 if value else value,
 }
 

@@ -12,11 +12,9 @@ import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel import all_gather_last_dim_from_tensor_parallel_region
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
-from megatron.core.transformer.torch_norm import L2Norm
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 
@@ -261,36 +259,3 @@ class OwnRopeAttention(SelfAttention):
         if rotary_pos_emb is not None:
             rotary_pos_emb = rotary_pos_emb[:, self.table : self.table + 1, :, : self.size]
         return super().forward(*args, rotary_pos_emb=rotary_pos_emb, **kwargs)
-
-
-class NormedValueAttention(OwnRopeAttention):
-    """Self-attention whose values are normed without a weight, and may be the keys before their own norm (Gemma 4)."""
-
-    def __init__(self, config: TransformerConfig, *args: Any, value_is_key: bool, **kwargs: Any) -> None:
-        """With `value_is_key` linear_qkv is a QueryKeyLinear."""
-        super().__init__(config, *args, **kwargs)
-        self.value_is_key = value_is_key
-        self.v_layernorm = L2Norm(self.hidden_size_per_attention_head, eps=config.layernorm_epsilon)
-
-    def get_query_key_value_tensors(
-        self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return q [S, B, H, K], k and v [S, B, G, K] of hidden states [S, B, D]."""
-        if not self.value_is_key:
-            query, key, value = super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
-            return query, key, self.v_layernorm(value)
-        mixed, _ = self.linear_qkv(hidden_states)
-        groups = self.num_query_groups_per_partition
-        sharing = max(
-            1, self.world_size // self.config.num_query_groups
-        )  # ranks with the queries of one group
-        if sharing > 1:
-            # A rank has some rows of a group: as Megatron does, all are gathered and this rank's group is taken.
-            mixed = all_gather_last_dim_from_tensor_parallel_region(mixed)
-            mixed = mixed.chunk(self.config.num_query_groups, dim=-1)[self.tp_group.rank() // sharing]
-        mixed_SBGN = mixed.unflatten(-1, (groups, -1))
-        head = self.hidden_size_per_attention_head
-        query, key = mixed_SBGN[..., :-head], mixed_SBGN[..., -head:]
-        query = query.reshape(*query.shape[:2], -1, head)
-        query = query.chunk(sharing, dim=2)[self.tp_group.rank() % sharing]
-        return self.q_layernorm(query), self.k_layernorm(key), self.v_layernorm(key)

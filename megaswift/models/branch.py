@@ -75,4 +75,8 @@ class ScaledLayer(TransformerLayer):
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As Megatron's: return the layer's output [S, B, D], and what cross-attention would read."""
         output_SBD, context = super().forward(*args, **kwargs)
-        return output_SBD * self.layer_scalar, context
+        return self.before_scaling(output_SBD) * self.layer_scalar, context
+
+    def before_scaling(self, output_SBD: torch.Tensor) -> torch.Tensor:
+        """Return what is multiplied, for layers that have more branches."""
+        return output_SBD

@@ -13,10 +13,11 @@ from megaswift.metadata.meta import ModelMeta
 from megaswift.models.activations import XIELU
 from megaswift.models.causal_lm import CausalLM
 from megaswift.models.fp8 import emulate_fp8
+from megaswift.models.layer_inputs import Carried, PerLayerEmbedding
 from megaswift.models.product import has_half_products, multiply_in_float32
 from megaswift.models.rope import RotaryPositions
 from megaswift.models.score import score_head
-from megaswift.models.specs import decoder_spec
+from megaswift.models.specs import decoder_spec, norm_of
 from megaswift.parallel.layout import Layout, chunk_layers, padded_vocab_size
 from megaswift.platforms.platform import Platform
 
@@ -37,9 +38,12 @@ def build_model(meta: ModelMeta, run: RunConfig, layout: Layout, platform: Platf
     for vp_rank in range(layout.vpp):
         layers = chunk_layers(layout, meta.num_layers, pp_rank=pp_rank, vp_rank=vp_rank)
         vp_stage = vp_rank if layout.vpp > 1 else None
+        carried = Carried()
         model = CausalLM(
             config=config,
-            transformer_layer_spec=decoder_spec(meta, config, platform, layers=layers, vp_stage=vp_stage),
+            transformer_layer_spec=decoder_spec(
+                meta, config, platform, layers=layers, vp_stage=vp_stage, carried=carried
+            ),
             vocab_size=padded_vocab_size(meta.vocab_size, tp=layout.tp),
             max_sequence_length=meta.max_length,
             pre_process=pp_rank == 0 and vp_rank == 0,
@@ -55,6 +59,10 @@ def build_model(meta: ModelMeta, run: RunConfig, layout: Layout, platform: Platf
         model.gives_states = distils(run)
         model.logical_vocab_size = meta.vocab_size
         model.set_multipliers(meta.multipliers)
+        model.carried = carried
+        model.layer_inputs = None
+        if meta.layer_inputs is not None:
+            model.layer_inputs = PerLayerEmbedding(config, meta, norm=norm_of(meta), tp=layout.tp)
         if hasattr(model, "rotary_pos_emb"):  # latent attention has its own
             model.rotary_pos_emb = RotaryPositions(meta, platform.device)
         if meta.activation == "xielu":

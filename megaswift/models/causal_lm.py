@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel import (
 
 from megaswift.kernels.linear_cross_entropy.ops import linear_cross_entropy
 from megaswift.metadata.meta import Multipliers
+from megaswift.models.layer_inputs import Carried, PerLayerEmbedding
 
 
 class CausalLM(GPTModel):
@@ -22,6 +23,8 @@ class CausalLM(GPTModel):
     logical_vocab_size: int  # rows of the file's embedding; the rest of the sharded rows is padding
     multipliers = Multipliers()
     gives_states = False  # the last stage returns hidden states [B, S, D] in place of losses (tasks/gkd.py)
+    layer_inputs: PerLayerEmbedding | None  # what makes the inputs of layers, where they have some
+    carried: Carried
     scores = False  # the output layer is a score_head (models/score.py): every token's scores [B, S, O] are returned
 
     def set_multipliers(self, multipliers: Multipliers) -> None:
@@ -31,6 +34,19 @@ class CausalLM(GPTModel):
             self.embedding.register_forward_hook(
                 lambda module, inputs, output: output * torch.tensor(multipliers.embedding).to(output)
             )
+
+    def _preprocess(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        made = super()._preprocess(input_ids, *args, **kwargs)
+        if self.layer_inputs is not None:
+            self.carried.inputs = self.layer_inputs(input_ids, made[0])
+        return made
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As Megatron's."""
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self.carried.clear()
 
     def _postprocess(
         self,

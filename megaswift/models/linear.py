@@ -2,9 +2,12 @@
 
 from typing import Any
 
+import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megaswift.models.norm import shared_parameter
 
 
 class UnbiasedColumnParallelLinear(ColumnParallelLinear):
@@ -37,12 +40,28 @@ class ExpertRowParallelLinear(RowParallelLinear):
         return output.clone(), bias
 
 
-class QueryKeyLinear(ColumnParallelLinear):
-    """Megatron's linear of queries, keys and values for layers whose values are their keys: it has no rows of values."""
+class FewerProjectionsLinear(ColumnParallelLinear):
+    """Megatron's linear of queries, keys and values without the rows of values, or of keys and values."""
 
     def __init__(
-        self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any
+        self, input_size: int, output_size: int, *, config: TransformerConfig, absent: int, **kwargs: Any
     ) -> None:
+        """`absent` is 1, or 2."""
         assert config.kv_channels is not None and config.num_query_groups is not None, "filled by the config"
-        values = config.kv_channels * config.num_query_groups
-        super().__init__(input_size, output_size - values, config=config, **kwargs)
+        rows = absent * config.kv_channels * config.num_query_groups
+        super().__init__(input_size, output_size - rows, config=config, **kwargs)
+
+
+class WholeLinear(torch.nn.Module):
+    """A linear without a bias that every rank of tp has whole, and applies to its part of the sequence."""
+
+    def __init__(self, config: TransformerConfig, *, inputs: int, outputs: int) -> None:
+        super().__init__()
+        weight = torch.empty(outputs, inputs, dtype=config.params_dtype, device=torch.cuda.current_device())
+        assert config.init_method is not None, "filled by the config"
+        config.init_method(weight)
+        self.weight = shared_parameter(weight, config)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return [..., outputs] of [..., inputs]."""
+        return torch.nn.functional.linear(x, self.weight)

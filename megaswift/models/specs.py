@@ -17,18 +17,14 @@ from megaswift.errors import ModelError
 from megaswift.mcore.specs import as_subclass, submodules_of
 from megaswift.metadata.features import FEATURES
 from megaswift.metadata.meta import ModelMeta
-from megaswift.models.attention import (
-    CoreAttention,
-    GatedAttention,
-    NormedValueAttention,
-    OwnRopeAttention,
-)
+from megaswift.models.attention import CoreAttention, GatedAttention, OwnRopeAttention
 from megaswift.models.branch import BranchEnd, ParallelLayer, ScaledLayer
 from megaswift.models.delta_net import GatedDeltaNet
 from megaswift.models.experts import ExpertsBesideDense
+from megaswift.models.layer_inputs import Carried, OwnInputLayer
 from megaswift.models.linear import (
     ExpertRowParallelLinear,
-    QueryKeyLinear,
+    FewerProjectionsLinear,
     UnbiasedColumnParallelLinear,
     UnbiasedRowParallelLinear,
 )
@@ -36,6 +32,7 @@ from megaswift.models.mla import LatentAttention
 from megaswift.models.norm import AllHeadsRMSNorm, LayerNorm, RMSNorm
 from megaswift.models.rope import rope_tables, rotary_dim
 from megaswift.models.router import place_router
+from megaswift.models.shared_keys import KeySource, NormedValueAttention, Projections
 from megaswift.models.sinks import SinkAttention
 from megaswift.platforms.platform import Platform
 
@@ -64,13 +61,21 @@ LOCAL_ONLY = (
     "sizes that differ between layers",
     "scalar of each layer",
     "experts beside a dense part",
+    "keys and values of an earlier layer",
+    "per-layer embeddings",
 )
 
 
 def decoder_spec(
-    meta: ModelMeta, config: TransformerConfig, platform: Platform, *, layers: range, vp_stage: int | None
+    meta: ModelMeta,
+    config: TransformerConfig,
+    platform: Platform,
+    *,
+    layers: range,
+    vp_stage: int | None,
+    carried: Carried,
 ) -> TransformerBlockSubmodules:
-    """Return the spec of the decoder layers `layers` (global indices) of one model chunk.
+    """Return the spec of the decoder layers `layers` (global indices) of one model chunk, which share `carried`.
 
     Raises ModelError where the model needs what Transformer Engine's modules do not have.
     """
@@ -83,8 +88,8 @@ def decoder_spec(
             if config.context_parallel_size > 1:
                 spec.submodules.self_attention.submodules.core_attention = CoreAttention
         return block
-    specs = [_local_layer(meta, config, layer) for layer in layers]
-    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=_norm(meta))
+    specs = [_local_layer(meta, config, layer, carried) for layer in layers]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm_of(meta))
 
 
 def check_transformer_engine(meta: ModelMeta) -> None:
@@ -97,7 +102,7 @@ def check_transformer_engine(meta: ModelMeta) -> None:
         )
 
 
-def _local_layer(meta: ModelMeta, config: TransformerConfig, layer: int) -> ModuleSpec:
+def _local_layer(meta: ModelMeta, config: TransformerConfig, layer: int, carried: Carried) -> ModuleSpec:
     is_moe = meta.moe is not None and meta.moe.layer_is_moe[layer]
     spec = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts if is_moe else None,
@@ -114,20 +119,24 @@ def _local_layer(meta: ModelMeta, config: TransformerConfig, layer: int) -> Modu
     _place_norms(spec, meta, config)
     if is_moe and meta.moe is not None and meta.moe.beside_dense:
         spec.submodules.pre_mlp_layernorm = IdentityOp
-        spec.submodules.mlp = as_subclass(spec.submodules.mlp, ExpertsBesideDense, norm=_norm(meta))
+        spec.submodules.mlp = as_subclass(spec.submodules.mlp, ExpertsBesideDense, norm=norm_of(meta))
     if meta.layer_scalar:
         spec.module = ScaledLayer
+    if meta.layer_inputs is not None:
+        spec.module = OwnInputLayer
+        size = meta.layer_inputs.hidden_size
+        spec.params = {**spec.params, "carried": carried, "size": size, "norm": norm_of(meta)}
     if meta.linear_attention is not None and meta.linear_attention.layers[layer]:
         spec.submodules.self_attention = ModuleSpec(module=GatedDeltaNet, params={"meta": meta})
     else:
-        _attend(spec, meta, config, layer)
+        _attend(spec, meta, config, layer, carried)
     if not is_moe and config.add_bias_linear and not meta.mlp_bias:
         mlp = submodules_of(spec.submodules.mlp)
         mlp.linear_fc1, mlp.linear_fc2 = UnbiasedColumnParallelLinear, UnbiasedRowParallelLinear
     return spec
 
 
-def _norm(meta: ModelMeta) -> ModuleSpec:
+def norm_of(meta: ModelMeta) -> ModuleSpec:
     """Return the norm of this model, for the hidden state and for one head."""
     if meta.norm.kind == "layernorm":
         return ModuleSpec(module=LayerNorm, params={"bias": meta.norm.bias})
@@ -136,7 +145,7 @@ def _norm(meta: ModelMeta) -> ModuleSpec:
 
 def _place_norms(spec: ModuleSpec, meta: ModelMeta, config: TransformerConfig) -> None:
     """Put norms before the branches, at their ends, or both; the ends also multiply."""
-    layer, norm = spec.submodules, _norm(meta)
+    layer, norm = spec.submodules, norm_of(meta)
     before = IdentityOp if meta.norm.placement == "post" else norm
     layer.input_layernorm = layer.pre_mlp_layernorm = before
     layer.self_attn_bda = layer.mlp_bda = get_bias_dropout_add
@@ -149,16 +158,18 @@ def _place_norms(spec: ModuleSpec, meta: ModelMeta, config: TransformerConfig) -
         layer.pre_mlp_layernorm = IdentityOp
 
 
-def _attend(spec: ModuleSpec, meta: ModelMeta, config: TransformerConfig, layer: int) -> None:
+def _attend(
+    spec: ModuleSpec, meta: ModelMeta, config: TransformerConfig, layer: int, carried: Carried
+) -> None:
     """Choose the modules of the attention."""
     attention = spec.submodules.self_attention.submodules
-    _choose_rope(spec.submodules.self_attention, meta, layer)
+    _choose_rope(spec.submodules.self_attention, meta, layer, carried)
     if meta.attention.output_gate:
         spec.submodules.self_attention.module = GatedAttention
     if meta.mla is not None:
         latent = spec.submodules.self_attention
         latent.module = LatentAttention
-        latent.params = {**latent.params, "meta": meta, "norm": _norm(meta)}
+        latent.params = {**latent.params, "meta": meta, "norm": norm_of(meta)}
         attention.core_attention = CoreAttention
         return
     late_norm = meta.qk_norm == "head" and meta.qk_norm_after_rope
@@ -166,14 +177,16 @@ def _attend(spec: ModuleSpec, meta: ModelMeta, config: TransformerConfig, layer:
         SinkAttention if meta.attention.sinks else CoreAttention,
         softcap=meta.attention.softcap,
         query_scaling=meta.attention.query_scaling,
-        qk_norm=_norm(meta) if late_norm else None,
+        qk_norm=norm_of(meta) if late_norm else None,
         chunk=meta.attention.chunk[layer] if meta.attention.chunk else None,
     )
     if meta.qk_norm == "l2" and (not meta.rope.layers or meta.rope.layers[layer]):
         # Turning does not change a length: before and after the rotary positions are the same.
         attention.q_layernorm = attention.k_layernorm = L2Norm
     if meta.qk_norm == "head" and not late_norm:
-        attention.q_layernorm = attention.k_layernorm = _norm(meta)
+        attention.q_layernorm = attention.k_layernorm = norm_of(meta)
+        if KeySource.of(meta.layer_variation, layer).projections is Projections.QUERIES:
+            attention.k_layernorm = None
     if meta.qk_norm == "full":
         attention.q_layernorm, attention.k_layernorm = _norms_of_all_heads(meta, config)
     if config.add_bias_linear and not meta.attention_out_bias:
@@ -182,20 +195,26 @@ def _attend(spec: ModuleSpec, meta: ModelMeta, config: TransformerConfig, layer:
         attention.linear_qkv = UnbiasedColumnParallelLinear
 
 
-def _choose_rope(attention: ModuleSpec, meta: ModelMeta, layer: int) -> None:
+def _choose_rope(attention: ModuleSpec, meta: ModelMeta, layer: int, carried: Carried) -> None:
     """Let attention take its own of several kinds of rotary positions, and norm its values where the model does."""
     ropes, of_layers = rope_tables(meta)
     if len(ropes) == 1 and not meta.attention.value_norm:
         return
     own = ropes[of_layers[layer]]
-    params = {"table": of_layers[layer], "size": rotary_dim(own), "stretched": own.rope_scaling is not None}
     attention.module = OwnRopeAttention
+    attention.params = {
+        **attention.params,
+        "table": of_layers[layer],
+        "size": rotary_dim(own),
+        "stretched": own.rope_scaling is not None,
+    }
     if meta.attention.value_norm:
-        value_is_key = meta.layer_variation is not None and meta.layer_variation.value_is_key[layer]
-        attention.module, params["value_is_key"] = NormedValueAttention, value_is_key
-        if value_is_key:
-            attention.submodules.linear_qkv = QueryKeyLinear
-    attention.params = {**attention.params, **params}
+        source = KeySource.of(meta.layer_variation, layer)
+        attention.module = NormedValueAttention
+        attention.params |= {"source": source, "carried": carried}
+        if source.projections.absent:
+            absent = source.projections.absent
+            attention.submodules.linear_qkv = partial(FewerProjectionsLinear, absent=absent)
 
 
 def _norms_of_all_heads(meta: ModelMeta, config: TransformerConfig) -> tuple[ModuleSpec, ModuleSpec]:

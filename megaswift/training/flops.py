@@ -7,7 +7,7 @@ its query-key pairs, half the square of every document's length, as Megatron-LM 
 norms, activations and the recurrence of linear attention are not counted.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megaswift.config.tuner import TunerConfig
 from megaswift.metadata.meta import ModelMeta
@@ -113,6 +113,10 @@ def _multiplications_of_a_pair(meta: ModelMeta, layer: int) -> int:
 
 
 def _linears(meta: ModelMeta, layer: int) -> list[Linear]:
+    if meta.layer_inputs is not None:
+        size, hidden = meta.layer_inputs.hidden_size, meta.hidden_size
+        own = Linear(name="input", inputs=hidden, outputs=size, times=3)  # its projection, the gate, and the way back
+        return [own, *_linears(replace(meta, layer_inputs=None), layer)]
     if _is_recurrent(meta, layer):
         return [*_recurrence(meta), *_feed_forward(meta, layer)]
     return [*(_latent_attention(meta) if meta.mla else _attention(meta, layer)), *_feed_forward(meta, layer)]

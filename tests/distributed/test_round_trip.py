@@ -64,7 +64,7 @@ VARIANTS = ("llama-tied", "qwen2-tied", "olmo2-odd-heads", "llama-mlp-bias", "ge
 # layout -> tiny models; each list goes through one start of the ranks.
 CASES: dict[str, tuple[str, ...]] = {
     "one": ("llama", "llama-tied", "qwen3", "qwen2_moe-mixed", "qwen3_next"),
-    "tp2": (*EVERY_FAMILY, *VARIANTS),
+    "tp2": (*EVERY_FAMILY, *VARIANTS, "gemma4_text-small"),
     "pp2": (*EVERY_FAMILY, *VARIANTS),
     "ep2": WITH_EXPERTS,
     # Cuts every parameter that can be cut, and ties embeddings over stages.
@@ -74,7 +74,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "tp4": (
         "llama-tied",
         "mixtral",
-        "gemma4_text-dense",
+        "gemma4_text-small",
         "phi3",
     ),  # phi3: part of one kv group of a fused tensor on a rank
     "pp2_vpp2": ("llama-tied", "mixtral", "qwen3_next"),

@@ -63,6 +63,18 @@ DENSE_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"sliding_window": 8, "layer_types": SLIDING, "query_pre_attn_scalar": 24},
     ),
     "gemma4_text-dense": ("gemma4_text", GEMMA4),
+    "gemma4_text-small": (  # as E2B and E4B: late layers take keys of earlier ones, and all have inputs of their own
+        "gemma4_text",
+        {
+            **GEMMA4,
+            "num_hidden_layers": 6,
+            "layer_types": ["sliding_attention", "full_attention"] * 3,
+            "num_kv_shared_layers": 3,
+            "use_double_wide_mlp": True,
+            "hidden_size_per_layer_input": 6,
+            "vocab_size_per_layer_input": 131,
+        },
+    ),
     "glm4": ("glm4", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
     "granite": (
         "granite",

@@ -9,7 +9,14 @@ from megaswift.config.dump import dump_run
 from megaswift.config.parse import parse_run
 from megaswift.config.rules import REQUEST_RULES, RULES, ResolvedRun, minimal_world, resolve
 from megaswift.errors import ConfigError
-from megaswift.metadata.meta import AttentionMeta, LinearAttentionMeta, ModelMeta, MoEMeta
+from megaswift.metadata.meta import (
+    AttentionMeta,
+    LayerInputs,
+    LayerVariation,
+    LinearAttentionMeta,
+    ModelMeta,
+    MoEMeta,
+)
 from megaswift.parallel.layout import Layout
 
 NEEDED = "--model m --dataset rows.jsonl "
@@ -40,6 +47,18 @@ def moe(**changes: Any) -> ModelMeta:
     return dense(**{"moe": experts, **changes})
 
 
+def handing_on(**changes: Any) -> ModelMeta:
+    """The same whose second half takes keys of the first."""
+    varied = LayerVariation(
+        head_dims=(8,) * 8,
+        num_kv_heads=(8,) * 8,
+        ffn_hidden_sizes=(1024,) * 8,
+        value_is_key=(False,) * 8,
+        kv_from_layer=(None,) * 4 + (3,) * 4,
+    )
+    return dense(layer_variation=varied, **changes)
+
+
 def hybrid(**sizes: int) -> ModelMeta:
     """The same with Gated DeltaNet in all layers but the last, whose attention is gated."""
     heads = {
@@ -68,6 +87,9 @@ def resolved(
         ("--tp 64", dense(), 64, "tp=64 is above num_heads=32 (llama). Choose tp from 1, 2, 4, 8, 16, 32."),
         ("--tp 4", hybrid(), 4, "tp=4 is above num_kv_heads=2 (llama), whose attention is gated. Choose tp from 1, 2."),
         ("--tp 2", hybrid(num_key_heads=5), 2, "tp=2 does not divide linear_num_key_heads=5 (llama). Choose tp from 1, 5."),
+        ("--pp 2", handing_on(), 2, "pipeline_model_parallel_size=2 parts layers of llama that hand on keys of earlier layers"),
+        ("--recompute_granularity full", handing_on(), 1, "recompute_granularity=full computes layers of llama again without"),
+        ("--pp 2", dense(layer_inputs=LayerInputs(vocab_size=9, hidden_size=4)), 2, "that hand on inputs of each layer"),
         ("--tp 2", dense(), 3, "world_size=3 is not a multiple of tp=2 x pp=1 x cp=1 = 2"),
         ("--cp 2", dense(attention=AttentionMeta(chunk=(64,) * 8)), 2, "context_parallel_size=2 but llama has chunked attention"),
         ("--cp 2", dense(attention=AttentionMeta(softcap=50.0)), 2, "soft-capped scores, which needs whole sequences"),
