@@ -67,9 +67,7 @@ DENSE_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "gemma4_text",
         {
             **GEMMA4,
-            "num_hidden_layers": 6,
-            "layer_types": ["sliding_attention", "full_attention"] * 3,
-            "num_kv_shared_layers": 3,
+            "num_kv_shared_layers": 2,
             "use_double_wide_mlp": True,
             "hidden_size_per_layer_input": 6,
             "vocab_size_per_layer_input": 131,
