@@ -186,7 +186,7 @@ def _attend(
     if meta.qk_norm == "head" and not late_norm:
         attention.q_layernorm = attention.k_layernorm = norm_of(meta)
         if KeySource.of(meta.layer_variation, layer).projections is Projections.QUERIES:
-            attention.k_layernorm = None
+            attention.k_layernorm = IdentityOp  # 0.19 refuses None
     if meta.qk_norm == "full":
         attention.q_layernorm, attention.k_layernorm = _norms_of_all_heads(meta, config)
     if config.add_bias_linear and not meta.attention_out_bias:
