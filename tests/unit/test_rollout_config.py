@@ -74,6 +74,8 @@ def test_lengths_and_clips_follow_each_other() -> None:
         ("--num_generations 1", "num_generations=1 is too small"),
         ("--max_resample_times 0", "max_resample_times=0 is too small"),
         ("--cosine_max_len 0", "cosine_max_len=0 is too small"),
+        ("--code_timeout 0", "code_timeout=0 is too small"),
+        ("--code_memory_gib -1", "code_memory_gib=-1 is too small"),
         ("--repetition_max_penalty 1", "repetition_max_penalty=1 is a reward"),
         ("--temperature 0", "temperature=0 is too small"),
         ("--top_p 0", "top_p=0 is not above 0"),
