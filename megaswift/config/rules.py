@@ -91,6 +91,8 @@ RULES: tuple[Rule, ...] = (
     preference.the_answers_of_distillation_have_authors,
     head.rows_are_whole_documents,
     rollout.groups_are_whole,
+    rollout.generations_are_whole_steps,
+    rollout.completions_may_be_of_another_policy,
     rollout.completions_have_room,
     rollout.rollout_settings_have_defaults,
     reward.reward_settings_have_defaults,

@@ -21,7 +21,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
@@ -30,6 +29,7 @@ from megaswift.config.embedding import EmbeddingConfig
 from megaswift.data.batches import MicroBatch
 from megaswift.metadata.meta import ModelMeta
 from megaswift.tasks.answers import Outcome
+from megaswift.tasks.everyone import of_all_ranks
 from megaswift.tasks.preference import rows_loss
 from megaswift.tasks.scores import last_scores
 from megaswift.tasks.task import Loss, RunModel, look, run_model
@@ -65,11 +65,12 @@ class Embedding:
             found = look(chunks, batches, embeddings_of, run=self._run, training=trains)
         if not found:
             return batches
-        everyone_ND, first = _of_all_ranks(torch.cat(found))
+        group = parallel_state.get_data_parallel_group()
+        everyone_ND, first = of_all_ranks(torch.cat(found), group)
         labels_R = None
         if batches[0].targets is not None:
             own = torch.cat([batch.targets for batch in batches if batch.targets is not None])
-            labels_R, _ = _of_all_ranks(own.to(everyone_ND))
+            labels_R, _ = of_all_ranks(own.to(everyone_ND), group)
         with torch.enable_grad():
             outcome = embedding_loss(
                 everyone_ND.requires_grad_(), labels_R, loss_type=self._loss_type, settings=self._settings
@@ -153,23 +154,6 @@ def embedding_model(meta: ModelMeta) -> ModelMeta:
         architecture=architecture,
         raw={**meta.raw, "architectures": [architecture]},
     )
-
-
-def _of_all_ranks(values: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Return the values of all data-parallel ranks, one rank's after the other's along dim 0, and where this rank's begin.
-
-    Every rank of dp calls it. What moves: all of them, once around.
-    """
-    group = parallel_state.get_data_parallel_group()
-    counts = torch.zeros(group.size(), dtype=torch.int64, device=values.device)
-    counts[group.rank()] = len(values)
-    dist.all_reduce(counts, group=group)
-    sizes = counts.tolist()
-    first = sum(sizes[: group.rank()])
-    everyone = values.new_zeros(sum(sizes), *values.shape[1:])
-    everyone[first : first + len(values)] = values
-    dist.all_reduce(everyone, group=group)  # zeros are added to each: exact
-    return everyone, first
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,8 @@ class References:
         for step in range(data.num_steps()):
             whole = data.micro_batches(step, dp_rank=dp_rank, dp=self.layout.dp)
             batches = list(whole if share is None else map(share, whole))
-            for entries, logps in look(chunks, batches, _entries_and_logps, run=run_model):
+            keep = partial(_entries_and_logps, ld_alpha=self.run.preference.ld_alpha)
+            for entries, logps in look(chunks, batches, keep, run=run_model):
                 if counts:
                     table[list(entries)] = logps
         dist.all_reduce(table)
@@ -134,14 +136,17 @@ class References:
         files = sorted(
             (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.glob("*.safetensors")
         )
-        digest = hashlib.sha256(repr((files, self.run.model.torch_dtype)).encode())
+        weighs = (files, self.run.model.torch_dtype, self.run.preference.ld_alpha)
+        digest = hashlib.sha256(repr(weighs).encode())
         for values in (encoded.input_ids, encoded.loss_weights, encoded.starts):
             digest.update(np.ascontiguousarray(values).data)
         return digest.hexdigest()[:16]
 
 
-def _entries_and_logps(batch: MicroBatch, losses_BS: torch.Tensor) -> tuple[tuple[int, ...], torch.Tensor]:
-    return batch.sample_ids, answer_logps(batch, losses_BS)
+def _entries_and_logps(
+    batch: MicroBatch, losses_BS: torch.Tensor, *, ld_alpha: float | None
+) -> tuple[tuple[int, ...], torch.Tensor]:
+    return batch.sample_ids, answer_logps(batch, losses_BS, ld_alpha=ld_alpha)
 
 
 def _write(file: Path, table: np.ndarray) -> None:
