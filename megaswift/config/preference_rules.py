@@ -3,35 +3,11 @@
 from typing import Any
 
 from megaswift.config.case import Case
+from megaswift.config.loss_forms import LOSS_TYPES, weighted_forms
 from megaswift.config.preference import PreferenceConfig
 from megaswift.config.run import RunConfig
 from megaswift.errors import ConfigError, nearest
 
-# rlhf_type -> its forms of the loss, the default first
-LOSS_TYPES: dict[str, tuple[str, ...]] = {
-    "dpo": (
-        "sigmoid",
-        "ipo",
-        "hinge",
-        "robust",
-        "sigmoid_norm",
-        "exo_pair",
-        "discopop",
-        "nca_pair",
-        "bco_pair",
-        "sppo_hard",
-        "apo_zero",
-        "apo_down",
-        "sft",
-    ),
-    "orpo": (),
-    "simpo": (),
-    "cpo": ("sigmoid", "hinge", "ipo"),
-    "kto": ("kto", "apo_zero_unpaired"),
-    "rm": (),
-    "grpo": ("grpo", "bnpo", "dr_grpo", "dapo"),
-    "gkd": (),
-}
 # setting -> the rlhf_types that read it
 BELONGS: dict[str, tuple[str, ...]] = {
     "discopop_tau": ("dpo",),
@@ -99,23 +75,6 @@ def the_loss_type_is_known(run: RunConfig) -> None:
     if len(set(forms)) < len(forms):
         raise ConfigError(f"loss_type={asked} names a form twice.")
     weighted_forms(run.preference)
-
-
-def weighted_forms(chosen: PreferenceConfig) -> list[tuple[str, float]]:
-    """Return the forms of a loss and their weights; raises ConfigError where there are more or fewer numbers."""
-    forms = (
-        (chosen.loss_type or LOSS_TYPES[chosen.rlhf_type][0]).split() if LOSS_TYPES[chosen.rlhf_type] else []
-    )
-    if not chosen.loss_weights:
-        return [(form, 1.0) for form in forms]
-    if len(chosen.loss_weights) != len(forms):
-        raise ConfigError(
-            f"loss_weights has {len(chosen.loss_weights)} numbers for {len(forms)} forms: {' '.join(forms)}. Give one each."
-        )
-    try:
-        return [(form, float(word)) for form, word in zip(forms, chosen.loss_weights, strict=True)]
-    except ValueError:
-        raise ConfigError(f"loss_weights={' '.join(chosen.loss_weights)} are not numbers.") from None
 
 
 def preference_numbers_are_in_range(run: RunConfig) -> None:

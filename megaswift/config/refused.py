@@ -101,9 +101,7 @@ REFUSED: dict[str, Refused] = {
     # Loss
     **_refuse(
         "another loss",
-        enable_dft_loss="false",
         enable_channel_loss="false",
-        mrl_dims="none",
         neftune_noise_alpha="none 0",
     ),
     **_refuse("metrics of generated text", eval_metric="none", predict_with_generate="false"),

@@ -17,7 +17,7 @@ apo_zero      1 - s(beta a_w) + s(beta a_l)            D'Oosterlinck et al. 2024
 apo_down      s(beta a_w) + 1 - s(h)                   the same, eq. 8
 rpo_alpha     adds alpha * the mean negative log-likelihood of the chosen answer's tokens: Pang et al. 2024 (arXiv 2404.19733), eq. 1
 sft           the mean negative log-likelihood of the chosen answer's tokens; several forms, each with its weight, make a sum:
-              Wang et al. 2024, MPO (arXiv 2411.10442), eq. 1
+              Wang et al. 2024, MPO (arXiv 2411.10442)
 ld_alpha      tokens of the longer answer behind as many as the shorter has count alpha in each log pi and log pi_ref: Liu et al. 2024,
               LD-DPO (arXiv 2409.06411), as in TRL 1.16; ms-swift 4.6 leaves log pi_ref as it is
 reference_free takes log pi_ref as 0.
@@ -32,8 +32,8 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
+from megaswift.config.loss_forms import weighted_forms
 from megaswift.config.preference import PreferenceConfig
-from megaswift.config.preference_rules import weighted_forms
 from megaswift.tasks.answers import PAIR_METRICS, Answers, Outcome, Pairs, reward_metrics
 
 JUDGES_EACH: dict[str, Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]] = {

@@ -6,6 +6,8 @@ infonce            -log exp(s(q, p) / t) / sum_d exp(s(q, d) / t)   van den Oord
                    texts as negatives: Karpukhin et al. 2020 (arXiv 2004.04906), eq. 2 and section 3.2
 cosine_similarity  (s(q, p) - y)^2, y the label                     Reimers and Gurevych 2019 (arXiv 1908.10084), section 3
 contrastive        (y d^2 + (1 - y) max(0, m - d)^2) / 2, d = 1 - s(q, p), m = 0.5   Hadsell et al. 2006, eq. 4; m as sentence-transformers
+--mrl_dims        the sum over dims d of w_d x the loss of e cut to its first d numbers and brought to length 1: Kusupati et al. 2022
+                   (arXiv 2205.13147), eq. 1
 
 A row is compared with rows of other micro batches and other ranks. So all embeddings of the global batch are computed once
 without gradients, and the loss and its gradient by each embedding from them; then micro batch after micro batch only carries
@@ -116,6 +118,21 @@ def embedding_loss(
     embeddings_ND: torch.Tensor, labels_R: torch.Tensor | None, *, loss_type: str, settings: EmbeddingConfig
 ) -> Outcome:
     """Return the loss of every row, given the texts of each row one after the other: itself, its positive, its negatives."""
+    if not settings.mrl_dims:
+        return _loss_of_whole(embeddings_ND, labels_R, loss_type=loss_type, settings=settings)
+    parts = {
+        int(dim): _loss_of_whole(
+            F.normalize(embeddings_ND[:, : int(dim)], dim=1), labels_R, loss_type=loss_type, settings=settings
+        )
+        for dim in settings.mrl_dims
+    }
+    losses_PR = torch.stack([settings.mrl_dims[str(dim)] * part.losses_R for dim, part in parts.items()])
+    return Outcome(losses_R=losses_PR.sum(0), metrics=parts[max(parts)].metrics)
+
+
+def _loss_of_whole(
+    embeddings_ND: torch.Tensor, labels_R: torch.Tensor | None, *, loss_type: str, settings: EmbeddingConfig
+) -> Outcome:
     texts = 2 + settings.infonce_hard_negatives
     groups_RND = embeddings_ND.unflatten(0, (-1, texts))
     anchors_RD, others_RCD = groups_RND[:, 0], groups_RND[:, 1:]

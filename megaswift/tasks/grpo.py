@@ -9,7 +9,7 @@ token loss     -c(r_t) + beta * k3_t        Shao et al. 2024 (arXiv 2402.03300),
                DeepSeek-AI 2025, DeepSeek-V3.2 (arXiv 2512.02556), off-policy sequence masking; pi_drawn is q of the sampler, or else
                pi_old. The divergence from the reference stays, as in TRL 1.16 and unlike ms-swift 4.6
   entropy      the policy loss of a token is 0 unless its entropy is among the highest --top_entropy_quantile of the global batch: Wang
-               et al. 2025 (arXiv 2506.01939), eq. 5; a micro batch, in which ms-swift looks, is a matter of the layout here
+               et al. 2025 (arXiv 2506.01939); a micro batch, in which ms-swift looks, is a matter of the layout here
 k3             pi_ref/pi - log(pi_ref/pi) - 1   the unbiased estimate of KL(pi || pi_ref): Shao et al., eq. 4
 A              (r - mean r) / std r over the group   Shao et al., section 4.1.2; without the division: Liu et al. 2025, Dr. GRPO (2503.20783)
   rloo         r - mean r of the others     Ahmadian et al. 2024 (arXiv 2402.14740), as is kl_in_reward: r - beta log(pi_old/pi_ref)

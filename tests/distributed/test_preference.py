@@ -39,7 +39,10 @@ TRAININGS: dict[str, dict[str, dict[str, Any]]] = {
     "rm": {"preference": {"rlhf_type": "rm", "center_rewards_coefficient": 0.01}},
     "gkd": {"preference": {"rlhf_type": "gkd", "lmbda": 0.0, "beta": 0.3, "gkd_logits_topk": 9}},
     "seq_cls lora": {"model": {**CLASSIFIER, "num_labels": 3}, **LORA},
-    "embedding": {"model": {"task_type": "embedding"}, "embedding": {"infonce_hard_negatives": 1}},
+    "embedding": {
+        "model": {"task_type": "embedding"},
+        "embedding": {"infonce_hard_negatives": 1, "mrl_dims": {"8": 0.5, "64": 1}},
+    },
 }
 # layout -> (ranks, parallel settings)
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {

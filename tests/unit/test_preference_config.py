@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from megaswift.config.dump import dump_run
+from megaswift.config.loss_forms import weighted_forms
 from megaswift.config.parse import parse_run, parse_saved
-from megaswift.config.preference_rules import weighted_forms
 from megaswift.config.rules import ResolvedRun
 from megaswift.errors import ConfigError
 from tests.unit.test_config_rules import dense, resolved
