@@ -49,6 +49,11 @@ class PreferenceConfig:
     ref_model: str | None = setting(
         None, "model of the same kind to compare with; default: --model as it is before training"
     )
+    sync_ref_model: bool = setting(
+        False, "dpo and grpo, in full: let the reference follow the trained model (TR-DPO)"
+    )
+    ref_model_mixup_alpha: float = setting(0.6, "share of the trained model in what the reference becomes")
+    ref_model_sync_steps: int = setting(512, "optimizer steps after which it does")
     teacher_model: str | None = setting(
         None, "gkd: model with the same vocabulary whose distributions are learnt"
     )

@@ -24,6 +24,9 @@ BELONGS: dict[str, tuple[str, ...]] = {
     "center_rewards_coefficient": ("rm",),
     "ref_model": ("dpo", "kto", "grpo"),
     "precompute_ref_log_probs": ("dpo", "kto"),
+    "sync_ref_model": ("dpo", "grpo"),
+    "ref_model_mixup_alpha": ("dpo", "grpo"),
+    "ref_model_sync_steps": ("dpo", "grpo"),
     "teacher_model": ("gkd",),
     "lmbda": ("gkd",),
     "seq_kd": ("gkd",),
@@ -117,6 +120,34 @@ def preference_numbers_are_in_range(run: RunConfig) -> None:
     if chosen.reference_free and (chosen.ref_model or chosen.precompute_ref_log_probs):
         raise ConfigError(
             "reference_free=true has no reference model. Leave --ref_model and --precompute_ref_log_probs out."
+        )
+
+
+def a_reference_that_follows_is_in_memory(run: RunConfig) -> None:
+    """Weights that move are those of a frozen copy."""
+    chosen, blank = run.preference, PreferenceConfig()
+    if not chosen.sync_ref_model:
+        for name in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
+            if getattr(chosen, name) != getattr(blank, name):
+                raise ConfigError(
+                    f"{name}={getattr(chosen, name):g} needs sync_ref_model=true. Add it, or leave this out."
+                )
+        return
+    if not 0 < chosen.ref_model_mixup_alpha <= 1:
+        raise ConfigError(
+            f"ref_model_mixup_alpha={chosen.ref_model_mixup_alpha:g} is not above 0 and up to 1."
+        )
+    if chosen.ref_model_sync_steps < 1:
+        raise ConfigError(f"ref_model_sync_steps={chosen.ref_model_sync_steps} is too small. Give 1 or more.")
+    if (
+        chosen.precompute_ref_log_probs
+        or chosen.reference_free
+        or chosen.beta == 0
+        or run.tuner.tuner_type != "full"
+    ):
+        raise ConfigError(
+            "sync_ref_model=true moves the weights of a reference in memory: not with precompute_ref_log_probs, reference_free, "
+            "beta=0 or adapters. Leave one of them out."
         )
 
 

@@ -33,7 +33,7 @@ _RLHF = """
     use_gym_env
     vllm_enable_lora offload_model offload_optimizer offload_bridge use_ray
     reward_adapters num_ppo_epochs kl_coef cliprange vf_coef
-    cliprange_value gamma lam num_mini_batches response_length async_generate sync_ref_model whiten_rewards
+    cliprange_value gamma lam num_mini_batches response_length async_generate whiten_rewards
     missing_eos_penalty
 """.split()
 

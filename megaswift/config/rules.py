@@ -34,6 +34,7 @@ REQUEST_RULES = (
     preference.preference_settings_belong_to_the_loss,
     preference.the_loss_type_is_known,
     preference.preference_numbers_are_in_range,
+    preference.a_reference_that_follows_is_in_memory,
     preference.distillation_has_a_teacher,
     rollout.completions_are_for_grpo_and_gkd,
     reward.rewards_are_named,

@@ -39,11 +39,17 @@ FOLDER = "reference_logps"  # below the run's folder
 
 
 def frozen_copy(
-    run: RunConfig, meta: ModelMeta, layout: Layout, platform: Platform, *, group: Any
+    run: RunConfig,
+    meta: ModelMeta,
+    layout: Layout,
+    platform: Platform,
+    *,
+    group: Any,
+    kept: Path | None = None,
 ) -> list[Any]:
     """Return this rank's chunks of the reference model, without gradients; every rank of the world calls it.
 
-    `group` holds all ranks and is patient. Raises UserError where --ref_model or --teacher_model does not fit.
+    `group` holds all ranks and is patient; `kept` is where its weights are if they have changed. Raises UserError where --ref_model or --teacher_model does not fit.
     """
     reference = alike(lambda: reference_meta(run, meta))
     if distils(run):  # a model of another size, under the same layout
@@ -51,7 +57,7 @@ def frozen_copy(
     plain = replace(run, tuner=TunerConfig())  # neither adapted nor in four bits
     chunks = alike(lambda: build_model(reference, plain, layout, platform))
     agree(
-        lambda: load_weights(chunks, reference, layout, dist.get_rank(), Path(str(reference.folder))),
+        lambda: load_weights(chunks, reference, layout, dist.get_rank(), kept or Path(str(reference.folder))),
         group=group,
     )
     for chunk in chunks:
