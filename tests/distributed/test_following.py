@@ -102,6 +102,8 @@ def test_a_reference_that_is_always_the_model_teaches_as_at_the_start() -> None:
 def test_layout_follows_like_one_rank(layout: str) -> None:
     for line, one in zip(figures(layout), figures("one"), strict=True):
         for name, value in one.items():
+            if name == "rewards/accuracies" and one["step"] == 1:
+                continue  # no answer leads yet, but for rounding
             tolerance = 1e-4 if name == "grad_norm" else TOLERANCE
             assert line[name] == pytest.approx(value, rel=tolerance, abs=TOLERANCE), name
 
