@@ -14,6 +14,7 @@
 | OMPI_COMM_WORLD_RANK, _SIZE, _LOCAL_RANK, _LOCAL_SIZE | Open MPI's mpirun | the rank, when mpirun started it |
 | PMI_RANK, PMI_SIZE, MPI_LOCALRANKID, MPI_LOCALNRANKS | MPICH's and Intel's mpirun | the same |
 | CUDA_VISIBLE_DEVICES | the user, Slurm | GPUs that this process may use |
+| LD_LIBRARY_PATH | the user, modules of a cluster | handed to programs that start without an environment: Python may need it to start |
 | VLLM_LOGGING_LEVEL | the user | how much vLLM says in the ranks of a trainer |
 
 Set for ranks where the user has not: OMP_NUM_THREADS (a share of the cores, not all of them for each rank) and
@@ -174,6 +175,11 @@ def visible_gpus(environ: Mapping[str, str] = os.environ) -> list[str] | None:
 def vllm_logging_level(environ: Mapping[str, str] = os.environ) -> str:
     """Return how much vLLM may say beside a trainer's own lines: errors, unless asked for more."""
     return environ.get("VLLM_LOGGING_LEVEL", "ERROR")
+
+
+def library_path(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Return where this process finds shared libraries beside the system's."""
+    return environ.get("LD_LIBRARY_PATH")
 
 
 def _torchrun(environ: Mapping[str, str]) -> RankEnv:

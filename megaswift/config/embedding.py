@@ -1,6 +1,7 @@
 """Settings: embeddings, and what they are compared with."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from megaswift.config.field import setting
 
@@ -17,4 +18,8 @@ class EmbeddingConfig:
     )
     infonce_hard_negatives: int = setting(
         0, "infonce: negatives (negative_messages) that every row has; more are left out, fewer take turns"
+    )
+    mrl_dims: dict[str, Any] = setting(
+        {},
+        'train the first so many numbers of embeddings to be embeddings by themselves, each loss with a weight: {"64": 0.5, "768": 1}',
     )

@@ -12,13 +12,15 @@ def setting(
     flag: str | None = None,
     choices: tuple[str, ...] = (),
     aliases: tuple[str, ...] = (),
+    several: bool = False,
 ) -> Any:
     """Declare one dataclass field of a settings section.
 
-    `flag` is the command-line name where it differs from the field's; `aliases` are other names users know.
+    `flag` is the command-line name where it differs from the field's; `aliases` are other names users know. With `several` a
+    text may be given as several words, which are joined by blanks.
     The value of the type is checked by config/value.py, which reads the annotation.
     """
-    metadata = {"help": help, "flag": flag, "choices": choices, "aliases": aliases}
+    metadata = {"help": help, "flag": flag, "choices": choices, "aliases": aliases, "several": several}
     if isinstance(default, (list, dict)):
         kind = type(default)
         copy = default.copy()
@@ -39,6 +41,7 @@ class Setting:
     help: str
     choices: tuple[str, ...]
     aliases: tuple[str, ...]
+    several: bool
 
 
 def declared(config: type) -> dict[str, Setting]:
@@ -62,6 +65,7 @@ def declared(config: type) -> dict[str, Setting]:
                 help=one.metadata["help"],
                 choices=one.metadata["choices"],
                 aliases=one.metadata["aliases"],
+                several=one.metadata["several"],
             )
     return found
 

@@ -46,6 +46,8 @@ def embeddings_have_a_loss(run: RunConfig) -> None:
             f"loss_type={kind} is not built for task_type=embedding.{nearest(kind, LOSS_TYPES)}"
         )
     for name, value in vars(chosen).items():
+        if name == "mrl_dims":
+            continue
         if value != getattr(blank, name) and not (is_embedding and kind == "infonce"):
             raise ConfigError(
                 f"{name}={value} is for --task_type embedding --loss_type infonce. Leave it out."
@@ -64,6 +66,27 @@ def embeddings_have_a_loss(run: RunConfig) -> None:
             "padding_free=false does not go with task_type=embedding, which reads the last token of a text, whatever it is. "
             "Leave it out."
         )
+
+
+def parts_of_embeddings_exist(case: Case) -> None:
+    """--mrl_dims names parts of the model's hidden states, and their weights."""
+    dims, size = case.run.embedding.mrl_dims, case.meta.hidden_size
+    if dims and case.run.model.task_type != "embedding":
+        raise ConfigError(f"mrl_dims={dims} is for --task_type embedding. Leave it out.")
+    for dim, weight in dims.items():
+        if not dim.isdecimal() or not 0 < int(dim) <= size:
+            raise ConfigError(
+                f"mrl_dims names {dim} of the {size} numbers that {case.model_name} has for a token. Give 1 to {size}."
+            )
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or weight <= 0:
+            raise ConfigError(f"mrl_dims weighs {dim} with {weight!r}. Give a number above 0.")
+
+
+def token_losses_are_of_answers(run: RunConfig) -> None:
+    """A weight by probability is of tokens."""
+    if run.training.enable_dft_loss and (run.task == "rlhf" or run.model.task_type != "causal_lm"):
+        what = "`megaswift rlhf`" if run.task == "rlhf" else f"task_type={run.model.task_type}"
+        raise ConfigError(f"enable_dft_loss=true is for token losses, not for {what}. Leave it out.")
 
 
 def rows_are_whole_documents(case: Case) -> None:

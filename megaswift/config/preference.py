@@ -15,9 +15,15 @@ class PreferenceConfig:
     loss_type: str | None = setting(
         None,
         "form of the loss: sigmoid, ipo, hinge, robust, sigmoid_norm, exo_pair, discopop, nca_pair, bco_pair, sppo_hard, "
-        "apo_zero or apo_down for dpo, sigmoid, hinge or ipo for cpo, "
+        "apo_zero, apo_down or sft for dpo, of which there may be several, sigmoid, hinge or ipo for cpo, "
         "kto or apo_zero_unpaired for kto, grpo, bnpo, dr_grpo or dapo for grpo, infonce, cosine_similarity or contrastive "
         "for --task_type embedding; default: the first",
+        several=True,
+    )
+    loss_weights: list[str] = setting([], "dpo: a number for each of several --loss_type; default: 1 each")
+    ld_alpha: float | None = setting(
+        None,
+        "dpo: weight of the tokens of the longer answer behind as many as the shorter has (LD-DPO), 0 to 1; default: as the others",
     )
     beta: float | None = setting(
         None,
@@ -43,12 +49,20 @@ class PreferenceConfig:
     ref_model: str | None = setting(
         None, "model of the same kind to compare with; default: --model as it is before training"
     )
+    sync_ref_model: bool = setting(
+        False, "dpo and grpo, in full: let the reference follow the trained model (TR-DPO)"
+    )
+    ref_model_mixup_alpha: float = setting(0.6, "share of the trained model in what the reference becomes")
+    ref_model_sync_steps: int = setting(512, "optimizer steps after which it does")
     teacher_model: str | None = setting(
         None, "gkd: model with the same vocabulary whose distributions are learnt"
     )
     lmbda: float = setting(0.5, "gkd: share of the steps on completions by the trained model; 0: none")
     seq_kd: bool = setting(
         False, "gkd: the other steps are on completions by the teacher instead of the rows' own answers"
+    )
+    gkd_logits_topk: int | None = setting(
+        None, "gkd: compare only the teacher's so many likeliest tokens of each place; default: all"
     )
     precompute_ref_log_probs: bool = setting(
         False, "compute the reference's log-probabilities once, to disk, instead of at every step"

@@ -3,37 +3,16 @@
 from typing import Any
 
 from megaswift.config.case import Case
+from megaswift.config.loss_forms import LOSS_TYPES, weighted_forms
 from megaswift.config.preference import PreferenceConfig
 from megaswift.config.run import RunConfig
 from megaswift.errors import ConfigError, nearest
 
-# rlhf_type -> its forms of the loss, the default first
-LOSS_TYPES: dict[str, tuple[str, ...]] = {
-    "dpo": (
-        "sigmoid",
-        "ipo",
-        "hinge",
-        "robust",
-        "sigmoid_norm",
-        "exo_pair",
-        "discopop",
-        "nca_pair",
-        "bco_pair",
-        "sppo_hard",
-        "apo_zero",
-        "apo_down",
-    ),
-    "orpo": (),
-    "simpo": (),
-    "cpo": ("sigmoid", "hinge", "ipo"),
-    "kto": ("kto", "apo_zero_unpaired"),
-    "rm": (),
-    "grpo": ("grpo", "bnpo", "dr_grpo", "dapo"),
-    "gkd": (),
-}
 # setting -> the rlhf_types that read it
 BELONGS: dict[str, tuple[str, ...]] = {
     "discopop_tau": ("dpo",),
+    "loss_weights": ("dpo",),
+    "ld_alpha": ("dpo",),
     "label_smoothing": ("dpo", "cpo", "simpo"),
     "rpo_alpha": ("dpo",),
     "reference_free": ("dpo",),
@@ -45,9 +24,13 @@ BELONGS: dict[str, tuple[str, ...]] = {
     "center_rewards_coefficient": ("rm",),
     "ref_model": ("dpo", "kto", "grpo"),
     "precompute_ref_log_probs": ("dpo", "kto"),
+    "sync_ref_model": ("dpo", "grpo"),
+    "ref_model_mixup_alpha": ("dpo", "grpo"),
+    "ref_model_sync_steps": ("dpo", "grpo"),
     "teacher_model": ("gkd",),
     "lmbda": ("gkd",),
     "seq_kd": ("gkd",),
+    "gkd_logits_topk": ("gkd",),
 }
 NEEDS_REFERENCE = ("dpo", "kto", "grpo")
 DEFAULT_BETA = {"simpo": 2.0, "grpo": 0.04, "gkd": 0.5}  # others 0.1
@@ -80,13 +63,21 @@ def preference_settings_belong_to_the_loss(run: RunConfig) -> None:
 def the_loss_type_is_known(run: RunConfig) -> None:
     """Each rlhf_type has forms of its own."""
     asked, kind = run.preference.loss_type, run.preference.rlhf_type
-    if run.task != "rlhf" or asked is None or asked in LOSS_TYPES[kind]:
+    if run.task != "rlhf":
         return
-    if not LOSS_TYPES[kind]:
+    if asked is not None and not LOSS_TYPES[kind]:
         raise ConfigError(f"loss_type={asked}: rlhf_type={kind} has one form. Leave it out.")
-    raise ConfigError(
-        f"loss_type={asked} is not built for rlhf_type={kind}.{nearest(asked, LOSS_TYPES[kind])}"
-    )
+    forms = () if asked is None else asked.split()
+    for form in forms:
+        if form not in LOSS_TYPES[kind]:
+            raise ConfigError(
+                f"loss_type={form} is not built for rlhf_type={kind}.{nearest(form, LOSS_TYPES[kind])}"
+            )
+    if len(forms) > 1 and kind != "dpo":
+        raise ConfigError(f"loss_type={asked}: only rlhf_type=dpo adds several forms up. Give one.")
+    if len(set(forms)) < len(forms):
+        raise ConfigError(f"loss_type={asked} names a form twice.")
+    weighted_forms(run.preference)
 
 
 def preference_numbers_are_in_range(run: RunConfig) -> None:
@@ -99,6 +90,8 @@ def preference_numbers_are_in_range(run: RunConfig) -> None:
         raise ConfigError(f"beta={chosen.beta:g} is not a share. Give 0 to 1 for rlhf_type=gkd.")
     if not 0 <= chosen.lmbda <= 1:
         raise ConfigError(f"lmbda={chosen.lmbda:g} is not a share of the steps. Give 0 to 1.")
+    if chosen.gkd_logits_topk is not None and chosen.gkd_logits_topk < 1:
+        raise ConfigError(f"gkd_logits_topk={chosen.gkd_logits_topk} is too small. Give 1 or more.")
     if chosen.seq_kd and chosen.lmbda == 1:
         raise ConfigError(
             "seq_kd=true has no steps, as lmbda=1 leaves none to the teacher. Leave one of them out."
@@ -115,7 +108,10 @@ def preference_numbers_are_in_range(run: RunConfig) -> None:
         value = getattr(chosen, name)
         if value is not None and value < 0:
             raise ConfigError(f"{name}={value:g} is negative. Give 0 or more.")
-    if chosen.label_smoothing and (chosen.loss_type or "sigmoid") not in ("sigmoid", "robust", "exo_pair"):
+    if chosen.ld_alpha is not None and not 0 <= chosen.ld_alpha <= 1:
+        raise ConfigError(f"ld_alpha={chosen.ld_alpha:g} is not from 0 to 1.")
+    forms = (chosen.loss_type or "sigmoid").split()
+    if chosen.label_smoothing and not {"sigmoid", "robust", "exo_pair"} & set(forms):
         raise ConfigError(
             f"label_smoothing is for loss_type sigmoid, robust and exo_pair, not {chosen.loss_type}. Leave it out."
         )
@@ -124,6 +120,34 @@ def preference_numbers_are_in_range(run: RunConfig) -> None:
     if chosen.reference_free and (chosen.ref_model or chosen.precompute_ref_log_probs):
         raise ConfigError(
             "reference_free=true has no reference model. Leave --ref_model and --precompute_ref_log_probs out."
+        )
+
+
+def a_reference_that_follows_is_in_memory(run: RunConfig) -> None:
+    """Weights that move are those of a frozen copy."""
+    chosen, blank = run.preference, PreferenceConfig()
+    if not chosen.sync_ref_model:
+        for name in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
+            if getattr(chosen, name) != getattr(blank, name):
+                raise ConfigError(
+                    f"{name}={getattr(chosen, name):g} needs sync_ref_model=true. Add it, or leave this out."
+                )
+        return
+    if not 0 < chosen.ref_model_mixup_alpha <= 1:
+        raise ConfigError(
+            f"ref_model_mixup_alpha={chosen.ref_model_mixup_alpha:g} is not above 0 and up to 1."
+        )
+    if chosen.ref_model_sync_steps < 1:
+        raise ConfigError(f"ref_model_sync_steps={chosen.ref_model_sync_steps} is too small. Give 1 or more.")
+    if (
+        chosen.precompute_ref_log_probs
+        or chosen.reference_free
+        or chosen.beta == 0
+        or run.tuner.tuner_type != "full"
+    ):
+        raise ConfigError(
+            "sync_ref_model=true moves the weights of a reference in memory: not with precompute_ref_log_probs, reference_free, "
+            "beta=0 or adapters. Leave one of them out."
         )
 
 
@@ -159,7 +183,7 @@ def preference_settings_have_defaults(case: Case) -> Case | None:
         filled["beta"] = DEFAULT_BETA.get(kind, 0.1)
     if chosen.cpo_alpha is None and kind in BELONGS["cpo_alpha"]:
         filled["cpo_alpha"] = 1.0 if kind == "cpo" else 0.0
-    if filled["loss_type"] == "exo_pair" and not chosen.label_smoothing:
+    if "exo_pair" in (filled["loss_type"] or "").split() and not chosen.label_smoothing:
         filled["label_smoothing"] = 1e-3  # its authors' epsilon: the loss has the logarithm of it
     if filled["loss_type"] == "apo_zero_unpaired":
         filled["calculate_kl"] = False  # its z is 0

@@ -29,11 +29,11 @@ def _refuse(what: str, instead: str = "", **flags: str) -> dict[str, Refused]:
 
 # Flags of reinforcement learning and distillation.
 _RLHF = """
-    teacher_model_server teacher_tag_key gkd_logits_topk offload_teacher_model teacher_kl_coef generation_batch_size
-    repetition_penalty delta log_entropy top_entropy_quantile off_policy_sequence_mask_delta use_gym_env
-    vllm_enable_lora offload_model offload_optimizer offload_bridge use_ray ld_alpha loss_weights
+    teacher_model_server teacher_tag_key offload_teacher_model teacher_kl_coef
+    use_gym_env
+    vllm_enable_lora offload_model offload_optimizer offload_bridge use_ray
     reward_adapters num_ppo_epochs kl_coef cliprange vf_coef
-    cliprange_value gamma lam num_mini_batches response_length async_generate sync_ref_model whiten_rewards
+    cliprange_value gamma lam num_mini_batches response_length async_generate whiten_rewards
     missing_eos_penalty
 """.split()
 
@@ -101,9 +101,7 @@ REFUSED: dict[str, Refused] = {
     # Loss
     **_refuse(
         "another loss",
-        enable_dft_loss="false",
         enable_channel_loss="false",
-        mrl_dims="none",
         neftune_noise_alpha="none 0",
     ),
     **_refuse("metrics of generated text", eval_metric="none", predict_with_generate="false"),
@@ -315,7 +313,6 @@ REFUSED: dict[str, Refused] = {
     ),
     **_refuse("another divergence from the reference", f_divergence_type="reverse_kl"),
     **_refuse("a second loss beside the teacher's", sft_alpha="0 0.0"),
-    **_refuse("several steps on parts of one batch of completions", steps_per_generation="1 none"),
     **{
         flag: Refused(what="reinforcement learning and distillation", harmless=("false", "none"))
         for flag in _RLHF

@@ -4,7 +4,15 @@ from dataclasses import dataclass
 
 from megaswift.config.field import setting
 
-REWARDS = ("accuracy", "format", "cosine", "repetition", "soft_overlong")  # rollout/rewards.py has them
+REWARDS = (
+    "accuracy",
+    "format",
+    "cosine",
+    "repetition",
+    "soft_overlong",
+    "code",
+    "rules",
+)  # rollout/rewards.py has them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,4 +47,11 @@ class RewardConfig:
     )
     soft_cache_length: int | None = setting(
         None, "soft_overlong: tokens before that over which the reward falls; default: a fifth of them"
+    )
+    code_timeout: float = setting(
+        5.0, "code: seconds of CPU that a test case may take, and twice as many by the clock"
+    )
+    code_memory_gib: float = setting(1.0, "code: address space that a test case may take")
+    reward_rules: str | None = setting(
+        None, "rules: a JSON file with the rules for rows that have no column `rules`"
     )

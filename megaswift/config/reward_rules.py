@@ -72,6 +72,9 @@ def reward_numbers_are_in_range(run: RunConfig) -> None:
     ):
         if value is not None and value < 1:
             raise ConfigError(f"{name}={value} is too small. Give 1 or more.")
+    for name, amount in (("code_timeout", chosen.code_timeout), ("code_memory_gib", chosen.code_memory_gib)):
+        if amount <= 0:
+            raise ConfigError(f"{name}={amount:g} is too small. Give more than 0.")
     if chosen.repetition_max_penalty > 0:
         raise ConfigError(
             f"repetition_max_penalty={chosen.repetition_max_penalty:g} is a reward. Give 0 or less."

@@ -16,6 +16,10 @@ class RolloutConfig:
     temperature: float = setting(0.9, "the logits are divided by it when sampling, and in grpo's loss")
     top_p: float = setting(1.0, "sample from the likeliest tokens that have this probability together")
     top_k: int = setting(-1, "sample from so many of the likeliest tokens; -1: from all")
+    repetition_penalty: float = setting(
+        1.0,
+        "logits of tokens that the prompt or the completion holds are divided by it, or multiplied where negative; 1: as they are",
+    )
     multi_turn_scheduler: str | None = setting(
         None,
         "FILE.py:NAME, or an entry point of the group megaswift.multi_turn: a function that gets a conversation and a completion, "
@@ -44,10 +48,33 @@ class RolloutConfig:
     )
     epsilon: float = setting(0.2, "ratios are clipped below 1 - epsilon")
     epsilon_high: float | None = setting(None, "and above 1 + epsilon_high; default: --epsilon")
+    delta: float | None = setting(
+        None,
+        "and, for completions that are worse than others, above this: a second clip, above 1 + epsilon_high; default: none",
+    )
+    off_policy_sequence_mask_delta: float | None = setting(
+        None,
+        "completions that are worse than others carry no policy loss where the model has left them: where the mean over tokens of "
+        "log pi_drawn/pi is above this; default: all do",
+    )
+    top_entropy_quantile: float = setting(
+        1.0,
+        "share of the tokens of a step whose policy loss counts: those that the model is least sure of; costs another forward pass",
+    )
+    log_entropy: bool = setting(
+        False, "log the entropy of the model's predictions in completions; costs another forward pass"
+    )
     overlong_filter: bool = setting(False, "completions that were cut off at their longest carry no loss")
     dynamic_sample: bool = setting(
         False, "replace groups whose completions are all worth the same by groups of other prompts (DAPO)"
     )
     max_resample_times: int = setting(3, "how often; groups that are left then stay")
     num_iterations: int = setting(1, "optimizer steps on each batch of completions")
+    steps_per_generation: int | None = setting(
+        None, "optimizer steps that share out the completions of one generation; default: 1"
+    )
+    generation_batch_size: int | None = setting(
+        None,
+        "completions of one generation; default, and otherwise the same: --global_batch_size x --steps_per_generation",
+    )
     log_completions: bool = setting(False, "write every completion, with its rewards, to completions.jsonl")

@@ -9,7 +9,8 @@ from megaswift.config.rollout import RolloutConfig
 from megaswift.config.run import RunConfig
 from megaswift.errors import ConfigError, nearest
 
-SAMPLING = ("max_completion_length", "temperature", "top_p", "top_k", "log_completions")  # what gkd reads too
+# What gkd reads too.
+SAMPLING = ("max_completion_length", "temperature", "top_p", "top_k", "repetition_penalty", "log_completions")
 SCHEDULER_GROUP = "megaswift.multi_turn"  # of entry points
 
 
@@ -72,8 +73,9 @@ def rollout_numbers_are_in_range(run: RunConfig) -> None:
         ("max_completion_length", chosen.max_completion_length, 1),
         ("num_iterations", chosen.num_iterations, 1),
         ("max_resample_times", chosen.max_resample_times, 1),
+        ("steps_per_generation", chosen.steps_per_generation, 1),
     ):
-        if value < least:
+        if value is not None and value < least:
             raise ConfigError(f"{name}={value} is too small. Give {least} or more.")
     if chosen.temperature <= 0:
         raise ConfigError(f"temperature={chosen.temperature:g} is too small. Give more than 0.")
@@ -81,10 +83,22 @@ def rollout_numbers_are_in_range(run: RunConfig) -> None:
         raise ConfigError(f"top_p={chosen.top_p:g} is not above 0 and up to 1.")
     if chosen.top_k < 1 and chosen.top_k not in (-1, 0):
         raise ConfigError(f"top_k={chosen.top_k} is not 1 or more, or -1 for all tokens.")
+    masks = chosen.off_policy_sequence_mask_delta
+    if masks is not None and masks <= 0:
+        raise ConfigError(f"off_policy_sequence_mask_delta={masks:g} is too small. Give more than 0.")
+    if not 0 < chosen.top_entropy_quantile <= 1:
+        raise ConfigError(f"top_entropy_quantile={chosen.top_entropy_quantile:g} is not above 0 and up to 1.")
+    if chosen.repetition_penalty <= 0:
+        raise ConfigError(f"repetition_penalty={chosen.repetition_penalty:g} is too small. Give more than 0.")
     if not 0 < chosen.epsilon < 1:
         raise ConfigError(f"epsilon={chosen.epsilon:g} is not between 0 and 1.")
     if chosen.epsilon_high is not None and chosen.epsilon_high <= 0:
         raise ConfigError(f"epsilon_high={chosen.epsilon_high:g} is too small. Give more than 0.")
+    high = chosen.epsilon if chosen.epsilon_high is None else chosen.epsilon_high
+    if chosen.delta is not None and chosen.delta <= 1 + high:
+        raise ConfigError(
+            f"delta={chosen.delta:g} is not above 1 + epsilon_high, which is {1 + high:g}. Give more."
+        )
 
 
 def what_rollouts_do_not_reach(run: RunConfig) -> None:
@@ -137,6 +151,37 @@ def completions_have_room(case: Case) -> None:
         raise ConfigError(
             f"max_completion_length={length} leaves no room for a prompt in max_length={longest}, which counts both. Lower it."
         )
+
+
+def generations_are_whole_steps(case: Case) -> Case | None:
+    """A generation is shared out by a number of steps; the rule of ms-swift 4.6 (megatron_args.py, resolve_generation_batch_size)."""
+    chosen, size = case.run.rollout, case.run.training.global_batch_size
+    if not generates(case.run) or size is None:
+        return None
+    whole = chosen.generation_batch_size
+    steps = chosen.steps_per_generation or (1 if whole is None else max(1, whole // size))
+    if whole is not None and whole != steps * size:
+        raise ConfigError(
+            f"generation_batch_size={whole} is not global_batch_size={size} x steps_per_generation={steps}. Give {steps * size}, or "
+            "only one of generation_batch_size and steps_per_generation."
+        )
+    return case.change("rollout", steps_per_generation=steps, generation_batch_size=steps * size)
+
+
+def completions_may_be_of_another_policy(case: Case) -> None:
+    """Who masks completions that the model has left uses them later, or has them from another engine."""
+    delta, chosen = case.run.rollout.off_policy_sequence_mask_delta, case.run.rollout
+    if delta is None or case.run.sampler.use_vllm or uses_of_a_generation(chosen) > 1:
+        return
+    raise ConfigError(
+        f"off_policy_sequence_mask_delta={delta:g} masks nothing where every completion is used at once, by the model that wrote it. "
+        "Leave it out, or use completions longer (--num_iterations, --steps_per_generation)."
+    )
+
+
+def uses_of_a_generation(chosen: RolloutConfig) -> int:
+    """Return the optimizer steps between two generations."""
+    return chosen.num_iterations * (chosen.steps_per_generation or 1)
 
 
 def rollout_settings_have_defaults(case: Case) -> Case | None:

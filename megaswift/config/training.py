@@ -36,6 +36,9 @@ class TrainingConfig:
     calculate_per_token_loss: bool = setting(
         True, "divide the loss by the tokens of the global batch; false: mean of micro batches"
     )
+    enable_dft_loss: bool = setting(
+        False, "weigh each token's loss by the probability that the model gives it (dynamic fine-tuning)"
+    )
     spike_factor: float | None = setting(
         None,
         "stop when ten steps in a row have a loss above this many times the median of the last hundred; default: never",

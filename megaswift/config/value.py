@@ -52,6 +52,8 @@ def value_of(setting: Setting, raw: Raw, *, name: str | None = None) -> Any:
     name = name or setting.flag
     if raw == [] and setting.kind is not bool and setting.kind is not list:
         raise ConfigError(f"{name} has no value. It needs {_article(setting.kind)}: {setting.help}.")
+    if setting.several and isinstance(raw, (list, tuple)):
+        raw = " ".join(map(str, raw))
     if setting.kind is list:
         return _items(setting, raw, name)
     if setting.kind is dict:

@@ -24,6 +24,7 @@ class Sampling:
     top_k: int  # below 1: all tokens
     max_tokens: int
     stop_ids: tuple[int, ...]
+    repetition_penalty: float = 1.0  # of tokens that the prompt or the completion holds already
 
 
 @dataclass(frozen=True, kw_only=True)

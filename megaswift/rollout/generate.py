@@ -103,6 +103,8 @@ def _complete(
         ids_BS[row, longest - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
         mask_BS[row, longest - len(prompt) :] = 1
     steps: list[Any] = [TemperatureLogitsWarper(sampling.temperature)]
+    if sampling.repetition_penalty != 1:
+        steps.insert(0, _Repeated(sampling.repetition_penalty, mask_BS.bool()))
     if sampling.top_k > 0:
         steps.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
@@ -127,6 +129,23 @@ def _until(ids: list[int], stop_ids: set[int]) -> list[int]:
     """Return the ids up to the first that stops, with it."""
     end = next((place for place, token in enumerate(ids) if token in stop_ids), len(ids) - 1)
     return ids[: end + 1]
+
+
+class _Repeated(LogitsProcessor):
+    """Divides positive logits of tokens that a row holds, and multiplies negative ones: Keskar et al. 2019 (arXiv 1909.05858), section
+    4.1, in the form of transformers and vLLM. Padding, which depends on the other rows, is no part of a row.
+    """
+
+    def __init__(self, penalty: float, mask_BS: torch.Tensor) -> None:
+        self._penalty, self._mask_BS = penalty, mask_BS
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return the scores [B, V] with those of the row's tokens changed."""
+        ids = input_ids.clone()
+        prompts, last_B1 = ids[:, : self._mask_BS.shape[1]], ids[:, self._mask_BS.shape[1] - 1, None]
+        prompts.copy_(torch.where(self._mask_BS.to(ids.device), prompts, last_B1))
+        own = scores.gather(1, ids)
+        return scores.scatter(1, ids, torch.where(own < 0, own * self._penalty, own / self._penalty))
 
 
 class _Draw(LogitsProcessor):

@@ -18,37 +18,44 @@ from megaswift.config.reward_rules import REWARD_GROUP
 from megaswift.data.prompts import PromptRow
 from megaswift.data.sample import Message
 from megaswift.errors import ConfigError, DataError, TrainingError, nearest
+from megaswift.rollout.code_reward import Code
+from megaswift.rollout.final_answer import final_answer, same_answer
+from megaswift.rollout.rule_reward import Rules
 
 RewardFunction = Callable[..., Sequence[float]]
 
 # The form that DeepSeek-R1 was taught (arXiv 2501.12948, table 1): thoughts, then the answer, and nothing around them.
 THOUGHTFUL = re.compile(r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*", re.DOTALL)
-ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
-NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 
 
 def load_rewards(chosen: RewardConfig) -> dict[str, RewardFunction]:
     """Return the reward functions of a resolved run by name, in their order; raises ConfigError."""
-    built_in: dict[str, RewardFunction] = {
-        "accuracy": accuracy,
-        "format": thoughtful,
-        "cosine": _cosine(chosen),
-        "repetition": _repetition(chosen),
-        "soft_overlong": _soft_overlong(chosen),
+    built_in: dict[str, Callable[[RewardConfig], RewardFunction]] = {
+        "accuracy": lambda chosen: accuracy,
+        "format": lambda chosen: thoughtful,
+        "cosine": _cosine,
+        "repetition": _repetition,
+        "soft_overlong": _soft_overlong,
+        "code": Code,
+        "rules": Rules,
     }
     own: dict[str, RewardFunction] = {}
     for path in chosen.external_plugins:
         own |= functions_of(Path(path).expanduser(), asked="external_plugins")
     offered = entry_points(group=REWARD_GROUP)
     known = [*own, *built_in, *offered.names]
-    found = {}
+    found: dict[str, RewardFunction] = {}
     for name in chosen.reward_funcs:
         if name not in known:
             raise ConfigError(
                 f"reward_funcs={name} is neither built in nor in {' '.join(chosen.external_plugins)}.{nearest(name, known)}"
             )
-        found[name] = own.get(name) or built_in.get(name) or loaded(offered[name], asked="reward_funcs")
+        if name in own:
+            found[name] = own[name]
+        elif name in built_in:
+            found[name] = built_in[name](chosen)
+        else:
+            found[name] = loaded(offered[name], asked="reward_funcs")
     return found
 
 
@@ -142,32 +149,6 @@ def accuracy(completions: list[str], solution: Sequence[Any] | None = None, **co
         float(same_answer(final_answer(text), final_answer(str(truth))))
         for text, truth in zip(completions, solution, strict=True)
     ]
-
-
-def final_answer(text: str) -> str:
-    """Return what a text ends up saying."""
-    for pattern in (ANSWER, BOXED):
-        marked = pattern.findall(text)
-        if marked:
-            text = marked[-1]
-    numbers = NUMBER.findall(text)
-    return numbers[-1] if numbers else text.strip()
-
-
-def same_answer(given: str, truth: str) -> bool:
-    """Whether two answers are the same number, or the same words."""
-    numbers = [_number(answer) for answer in (given, truth)]
-    if None not in numbers:
-        return numbers[0] == numbers[1]
-    return given.casefold() == truth.casefold()
-
-
-def _number(answer: str) -> float | None:
-    above, _, below = answer.replace(",", "").partition("/")
-    try:
-        return float(above) / float(below or 1)
-    except (ValueError, ZeroDivisionError):
-        return None
 
 
 def thoughtful(completions: list[str], **columns: Any) -> list[float]:

@@ -17,6 +17,9 @@ from megaswift.data.encode import EncodedSet
 from megaswift.rollout.engine import Answer
 
 FILE = "rollout.npz"
+# Arrays of a Rollout by what their entries are of.
+OF_COMPLETIONS = ("prompt_lengths", "stopped", "rewards", "advantages")
+OF_TOKENS = ("input_ids", "own", "old_logps", "reference_logps", "sampler_logps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +139,19 @@ class Rollout(Completions):
             labels = values_T[self.starts[number] + 1 : self.starts[number + 1]]
             found[0, begin : begin + len(labels)] = torch.from_numpy(np.ascontiguousarray(labels))
         return found
+
+    def parts(self, size: int) -> list["Rollout"]:
+        """Return all completions, so many at a time."""
+        return [self._part(first, min(first + size, len(self))) for first in range(0, len(self), size)]
+
+    def _part(self, first: int, last: int) -> "Rollout":
+        own, tokens = slice(first, last), slice(self.starts[first], self.starts[last])
+        cut: dict[str, Any] = {"starts": self.starts[first : last + 1] - self.starts[first]}
+        for names, some in ((OF_COMPLETIONS, own), (OF_TOKENS, tokens)):
+            for name in names:
+                values = getattr(self, name)
+                cut[name] = None if values is None else values[some]
+        return replace(self, **cut)
 
     def figures(self, names: Sequence[str], weights: Sequence[float]) -> dict[str, float]:
         """Return what is logged, under TRL's names; `names` and `weights` are those of the reward functions."""

@@ -97,6 +97,7 @@ class ColocatedEngine:
                 top_p=sampling.top_p,
                 top_k=max(sampling.top_k, 0),
                 max_tokens=sampling.max_tokens,
+                repetition_penalty=sampling.repetition_penalty,
                 stop_token_ids=list(sampling.stop_ids),
                 seed=seed_of(prompt),
                 logprobs=0,  # of no token beside the one that was drawn

@@ -87,8 +87,8 @@ class ServedEngine:
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": max(sampling.top_k, 0),
-            "min_p": 0.0,  # this and the next: not what the model's own generation_config.json may ask for
-            "repetition_penalty": 1.0,
+            "repetition_penalty": sampling.repetition_penalty,
+            "min_p": 0.0,  # not what the model's own generation_config.json may ask for
             "stop_token_ids": list(sampling.stop_ids),
             "seed": seed_of(prompt),
             "logprobs": 0,  # of no token beside the one that was drawn

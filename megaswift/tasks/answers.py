@@ -19,9 +19,12 @@ from megaswift.data.batches import MicroBatch
 class Answers:
     """What a loss over answers is computed from; all float64, on the device of the model."""
 
-    logps_N: torch.Tensor  # log pi(y | x), the only one that carries gradients
+    logps_N: torch.Tensor  # log pi(y | x), discounted where the loss discounts tokens; carries gradients
     lengths_N: torch.Tensor  # tokens of the answers
     references_N: torch.Tensor | None = None  # log pi_ref(y | x)
+    plain_N: torch.Tensor | None = (
+        None  # log pi(y | x) without discounts, where there are any; carries gradients
+    )
     targets_R: torch.Tensor | None = None  # of each row: kto 1 or 0; rm the margin, nan where there is none
 
     @property
@@ -31,6 +34,7 @@ class Answers:
         return Pairs(
             chosen_P=self.logps_N[0::2],
             rejected_P=self.logps_N[1::2],
+            plain_chosen_P=(self.logps_N if self.plain_N is None else self.plain_N)[0::2],
             chosen_length_P=self.lengths_N[0::2],
             rejected_length_P=self.lengths_N[1::2],
             ref_chosen_P=references_N[0::2],
@@ -44,6 +48,7 @@ class Pairs:
 
     chosen_P: torch.Tensor
     rejected_P: torch.Tensor
+    plain_chosen_P: torch.Tensor  # without discounts
     chosen_length_P: torch.Tensor
     rejected_length_P: torch.Tensor
     ref_chosen_P: torch.Tensor  # 0 where there is no reference
@@ -52,7 +57,7 @@ class Pairs:
     @property
     def nll_P(self) -> torch.Tensor:
         """Negative log-likelihood of a token of the chosen answer, a mean over the answer."""
-        return -self.chosen_P / self.chosen_length_P
+        return -self.plain_chosen_P / self.chosen_length_P
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,23 +108,61 @@ def whole_rows(values_CT: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
     if batch.plan is None:
         return values_CT
     assert batch.cu_seqlens is not None, "rows of several documents"
-    firsts_T = batch.cu_seqlens[:-1].repeat_interleave(torch.tensor(tokens_here(batch)))
-    places_T = (firsts_T + batch.position_ids[0]).to(values_CT.device, non_blocking=True)
+    places_T = _places(batch).to(values_CT.device, non_blocking=True)
     row_CS = values_CT.new_zeros(len(values_CT), int(batch.cu_seqlens[-1]))
     row_CS = row_CS.index_copy(1, places_T, values_CT)
     return reduce_from_tensor_model_parallel_region(row_CS, group=parallel_state.get_context_parallel_group())
 
 
-def answers_of(batch: MicroBatch, losses_BS: torch.Tensor) -> Answers:
-    """Return the answers of a micro batch, given each token's cross-entropy on the last pipeline stage."""
+def _places(batch: MicroBatch) -> torch.Tensor:
+    """Return where in the whole row of documents the tokens of this cp rank are, int64 [T]."""
+    assert batch.cu_seqlens is not None, "rows of several documents"
+    firsts_T = batch.cu_seqlens[:-1].repeat_interleave(torch.tensor(tokens_here(batch)))
+    return firsts_T + batch.position_ids[0]
+
+
+def beyond_the_shorter(batch: MicroBatch, device: torch.device) -> torch.Tensor:
+    """Return which tokens of answers lie behind as many as the shorter answer of their pair has, bool [B, S].
+
+    Every cp rank calls it alike and gets those of its own tokens.
+    """
+    carries_BS = (batch.loss_mask != 0).to(device, torch.int64, non_blocking=True)
+    if batch.cu_seqlens is None:
+        lengths_N = carries_BS.sum(1)
+        shorter_N = lengths_N.view(-1, 2).amin(1).repeat_interleave(2)
+        return (carries_BS != 0) & (carries_BS.cumsum(1) > shorter_N[:, None])
+    row_S = whole_rows(carries_BS, batch)[0]
+    documents = batch.cu_seqlens.diff().to(device, non_blocking=True)
+    ends_N = batch.cu_seqlens[1:].to(device, torch.int64, non_blocking=True)
+    counts_S = row_S.cumsum(0)
+    lengths_N = torch.diff(counts_S[ends_N - 1], prepend=counts_S.new_zeros(1))
+    before_N = counts_S[ends_N - 1] - lengths_N
+    pairs = len(batch.sample_ids)  # padding, a document of its own, has no answer
+    shorter_N = lengths_N.clone()
+    shorter_N[:pairs] = lengths_N[:pairs].view(-1, 2).amin(1).repeat_interleave(2)
+    beyond_S = (row_S != 0) & (counts_S > (before_N + shorter_N).repeat_interleave(documents))
+    return beyond_S[None] if batch.plan is None else beyond_S[_places(batch).to(device)][None]
+
+
+def answers_of(batch: MicroBatch, losses_BS: torch.Tensor, *, ld_alpha: float | None = None) -> Answers:
+    """Return the answers of a micro batch, given each token's cross-entropy on the last pipeline stage.
+
+    With `ld_alpha` tokens beyond the length of the shorter answer of a pair count so much.
+    """
     device = losses_BS.device
     references, targets = (
         None if values is None else values.to(device, torch.float64, non_blocking=True)
         for values in (batch.references, batch.targets)
     )
     carries_loss_BS = (batch.loss_mask != 0).to(device, non_blocking=True)
+    plain_N = -document_sums(losses_BS, batch)
+    logps_N = plain_N
+    if ld_alpha is not None:
+        beyond_BS = beyond_the_shorter(batch, device)
+        logps_N = -document_sums(torch.where(beyond_BS, ld_alpha * losses_BS, losses_BS), batch)
     return Answers(
-        logps_N=-document_sums(losses_BS, batch),
+        logps_N=logps_N,
+        plain_N=plain_N,
         lengths_N=document_sums(carries_loss_BS, batch),
         references_N=references,
         targets_R=targets,

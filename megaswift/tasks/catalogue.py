@@ -75,7 +75,7 @@ def make_task(
     if run.model.task_type == "embedding":
         return Embedding(embedding_loss_of(run), run.embedding, run=run_model)
     if run.task != "rlhf":
-        return NextToken(run=run_model)
+        return NextToken(by_probability=run.training.enable_dft_loss, run=run_model)
     if settings.rlhf_type == "kto":
         return Kto(settings, reference=reference, run=run_model)
     if settings.rlhf_type == "gkd":

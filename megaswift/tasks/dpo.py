@@ -16,6 +16,10 @@ sppo_hard     (a_w - 1/(2 beta))^2 + (a_l + 1/(2 beta))^2  Wu et al. 2024, SPPO 
 apo_zero      1 - s(beta a_w) + s(beta a_l)            D'Oosterlinck et al. 2024, APO (arXiv 2408.06266), eq. 7
 apo_down      s(beta a_w) + 1 - s(h)                   the same, eq. 8
 rpo_alpha     adds alpha * the mean negative log-likelihood of the chosen answer's tokens: Pang et al. 2024 (arXiv 2404.19733), eq. 1
+sft           the mean negative log-likelihood of the chosen answer's tokens; several forms, each with its weight, make a sum:
+              Wang et al. 2024, MPO (arXiv 2411.10442)
+ld_alpha      tokens of the longer answer behind as many as the shorter has count alpha in each log pi and log pi_ref: Liu et al. 2024,
+              LD-DPO (arXiv 2409.06411), as in TRL 1.16; ms-swift 4.6 leaves log pi_ref as it is
 reference_free takes log pi_ref as 0.
 
 Letters: P pairs.
@@ -23,12 +27,14 @@ Letters: P pairs.
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
+from megaswift.config.loss_forms import weighted_forms
 from megaswift.config.preference import PreferenceConfig
-from megaswift.tasks.answers import PAIR_METRICS, Answers, Outcome, reward_metrics
+from megaswift.tasks.answers import PAIR_METRICS, Answers, Outcome, Pairs, reward_metrics
 
 JUDGES_EACH: dict[str, Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]] = {
     "nca_pair": lambda won_P, lost_P, beta: (
@@ -52,16 +58,31 @@ def dpo_loss(answers: Answers, settings: PreferenceConfig) -> Outcome:
     chosen_P = pairs.chosen_P - pairs.ref_chosen_P
     rejected_P = pairs.rejected_P - pairs.ref_rejected_P
     metrics = reward_metrics(beta * chosen_P, beta * rejected_P, logps=(pairs.chosen_P, pairs.rejected_P))
-    if settings.loss_type in ("ipo", "sigmoid_norm"):
-        chosen_P, rejected_P = chosen_P / pairs.chosen_length_P, rejected_P / pairs.rejected_length_P
-    if settings.loss_type in JUDGES_EACH:
-        losses_P = JUDGES_EACH[settings.loss_type](chosen_P, rejected_P, beta)
-    else:
-        losses_P = preference_losses(chosen_P - rejected_P, settings, beta=beta)
+    forms = weighted_forms(settings)
+    losses_P = torch.zeros_like(chosen_P)
+    for form, weight in forms:
+        own = replace(settings, loss_type=form)
+        losses_P = losses_P + weight * _losses_of_a_form(pairs, chosen_P, rejected_P, own, beta=beta)
     if settings.rpo_alpha is not None:
         losses_P = losses_P + settings.rpo_alpha * pairs.nll_P
+    if settings.rpo_alpha is not None or "sft" in dict(forms):
         metrics["nll_loss"] = pairs.nll_P.detach()
     return Outcome(losses_R=losses_P, metrics=metrics)
+
+
+def _losses_of_a_form(
+    pairs: Pairs, chosen_P: torch.Tensor, rejected_P: torch.Tensor, settings: PreferenceConfig, *, beta: float
+) -> torch.Tensor:
+    """Return the loss of every pair in one form, given a_w and a_l."""
+    form = settings.loss_type
+    assert form is not None, "resolved"
+    if form == "sft":
+        return pairs.nll_P
+    if form in JUDGES_EACH:
+        return JUDGES_EACH[form](chosen_P, rejected_P, beta)
+    if form in ("ipo", "sigmoid_norm"):
+        chosen_P, rejected_P = chosen_P / pairs.chosen_length_P, rejected_P / pairs.rejected_length_P
+    return preference_losses(chosen_P - rejected_P, settings, beta=beta)
 
 
 def preference_losses(lead_P: torch.Tensor, settings: PreferenceConfig, *, beta: float) -> torch.Tensor:

@@ -6,6 +6,8 @@ infonce            -log exp(s(q, p) / t) / sum_d exp(s(q, d) / t)   van den Oord
                    texts as negatives: Karpukhin et al. 2020 (arXiv 2004.04906), eq. 2 and section 3.2
 cosine_similarity  (s(q, p) - y)^2, y the label                     Reimers and Gurevych 2019 (arXiv 1908.10084), section 3
 contrastive        (y d^2 + (1 - y) max(0, m - d)^2) / 2, d = 1 - s(q, p), m = 0.5   Hadsell et al. 2006, eq. 4; m as sentence-transformers
+--mrl_dims        the sum over dims d of w_d x the loss of e cut to its first d numbers and brought to length 1: Kusupati et al. 2022
+                   (arXiv 2205.13147), eq. 1
 
 A row is compared with rows of other micro batches and other ranks. So all embeddings of the global batch are computed once
 without gradients, and the loss and its gradient by each embedding from them; then micro batch after micro batch only carries
@@ -21,7 +23,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
@@ -30,6 +31,7 @@ from megaswift.config.embedding import EmbeddingConfig
 from megaswift.data.batches import MicroBatch
 from megaswift.metadata.meta import ModelMeta
 from megaswift.tasks.answers import Outcome
+from megaswift.tasks.everyone import of_all_ranks
 from megaswift.tasks.preference import rows_loss
 from megaswift.tasks.scores import last_scores
 from megaswift.tasks.task import Loss, RunModel, look, run_model
@@ -65,11 +67,12 @@ class Embedding:
             found = look(chunks, batches, embeddings_of, run=self._run, training=trains)
         if not found:
             return batches
-        everyone_ND, first = _of_all_ranks(torch.cat(found))
+        group = parallel_state.get_data_parallel_group()
+        everyone_ND, first = of_all_ranks(torch.cat(found), group)
         labels_R = None
         if batches[0].targets is not None:
             own = torch.cat([batch.targets for batch in batches if batch.targets is not None])
-            labels_R, _ = _of_all_ranks(own.to(everyone_ND))
+            labels_R, _ = of_all_ranks(own.to(everyone_ND), group)
         with torch.enable_grad():
             outcome = embedding_loss(
                 everyone_ND.requires_grad_(), labels_R, loss_type=self._loss_type, settings=self._settings
@@ -115,6 +118,21 @@ def embedding_loss(
     embeddings_ND: torch.Tensor, labels_R: torch.Tensor | None, *, loss_type: str, settings: EmbeddingConfig
 ) -> Outcome:
     """Return the loss of every row, given the texts of each row one after the other: itself, its positive, its negatives."""
+    if not settings.mrl_dims:
+        return _loss_of_whole(embeddings_ND, labels_R, loss_type=loss_type, settings=settings)
+    parts = {
+        int(dim): _loss_of_whole(
+            F.normalize(embeddings_ND[:, : int(dim)], dim=1), labels_R, loss_type=loss_type, settings=settings
+        )
+        for dim in settings.mrl_dims
+    }
+    losses_PR = torch.stack([settings.mrl_dims[str(dim)] * part.losses_R for dim, part in parts.items()])
+    return Outcome(losses_R=losses_PR.sum(0), metrics=parts[max(parts)].metrics)
+
+
+def _loss_of_whole(
+    embeddings_ND: torch.Tensor, labels_R: torch.Tensor | None, *, loss_type: str, settings: EmbeddingConfig
+) -> Outcome:
     texts = 2 + settings.infonce_hard_negatives
     groups_RND = embeddings_ND.unflatten(0, (-1, texts))
     anchors_RD, others_RCD = groups_RND[:, 0], groups_RND[:, 1:]
@@ -153,23 +171,6 @@ def embedding_model(meta: ModelMeta) -> ModelMeta:
         architecture=architecture,
         raw={**meta.raw, "architectures": [architecture]},
     )
-
-
-def _of_all_ranks(values: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Return the values of all data-parallel ranks, one rank's after the other's along dim 0, and where this rank's begin.
-
-    Every rank of dp calls it. What moves: all of them, once around.
-    """
-    group = parallel_state.get_data_parallel_group()
-    counts = torch.zeros(group.size(), dtype=torch.int64, device=values.device)
-    counts[group.rank()] = len(values)
-    dist.all_reduce(counts, group=group)
-    sizes = counts.tolist()
-    first = sum(sizes[: group.rank()])
-    everyone = values.new_zeros(sum(sizes), *values.shape[1:])
-    everyone[first : first + len(values)] = values
-    dist.all_reduce(everyone, group=group)  # zeros are added to each: exact
-    return everyone, first
 
 
 @contextmanager

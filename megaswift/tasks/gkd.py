@@ -3,6 +3,7 @@
 The loss of a token is the generalised Jensen-Shannon divergence of both distributions: Agarwal et al. 2023 (arXiv 2306.13649),
 eq. 1 and 2; a mean over the tokens of the global batch, as in TRL 1.16. Whose answers these are is algorithm 1's lambda
 (training/distillation_feed.py). Completions are sampled at --temperature; both distributions are taken at 1, as in TRL.
+With --gkd_logits_topk they are those among the teacher's likeliest tokens alone, as in ms-swift 4.6.
 Both models end at their last hidden states, and chunks of their logits are formed together (kernels/linear_divergence).
 
 Letters: B batch, S sequence, T tokens that carry loss, D model size, E that of the teacher.
@@ -34,7 +35,8 @@ class Distillation:
     ) -> None:
         """`teacher` are the chunks of a frozen model under the same layout."""
         assert settings.beta is not None, "resolved"
-        self._beta, self._teacher, self._run = settings.beta, teacher, run
+        self._beta, self._top_k = settings.beta, settings.gkd_logits_topk
+        self._teacher, self._run = teacher, run
 
     def prepare(self, batches: list[MicroBatch], chunks: Sequence[Any]) -> list[MicroBatch]:
         """Return the batches with the teacher's last hidden states [T, E], on the last stage."""
@@ -70,6 +72,7 @@ class Distillation:
             ),
             weights_T,
             beta=self._beta,
+            top_k=self._top_k,
             vocab_size=student.logical_vocab_size,
             group=group if group.size() > 1 else None,
         )

@@ -3,6 +3,13 @@
 With A the advantage of a completion o, r_t = pi(o_t|..)/pi_old(o_t|..) the ratio of a token, and c(r) = min(r A, clip(r, 1-e, 1+e_high) A):
 token loss     -c(r_t) + beta * k3_t        Shao et al. 2024 (arXiv 2402.03300), eq. 3; e_high apart: Yu et al. 2025, DAPO (2503.14476), eq. 8
   sequence     -c(s), s = (pi(o)/pi_old(o))^(1/|o|)  Zheng et al. 2025, GSPO (arXiv 2507.18071), eq. 5 and 7
+  delta        c(r) = min(min(r, delta) A, clip(r, 1-e, 1+e_high) A), as r A has no bound where A < 0: Prime Intellect 2025, INTELLECT-2
+               (arXiv 2505.07291), two-sided GRPO clipping
+  mask         the policy loss of a completion is 0 where A < 0 and mean_t log(pi_drawn/pi) > --off_policy_sequence_mask_delta:
+               DeepSeek-AI 2025, DeepSeek-V3.2 (arXiv 2512.02556), off-policy sequence masking; pi_drawn is q of the sampler, or else
+               pi_old. The divergence from the reference stays, as in TRL 1.16 and unlike ms-swift 4.6
+  entropy      the policy loss of a token is 0 unless its entropy is among the highest --top_entropy_quantile of the global batch: Wang
+               et al. 2025 (arXiv 2506.01939); a micro batch, in which ms-swift looks, is a matter of the layout here
 k3             pi_ref/pi - log(pi_ref/pi) - 1   the unbiased estimate of KL(pi || pi_ref): Shao et al., eq. 4
 A              (r - mean r) / std r over the group   Shao et al., section 4.1.2; without the division: Liu et al. 2025, Dr. GRPO (2503.20783)
   rloo         r - mean r of the others     Ahmadian et al. 2024 (arXiv 2402.14740), as is kl_in_reward: r - beta log(pi_old/pi_ref)
@@ -30,6 +37,7 @@ from megaswift.config.vllm import SamplerConfig
 from megaswift.data.batches import MicroBatch
 from megaswift.metadata.meta import ModelMeta
 from megaswift.tasks.answers import Outcome, document_sums, whole_rows
+from megaswift.tasks.entropy import entropies_of, quantile_of_all_ranks
 from megaswift.tasks.preference import rows_loss
 from megaswift.tasks.task import Loss, RunModel, run_model
 
@@ -37,12 +45,18 @@ METRICS = (
     "kl",
     "clip_ratio/low_mean",
     "clip_ratio/high_mean",
+    "off_policy/masked",
+    "entropy/mean",
+    "entropy/max",
+    "entropy/threshold",
     "sampling/kl",
     "sampling/sampling_logp_difference/mean",
     "sampling/importance_sampling_ratio/mean",
     "sampling/importance_sampling_ratio/max",
 )
 TINY = 1e-4  # beside a standard deviation, as in TRL 1.16
+# Nats by which a token may be below the quantile: the first tokens of a group's completions are equally unsure but for rounding.
+ROUNDING = 1e-4
 BY_TOKENS = ("dapo", "bnpo")  # losses that are divided by tokens, not by completions
 
 
@@ -56,6 +70,7 @@ class Completions:
     old_T: torch.Tensor | None = None  # log pi_old; None: pi is what it was when it generated
     references_T: torch.Tensor | None = None  # log pi_ref
     sampler_T: torch.Tensor | None = None  # log q; None: pi itself drew them
+    entropies_T: torch.Tensor | None = None  # of pi
 
 
 class Grpo:
@@ -72,10 +87,21 @@ class Grpo:
         run: RunModel = run_model,
     ) -> None:
         self._settings, self._rollout, self._sampler, self._run = settings, rollout, sampler, run
+        self._least_entropy = 0.0
 
     def prepare(self, batches: list[MicroBatch], chunks: Sequence[Any]) -> list[MicroBatch]:
-        """Return the batches as they are."""
-        return batches
+        """Return the batches with the entropies of completions [B, S], where the loss or the log needs them."""
+        share = self._rollout.top_entropy_quantile
+        if share == 1 and not self._rollout.log_entropy:
+            return batches
+        found = entropies_of(batches, chunks, run=self._run)
+        if found and share < 1:
+            self._least_entropy = quantile_of_all_ranks(batches, found, 1 - share)
+        return (
+            [replace(batch, prepared=values) for batch, values in zip(batches, found, strict=True)]
+            if found
+            else batches
+        )
 
     def forward_step(self, data_iterator: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Any]:
         """Run one micro batch of prompts with their completions."""
@@ -88,7 +114,9 @@ class Grpo:
 
     def _loss(self, batch: MicroBatch, losses_BS: torch.Tensor) -> Loss:
         completions = completions_of(batch, losses_BS)
-        outcome = grpo_loss(completions, self._settings, self._rollout, self._sampler)
+        outcome = grpo_loss(
+            completions, self._settings, self._rollout, self._sampler, least_entropy=self._least_entropy
+        )
         tokens = completions.lengths_N.sum()
         return rows_loss(
             outcome, loss_tokens=tokens.double(), by_tokens=self._settings.loss_type in BY_TOKENS
@@ -106,11 +134,12 @@ def completions_of(batch: MicroBatch, losses_BS: torch.Tensor) -> Completions:
         "old_T": batch.old_logps,
         "references_T": batch.reference_logps,
         "sampler_T": batch.sampler_logps,
+        "entropies_T": batch.prepared,
     }
     found = {
         name: values_BS.to(device, non_blocking=True)
         for name, values_BS in given.items()
-        if values_BS is not None
+        if isinstance(values_BS, torch.Tensor)
     }
     values_CS = torch.cat([chosen_BS, -losses_BS, *found.values()]).double()
     row_CS = whole_rows(values_CS, batch)
@@ -125,9 +154,17 @@ def completions_of(batch: MicroBatch, losses_BS: torch.Tensor) -> Completions:
 
 
 def grpo_loss(
-    completions: Completions, settings: PreferenceConfig, rollout: RolloutConfig, sampler: SamplerConfig
+    completions: Completions,
+    settings: PreferenceConfig,
+    rollout: RolloutConfig,
+    sampler: SamplerConfig,
+    *,
+    least_entropy: float = 0.0,
 ) -> Outcome:
-    """Return the loss of every completion: to be summed, and divided by completions or by tokens (BY_TOKENS)."""
+    """Return the loss of every completion: to be summed, and divided by completions or by tokens (BY_TOKENS).
+
+    Tokens of less than `least_entropy` have no policy loss.
+    """
     logps_T, lengths_N = completions.logps_T, completions.lengths_N
     assert settings.beta is not None and rollout.epsilon_high is not None, "resolved"
     old_T = logps_T.detach() if completions.old_T is None else completions.old_T
@@ -138,10 +175,18 @@ def grpo_loss(
     advantages_T = completions.advantages_N.repeat_interleave(lengths_N)
     ratio_T = log_ratio_T.exp()
     clipped_T = ratio_T.clamp(1 - rollout.epsilon, 1 + rollout.epsilon_high)
-    losses_T = -torch.minimum(ratio_T * advantages_T, clipped_T * advantages_T)
+    bounded_T = ratio_T if rollout.delta is None else ratio_T.clamp(max=rollout.delta)
+    losses_T = -torch.minimum(bounded_T * advantages_T, clipped_T * advantages_T)
     low_T = (ratio_T < 1 - rollout.epsilon) & (advantages_T < 0)
     high_T = (ratio_T > 1 + rollout.epsilon_high) & (advantages_T > 0)
     metrics = {"clip_ratio/low_mean": low_T.double(), "clip_ratio/high_mean": high_T.double()}
+    if rollout.off_policy_sequence_mask_delta is not None:
+        is_left_N = left_behind(completions, old_T, most=rollout.off_policy_sequence_mask_delta)
+        losses_T = losses_T.masked_fill(is_left_N.repeat_interleave(lengths_N), 0.0)
+        metrics["off_policy/masked"] = is_left_N.double()
+    if completions.entropies_T is not None:
+        losses_T = losses_T.masked_fill(completions.entropies_T < least_entropy - ROUNDING, 0.0)
+        metrics |= _uncertainty(completions, least_entropy, rollout)
     if completions.sampler_T is not None:
         log_weight_T = old_T - completions.sampler_T
         losses_T = losses_T * sampler_weights(log_weight_T, lengths_N, sampler)
@@ -160,6 +205,14 @@ def grpo_loss(
     return Outcome(losses_R=losses_N, metrics=metrics)
 
 
+def left_behind(completions: Completions, old_T: torch.Tensor, *, most: float) -> torch.Tensor:
+    """Return which completions are worse than others and no longer the model's own, bool [N]."""
+    drawn_T = old_T if completions.sampler_T is None else completions.sampler_T
+    lead_T, lengths_N = drawn_T - completions.logps_T.detach(), completions.lengths_N
+    means_N = sums_of(lead_T, lengths_N) / lengths_N.clamp(min=1)
+    return (means_N > most) & (completions.advantages_N < 0)
+
+
 def sampler_weights(
     log_weight_T: torch.Tensor, lengths_N: torch.Tensor, sampler: SamplerConfig
 ) -> torch.Tensor:
@@ -172,6 +225,19 @@ def sampler_weights(
         log_weight_T = means_N.repeat_interleave(lengths_N)
     weight_T, most = log_weight_T.exp(), sampler.rollout_importance_sampling_threshold
     return weight_T.clamp(max=most) if limit == "truncate" else weight_T.where(weight_T <= most, 0.0)
+
+
+def _uncertainty(
+    completions: Completions, least_entropy: float, rollout: RolloutConfig
+) -> dict[str, torch.Tensor]:
+    """Return what is logged of entropies, under ms-swift's names: of the means over completions, and the quantile."""
+    assert completions.entropies_T is not None
+    lengths_N = completions.lengths_N
+    means_N = sums_of(completions.entropies_T, lengths_N)[lengths_N > 0] / lengths_N[lengths_N > 0]
+    metrics = {"entropy/mean": means_N, "entropy/max": means_N} if rollout.log_entropy else {}
+    if rollout.top_entropy_quantile < 1:
+        metrics["entropy/threshold"] = torch.full_like(means_N, least_entropy)
+    return metrics
 
 
 def _mismatch(log_weight_T: torch.Tensor) -> dict[str, torch.Tensor]:

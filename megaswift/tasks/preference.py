@@ -63,10 +63,11 @@ class Preference:
     def _reference_logps(self, batches: list[MicroBatch], chunks: Sequence[Any]) -> list[torch.Tensor]:
         chunks = chunks if self._reference is None else self._reference
         with adapters_off(chunks):
-            return look(chunks, batches, answer_logps, run=self._run)
+            keep = partial(answer_logps, ld_alpha=self._settings.ld_alpha)
+            return look(chunks, batches, keep, run=self._run)
 
     def _rows_loss(self, batch: MicroBatch, losses_BS: torch.Tensor) -> Loss:
-        answers = answers_of(batch, losses_BS)
+        answers = answers_of(batch, losses_BS, ld_alpha=self._settings.ld_alpha)
         return rows_loss(self._loss(answers, self._settings), loss_tokens=answers.lengths_N.sum())
 
 
@@ -109,9 +110,11 @@ class Kto(Preference):
         return kto_loss(answers, settings, divergence=self._divergence)
 
 
-def answer_logps(batch: MicroBatch, losses_BS: torch.Tensor) -> torch.Tensor:
+def answer_logps(
+    batch: MicroBatch, losses_BS: torch.Tensor, *, ld_alpha: float | None = None
+) -> torch.Tensor:
     """Return the log-probabilities of a micro batch's answers, float64 [documents]."""
-    return answers_of(batch, losses_BS).logps_N
+    return answers_of(batch, losses_BS, ld_alpha=ld_alpha).logps_N
 
 
 def rows_loss(outcome: Outcome, *, loss_tokens: torch.Tensor, by_tokens: bool = False) -> Loss:
@@ -131,5 +134,8 @@ def rows_loss(outcome: Outcome, *, loss_tokens: torch.Tensor, by_tokens: bool = 
 
 
 def _entry(name: str, values: torch.Tensor) -> torch.Tensor:
-    value, number = (values.max(), 1) if name.endswith(MAXIMUM) else (values.sum(), values.numel())
+    if name.endswith(MAXIMUM):
+        value, number = values.max() if values.numel() else values.new_zeros(()), 1
+    else:
+        value, number = values.sum(), values.numel()
     return torch.stack([value, values.new_tensor(number)])

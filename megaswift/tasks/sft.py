@@ -1,5 +1,8 @@
 """Next-token prediction: the loss of supervised fine-tuning, and of pre-training, where every token carries loss.
 
+With p the probability of the next token it is -log p; or by dynamic fine-tuning -p log p, where no gradient goes through the
+factor p: Wu et al. 2025 (arXiv 2508.05629).
+
 Letters: B batch, S sequence.
 """
 
@@ -18,8 +21,9 @@ class NextToken:
 
     metrics: tuple[str, ...] = ()
 
-    def __init__(self, *, run: RunModel = run_model) -> None:
-        self._run = run
+    def __init__(self, *, by_probability: bool = False, run: RunModel = run_model) -> None:
+        """`by_probability` weighs losses by the probability of their tokens."""
+        self._by_probability, self._run = by_probability, run
 
     def prepare(self, batches: list[MicroBatch], chunks: Sequence[Any]) -> list[MicroBatch]:
         """Return the batches as they are."""
@@ -28,7 +32,12 @@ class NextToken:
     def forward_step(self, data_iterator: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Any]:
         """Run one micro batch; its loss is token_loss."""
         batch = next(data_iterator)
-        return self._run(batch, model), partial(token_loss, batch.loss_mask)
+        return self._run(batch, model), partial(self._loss, batch.loss_mask)
+
+    def _loss(self, loss_mask_BS: torch.Tensor, losses_BS: torch.Tensor) -> Loss:
+        if self._by_probability:
+            losses_BS = losses_BS * torch.exp(-losses_BS.detach())
+        return token_loss(loss_mask_BS, losses_BS)
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
         """Return nothing beside the loss."""

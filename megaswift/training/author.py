@@ -65,6 +65,7 @@ class Author:
             top_k=chosen.top_k,
             max_tokens=chosen.max_completion_length,
             stop_ids=stop_ids,
+            repetition_penalty=chosen.repetition_penalty,
         )
         self._pad_id = pad_id
         self.seat, self._holders = _place(run, layout)

@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,17 @@ FOLDER = "reference_logps"  # below the run's folder
 
 
 def frozen_copy(
-    run: RunConfig, meta: ModelMeta, layout: Layout, platform: Platform, *, group: Any
+    run: RunConfig,
+    meta: ModelMeta,
+    layout: Layout,
+    platform: Platform,
+    *,
+    group: Any,
+    kept: Path | None = None,
 ) -> list[Any]:
     """Return this rank's chunks of the reference model, without gradients; every rank of the world calls it.
 
-    `group` holds all ranks and is patient. Raises UserError where --ref_model or --teacher_model does not fit.
+    `group` holds all ranks and is patient; `kept` is where its weights are if they have changed. Raises UserError where --ref_model or --teacher_model does not fit.
     """
     reference = alike(lambda: reference_meta(run, meta))
     if distils(run):  # a model of another size, under the same layout
@@ -50,7 +57,7 @@ def frozen_copy(
     plain = replace(run, tuner=TunerConfig())  # neither adapted nor in four bits
     chunks = alike(lambda: build_model(reference, plain, layout, platform))
     agree(
-        lambda: load_weights(chunks, reference, layout, dist.get_rank(), Path(str(reference.folder))),
+        lambda: load_weights(chunks, reference, layout, dist.get_rank(), kept or Path(str(reference.folder))),
         group=group,
     )
     for chunk in chunks:
@@ -122,7 +129,8 @@ class References:
         for step in range(data.num_steps()):
             whole = data.micro_batches(step, dp_rank=dp_rank, dp=self.layout.dp)
             batches = list(whole if share is None else map(share, whole))
-            for entries, logps in look(chunks, batches, _entries_and_logps, run=run_model):
+            keep = partial(_entries_and_logps, ld_alpha=self.run.preference.ld_alpha)
+            for entries, logps in look(chunks, batches, keep, run=run_model):
                 if counts:
                     table[list(entries)] = logps
         dist.all_reduce(table)
@@ -134,14 +142,17 @@ class References:
         files = sorted(
             (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.glob("*.safetensors")
         )
-        digest = hashlib.sha256(repr((files, self.run.model.torch_dtype)).encode())
+        weighs = (files, self.run.model.torch_dtype, self.run.preference.ld_alpha)
+        digest = hashlib.sha256(repr(weighs).encode())
         for values in (encoded.input_ids, encoded.loss_weights, encoded.starts):
             digest.update(np.ascontiguousarray(values).data)
         return digest.hexdigest()[:16]
 
 
-def _entries_and_logps(batch: MicroBatch, losses_BS: torch.Tensor) -> tuple[tuple[int, ...], torch.Tensor]:
-    return batch.sample_ids, answer_logps(batch, losses_BS)
+def _entries_and_logps(
+    batch: MicroBatch, losses_BS: torch.Tensor, *, ld_alpha: float | None
+) -> tuple[tuple[int, ...], torch.Tensor]:
+    return batch.sample_ids, answer_logps(batch, losses_BS, ld_alpha=ld_alpha)
 
 
 def _write(file: Path, table: np.ndarray) -> None:

@@ -42,6 +42,7 @@ from megaswift.training.beside import account_of, observers, reporters_of, savin
 from megaswift.training.context import context_share, place_context, ranks_of_this_node
 from megaswift.training.engine import Engine
 from megaswift.training.feed import TrainFeed, ValidationFeed
+from megaswift.training.following import FollowReference, kept_reference, reference_writers
 from megaswift.training.loop import Progress, train_loop
 from megaswift.training.optimizer import build_optimizer, shards_optimizer, wrap_chunks
 from megaswift.training.reference import References, frozen_copy
@@ -154,7 +155,10 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
             run=run, meta=meta, layout=layout, platform=platform, output_dir=output_dir, group=patient
         )
         sets = with_references(sets, references)
-    reference = frozen_copy(run, meta, layout, platform, group=patient) if needs_copy(run) else None
+    reference = None
+    if needs_copy(run):
+        kept = alike(lambda: kept_reference(run, checkpoint))
+        reference = frozen_copy(run, meta, layout, platform, group=patient, kept=kept)
     chunks = _model(run, meta, layout, platform, adapter=adapter, checkpoint=checkpoint, group=patient)
     wrapped = wrap_chunks(chunks, run)
     optimizer = build_optimizer(wrapped, run)
@@ -216,8 +220,18 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
         layout=layout,
         store=store,
         engine=engine,
-        writers={**export_writers(run, meta, layout, chunks, dtype=dtype), **feed.writers()},
+        writers={
+            **export_writers(run, meta, layout, chunks, dtype=dtype),
+            **feed.writers(),
+            **reference_writers(run, meta, layout, reference),
+        },
     )
+    following = []
+    if run.preference.sync_ref_model:
+        assert reference is not None, "config/preference_rules.py"
+        steps, alpha = run.preference.ref_model_sync_steps, run.preference.ref_model_mixup_alpha
+        following = [alike(lambda: FollowReference(engine, reference, every_steps=steps, alpha=alpha))]
+
     validation = None
     if sets.val is not None:
         validation = ValidationFeed(sets.val, dp_rank=dp_rank, dp=layout.dp, limit=run.logging.eval_iters)
@@ -226,7 +240,13 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
     account = account_of(run, output_dir, start, on_gpus=platform.name == "cuda")
     save = wall_time.timed(saver if account is None else account.timed(saver))
     looking = observers(run, platform, engine, feed, validation, reporters, heartbeat)
-    callbacks = [*looking, *([] if account is None else [account]), saving(run, feed, save), wall_time]
+    callbacks = [
+        *looking,
+        *following,
+        *([] if account is None else [account]),
+        saving(run, feed, save),
+        wall_time,
+    ]
     _announce(meta, layout, run, start=start, total_steps=total_steps)
     with interrupt, heartbeat:
         progress = train_loop(

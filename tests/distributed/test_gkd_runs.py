@@ -51,9 +51,18 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "tp2": (2, ("--tensor_model_parallel_size", "2", "--sequence_parallel", "true")),
     "pp2": (2, ("--pipeline_model_parallel_size", "2")),
     "cp2": (2, ("--context_parallel_size", "2", "--cp_comm_type", "p2p")),
+    "tp2 pp2": (4, ("--tensor_model_parallel_size", "2", "--pipeline_model_parallel_size", "2")),
     "packed": (1, ("--packing", "true")),
 }
-OTHERS = [("mixed", "tp2"), ("mixed", "pp2"), ("own", "cp2"), ("own", "dp2"), ("asked", "packed")]
+OTHERS = [
+    ("mixed", "tp2"),
+    ("mixed", "pp2"),
+    ("mixed", "tp2 pp2"),
+    ("own", "cp2"),
+    ("own", "dp2"),
+    ("own", "tp2 pp2"),
+    ("asked", "packed"),
+]
 TIMED = ("step_time_s", "tokens_per_s", "model_tflops_per_s", "memory_gib")
 
 
@@ -113,7 +122,7 @@ def test_writers_follow_from_the_seed_and_have_their_share() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.ranks(2)
+@pytest.mark.ranks(4)
 @pytest.mark.parametrize(("training", "layout"), OTHERS)
 def test_layout_writes_and_learns_like_one_rank(training: str, layout: str) -> None:
     assert table(training, layout, "completions.jsonl") == table(training, "one", "completions.jsonl")

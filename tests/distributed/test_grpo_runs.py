@@ -26,7 +26,7 @@ from tests.harness.training import temporary_folder
 
 # float32 sums in another order, a few Adam steps apart.
 LOSS_TOLERANCE, NORM_TOLERANCE = 1e-5, 1e-4
-STEPS = 3
+STEPS, SEED = 3, 42
 PLUGIN = '''
 def brief(completions, **columns):
     """Fewer words are better."""
@@ -60,10 +60,13 @@ TRAININGS: dict[str, tuple[str, ...]] = {
     "twice": ("--num_iterations", "2", "--kl_in_reward", "true", "--importance_sampling_level", "sequence", *CALM),
     "rloo": ("--advantage_estimator", "rloo", "--beta", "0", "--loss_type", "dapo", "--temperature", "0.7", "--top_k", "40"),
 }  # fmt: skip
-# what is trained besides, on conversations of several turns and with a reward model -> flags
+# what is trained besides: on conversations of several turns and with a reward model; on shares of generations, whose tokens have
+# second thoughts, half of which the model is too sure of -> flags
 TALKS: dict[str, tuple[str, ...]] = {
     "talks": ("--multi_turn_scheduler", "{folder}/plugin.py:again", "--max_turns", "3", "--reward_model", "{folder}/rm",
               "--reward_weights", "1", "0.5", "2", "--num_iterations", "2", *CALM),
+    "shares": ("--generation_batch_size", "16", "--loss_type", "dapo", "--delta", "1.25", "--top_entropy_quantile", "0.5",
+               "--log_entropy", "true", "--off_policy_sequence_mask_delta", "1e-3", "--repetition_penalty", "1.3", *CALM),
 }  # fmt: skip
 CP2 = ("--context_parallel_size", "2", "--cp_comm_type", "p2p")
 PACKED = ("--packing", "true", "--max_length", "40")
@@ -96,8 +99,11 @@ ON_TWO = [
     ("rloo", "vpp2 packed"),
     ("talks", "tp2"),
     ("talks", "cp2"),
+    ("shares", "tp2"),
+    ("shares", "cp2 packed"),
+    ("shares", "dp2 packed"),
 ]
-OTHERS = [*ON_TWO, ("lora", "packed"), ("twice", "packed"), ("twice", "tp2 pp2")]
+OTHERS = [*ON_TWO, ("lora", "packed"), ("twice", "packed"), ("twice", "tp2 pp2"), ("shares", "tp2 pp2")]
 TIMED = ("step_time_s", "tokens_per_s", "model_tflops_per_s", "memory_gib")
 
 
@@ -123,7 +129,7 @@ def flags(training: str, layout: str, *more: str, output: str | None = None) -> 
         "--global_batch_size", "8", "--num_generations", "4", "--micro_batch_size", "2", "--max_completion_length", "10",
         "--learning_rate", "1e-2", "--lr_decay_style", "constant", "--save_steps", "1", "--logging_steps", "1",
         "--report_to", "none", "--log_completions", "true", "--external_plugins", str(folder() / "plugin.py"),
-        "--reward_funcs", "near", "brief", *(() if training in TALKS else ("--reward_weights", "1", "0.5")),
+        "--reward_funcs", "near", "brief", *(() if training == "talks" else ("--reward_weights", "1", "0.5")),
         *(word.format(folder=folder()) for word in {**TRAININGS, **TALKS}[training]), *LAYOUTS[layout][1], *more,
     ]  # fmt: skip
 
@@ -205,6 +211,50 @@ def test_table_and_figures_tell_the_same(training: str) -> None:
 
 
 @pytest.mark.slow
+def test_steps_share_out_a_generation_and_tokens_that_the_model_is_sure_of_are_left_out() -> None:
+    """Step 1 and 2 take the first and second half of 16 completions, step 3 new ones; the entropy is that of the exported model."""
+    rows, lines = table("shares", "one", "completions.jsonl"), figures("shares", "one")
+    assert [row["step"] for row in rows] == [1] * 16 + [3] * 16
+    assert [line["loss_tokens"] for line in lines] == [
+        sum(row["tokens"] for row in rows[first : first + 8]) for first in (0, 8, 16)
+    ]
+    assert lines[0]["reward"] == lines[1]["reward"] != lines[2]["reward"]
+    assert lines[0]["off_policy/masked"] == 0, "the model is still the one that wrote them"
+    assert lines[1]["off_policy/masked"] > 0
+    tokenizer = load_tokenizer(folder() / "model")
+    prompts = [
+        np.array(tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True).input_ids)
+        for row in rows[:16]
+    ]
+    draws = [chances((SEED, place // 4, place % 4), length=10) for place in range(16)]
+    sampling = Sampling(
+        temperature=0.9,
+        top_p=1,
+        top_k=-1,
+        max_tokens=10,
+        stop_ids=(2, *range(20, 50)),
+        repetition_penalty=1.3,
+    )
+    first, second = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        for path in (folder() / "model", folder() / "shares one" / "checkpoint-1" / "hf")
+    )
+    ids = complete(first, prompts, draws, sampling, pad_id=0)
+    assert tokenizer.batch_decode(ids, skip_special_tokens=True) == [row["completion"] for row in rows[:16]]
+    every, means = [], []
+    for prompt, answer in zip(prompts[8:], ids[8:], strict=True):
+        with torch.no_grad():
+            logits = second(torch.tensor([[*prompt.tolist(), *answer]])).logits[0, len(prompt) - 1 : -1]
+        log_p = (logits.double() / 0.9).log_softmax(-1)
+        own = (-(log_p.exp() * log_p).sum(-1)).tolist()
+        every += own
+        means.append(statistics.mean(own))
+    assert lines[1]["entropy/mean"] == pytest.approx(statistics.mean(means), rel=LOSS_TOLERANCE)
+    assert lines[1]["entropy/max"] == pytest.approx(max(means), rel=LOSS_TOLERANCE)
+    assert lines[1]["entropy/threshold"] == pytest.approx(statistics.median(every), rel=LOSS_TOLERANCE)
+
+
+@pytest.mark.slow
 @torch.no_grad()
 def test_turns_are_rewarded_together_and_learnt_without_what_was_said_between() -> None:
     rows, lines = table("talks", "one", "completions.jsonl"), figures("talks", "one")
@@ -268,10 +318,10 @@ def test_completions_are_those_of_the_exported_model(training: str) -> None:
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize(
     ("training", "layout", "step"),
-    [("grpo", "one", 2), ("lora", "cp2", 2), ("twice", "one", 1), ("twice", "cp2 packed", 1)],
-)
+    [("grpo", "one", 2), ("lora", "cp2", 2), ("twice", "one", 1), ("twice", "cp2 packed", 1), ("shares", "cp2 packed", 1)],
+)  # fmt: skip
 def test_resumed_run_repeats_every_figure_and_completion(training: str, layout: str, step: int) -> None:
-    """`twice` goes on amid completions that it has used once."""
+    """`twice` goes on amid completions that it has used once, `shares` with the second half of them."""
     before = figures(training, layout), table(training, layout, "completions.jsonl")
     for later in range(step + 1, STEPS + 1):
         (folder() / f"{training} {layout}" / f"checkpoint-{later}" / "manifest.json").unlink()

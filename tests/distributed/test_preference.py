@@ -22,15 +22,27 @@ CLASSIFIER = {"task_type": "seq_cls", "problem_type": "multi_label_classificatio
 # what is trained -> settings
 TRAININGS: dict[str, dict[str, dict[str, Any]]] = {
     "dpo": {"preference": {"rlhf_type": "dpo", "beta": 0.5, "rpo_alpha": 0.2}},
+    "mpo": {
+        "preference": {
+            "rlhf_type": "dpo",
+            "loss_type": "sigmoid bco_pair sft",
+            "loss_weights": ["0.8", "0.2", "0.5"],
+            "beta": 0.5,
+            "ld_alpha": 0.3,
+        }
+    },
     "dpo lora": {"preference": {"rlhf_type": "dpo", "beta": 0.5}, **LORA},
     "orpo": {"preference": {"rlhf_type": "orpo", "beta": 0.5}},
     "simpo": {"preference": {"rlhf_type": "simpo"}},
     "cpo": {"preference": {"rlhf_type": "cpo", "beta": 0.5}},
     "kto": {"preference": {"rlhf_type": "kto", "beta": 0.5, "undesirable_weight": 0.8}},
     "rm": {"preference": {"rlhf_type": "rm", "center_rewards_coefficient": 0.01}},
-    "gkd": {"preference": {"rlhf_type": "gkd", "lmbda": 0.0, "beta": 0.3}},
+    "gkd": {"preference": {"rlhf_type": "gkd", "lmbda": 0.0, "beta": 0.3, "gkd_logits_topk": 9}},
     "seq_cls lora": {"model": {**CLASSIFIER, "num_labels": 3}, **LORA},
-    "embedding": {"model": {"task_type": "embedding"}, "embedding": {"infonce_hard_negatives": 1}},
+    "embedding": {
+        "model": {"task_type": "embedding"},
+        "embedding": {"infonce_hard_negatives": 1, "mrl_dims": {"8": 0.5, "64": 1}},
+    },
 }
 # layout -> (ranks, parallel settings)
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {

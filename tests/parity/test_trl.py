@@ -42,6 +42,11 @@ DPO: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         name: ({"loss_type": name}, {"loss_type": [name]})
         for name in ("discopop", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down")
     },
+    "mpo": (
+        {"loss_type": "sigmoid bco_pair", "loss_weights": ["0.8", "0.2"]},
+        {"loss_type": ["sigmoid", "bco_pair"], "loss_weights": [0.8, 0.2]},
+    ),
+    "ld": ({"ld_alpha": 0.3}, {"ld_alpha": 0.3}),
     "exo_pair": ({"loss_type": "exo_pair"}, {"loss_type": ["exo_pair"], "label_smoothing": 1e-3}),
 }
 KTO: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

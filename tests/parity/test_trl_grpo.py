@@ -42,6 +42,21 @@ FORMS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
             "epsilon_high": 0.04,
         },
     ),
+    "two-sided": (
+        {"loss_type": "grpo", "beta": 0.1},
+        {"delta": 1.3},
+        {"loss_type": "grpo", "beta": 0.1, "delta": 1.3},
+    ),
+    "masked": (
+        {"loss_type": "grpo", "beta": 0.1},
+        {"off_policy_sequence_mask_delta": 0.02, "num_iterations": 2},
+        {"loss_type": "grpo", "beta": 0.1, "off_policy_mask_threshold": 0.02},
+    ),
+    "unsure": (
+        {"loss_type": "dapo", "beta": 0.1},
+        {"top_entropy_quantile": 0.3},
+        {"loss_type": "dapo", "beta": 0.1, "top_entropy_quantile": 0.3},
+    ),
     **{
         mode: (
             {"loss_type": "grpo", "beta": 0.1},
@@ -201,11 +216,15 @@ def test_grpo_has_the_loss_and_gradient_of_trl(name: str, tmp_path: Path) -> Non
         train_dataset=Dataset.from_list([{"prompt": "a"}]), processing_class=tokenizer(),
     )  # fmt: skip
     trainer.current_gradient_accumulation_steps = 1
+    inputs = padded(rollout(), name)
     if corrected(name):
         trainer.use_vllm = True  # as if it had generated with it
-    expected = loss_and_norm(trainer, padded(rollout(), name))
+    else:
+        del inputs["sampling_per_token_logps"]
+    expected = loss_and_norm(trainer, inputs)
     loss, norm, logged = ours()[name]
     agree((loss, norm), expected)
+    assert name != "masked" or 0 < logged["off_policy/masked"] < 0.5
     clipped = sum(value for kind, value in logged.items() if kind.startswith("clip_ratio"))
     assert 0 < clipped < 0.9 and TOLERANCE <= 1e-5
 

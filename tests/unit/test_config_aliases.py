@@ -94,7 +94,7 @@ def test_a_flag_that_asks_for_nothing_is_accepted(words: str) -> None:
         "--new_special_tokens <x>",
         "--ref_adapters x",
         "--vllm_enable_lora true",
-        "--generation_batch_size 8",
+        "--teacher_tag_key x",
         "--lr_scheduler_type polynomial",
         "--optim galore",
         "--eval_strategy epoch",

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from megaswift.config.data import DataConfig
+from megaswift.config.reward import RewardConfig
 from megaswift.data.encode import encode_samples
 from megaswift.data.forms import CONVERSATIONS, PROMPTS
 from megaswift.data.load import with_prompts
@@ -13,6 +14,7 @@ from megaswift.data.prompts import PromptRows, save_rows
 from megaswift.data.read import read_datasets
 from megaswift.data.template import Template
 from megaswift.errors import DataError
+from megaswift.rollout.rewards import Judged, load_rewards, rewards_of
 from tests.unit.test_data_pairs import encoded_rows, text
 
 SYSTEM = {"role": "system", "content": "be brief"}
@@ -50,6 +52,26 @@ def test_rows_keep_every_other_column_for_the_rewards(tmp_path: Path) -> None:
     assert kept[0].columns == {"solution": "7", "tags": ["sum"]}
     assert kept[0].messages == kept[1].messages == (USER,)
     assert kept[1].source.endswith("rows.jsonl:2")
+
+
+def test_test_cases_and_rules_of_rows_reach_their_rewards(tmp_path: Path) -> None:
+    cases = [{"input": "3 4", "output": "7"}, "assert True"]
+    rows = [
+        {
+            "prompt": "add",
+            "test_cases": cases,
+            "rules": [{"match": "a"}, {"number": "solution"}],
+            "solution": "7",
+        },
+        {"messages": [USER], "verification_info": {"language": "python", "test_cases": cases}},
+    ]
+    encoded_rows(tmp_path, rows, PROMPTS)
+    save_rows(tmp_path / "saved", read_datasets(DataConfig(dataset=[str(tmp_path / "rows.jsonl")])).train)
+    kept = PromptRows(tmp_path / "saved")
+    given = [Judged(ids=[1], turns=[{"role": "assistant", "content": "```python\nprint(7)\n```"}])]
+    functions = load_rewards(RewardConfig(reward_funcs=["code", "rules"]))
+    assert rewards_of(functions, kept[0], given) == [[1.0], [0.5]]
+    assert rewards_of({"code": functions["code"]}, kept[1], given) == [[1.0]]
 
 
 def test_rows_without_a_question_or_too_long_are_reported(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from megaswift.config.embedding import EmbeddingConfig
+from megaswift.config.parse import parse_run
+from megaswift.config.rules import resolve
 from megaswift.data.forms import COMPARED, grouped
 from megaswift.errors import ConfigError
 from megaswift.tasks.embedding import METRICS, _same_random_numbers, embedding_loss
@@ -41,9 +43,21 @@ def contrastive(similarity: float, label: float) -> float:
     return 0.5 * (label * apart**2 + (1 - label) * max(0.0, 0.5 - apart) ** 2)
 
 
+def cut(row: list[list[float]], size: int) -> list[list[float]]:
+    """The first numbers of embeddings, brought to length 1."""
+    return [[value / math.sqrt(dot(e[:size], e[:size])) for value in e[:size]] for e in row]
+
+
+def nested(rows: list[list[list[float]]]) -> list[float]:
+    """Kusupati et al. 2022, eq. 1, for 2 of the 5 numbers with weight 0.3, and all with weight 2."""
+    short, long = (in_batch([cut(row, size) for row in rows]) for size in (2, 5))
+    return [0.3 * a + 2 * b for a, b in zip(short, long, strict=True)]
+
+
 # name -> (loss_type, settings, the paper's losses of all rows, each a list of embeddings)
 CASES = {
     "in-batch negatives": ("infonce", {}, in_batch),
+    "nested": ("infonce", {"mrl_dims": {"2": 0.3, "5": 2}, "infonce_hard_negatives": 1}, nested),
     "in-batch and hard negatives": ("infonce", {"infonce_hard_negatives": 2}, in_batch),
     "hard negatives": (
         "infonce",
@@ -85,6 +99,31 @@ def test_loss_and_gradient_are_those_of_the_paper(name: str) -> None:
         assert float(gradient.view(-1)[place]) == pytest.approx((ahead - behind) / (2 * STEP), abs=TOLERANCE)
     assert set(outcome.metrics) == set(METRICS[kind])
     assert not any(values.requires_grad for values in outcome.metrics.values())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ('{"0": 1}', "mrl_dims names 0 of the"),
+        ('{"100000": 1}', "mrl_dims names 100000 of the"),
+        ('{"all": 1}', "mrl_dims names all of the"),
+        ('{"4": 0}', "mrl_dims weighs 4 with 0. Give a number above 0"),
+    ],
+)
+def test_parts_of_embeddings_that_are_not_there_are_refused(words: str, message: str) -> None:
+    asked = parse_run(
+        "sft", ["--model", "m", "--dataset", "d", "--task_type", "embedding", "--mrl_dims", words]
+    )
+    with pytest.raises(ConfigError, match=message):
+        resolve(asked, dense(), 1, "cpu")
+    with pytest.raises(ConfigError, match=r"mrl_dims=.* is for --task_type embedding"):
+        resolve(parse_run("sft", ["--model", "m", "--dataset", "d", "--mrl_dims", words]), dense(), 1, "cpu")
+
+
+@pytest.mark.parametrize(("task", "words"), [("rlhf", ""), ("sft", "--task_type embedding")])
+def test_weights_by_probability_are_of_tokens(task: str, words: str) -> None:
+    with pytest.raises(ConfigError, match="enable_dft_loss=true is for token losses"):
+        resolved(f"{words} --enable_dft_loss true", dense(), task=task)
 
 
 def test_two_passes_draw_the_same_random_numbers() -> None:

@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -29,26 +30,30 @@ DRAWN: Tokens = (
     (-1.7, -0.2, -1.0, -1.9, -2.9),
 )  # log q of another engine that drew them
 ADVANTAGES = (1.3, -0.8, 0.4)
+ENTROPIES: Tokens = ((0.3, 2.1, 1.7), (0.9, 0.1), (1.1, 2.5, 0.2, 0.6, 1.9))
 LOW, HIGH, BETA = 0.2, 0.28, 0.3
+DELTA = 1.5  # the second completion, which is worse than others, has a ratio of 1.8
 
 
-def clipped(ratio: float, advantage: float) -> float:
-    """The objective that PPO clips, which GRPO's eq. 3 takes over."""
-    return min(ratio * advantage, min(max(ratio, 1 - LOW), 1 + HIGH) * advantage)
+def clipped(ratio: float, advantage: float, delta: float = math.inf) -> float:
+    """The objective that PPO clips, which GRPO's eq. 3 takes over, with INTELLECT-2's second bound."""
+    return min(min(ratio, delta) * advantage, min(max(ratio, 1 - LOW), 1 + HIGH) * advantage)
 
 
 def k3(logp: float, ref: float) -> float:
     return math.exp(ref - logp) - (ref - logp) - 1
 
 
-def token_losses(logps: Tokens, old: Tokens, *, beta: float, sequence: bool) -> list[list[float]]:
+def token_losses(
+    logps: Tokens, old: Tokens, *, beta: float, sequence: bool, delta: float = math.inf
+) -> list[list[float]]:
     losses = []
     for row, (mine, before, ref, advantage) in enumerate(zip(logps, old, REF, ADVANTAGES, strict=True)):
         ratios = [math.exp(a - b) for a, b in zip(mine, before, strict=True)]
         if sequence:
             whole = math.prod(ratios) ** (1 / len(ratios))
             ratios = [whole] * len(ratios)
-        objectives = [clipped(ratio, advantage) for ratio in ratios]
+        objectives = [clipped(ratio, advantage, delta) for ratio in ratios]
         losses.append([-one + beta * k3(a, r) for one, a, r in zip(objectives, mine, ref, strict=True)])
         assert len(losses[row]) == len(mine)
     return losses
@@ -74,6 +79,8 @@ CASES: dict[str, tuple[str, dict[str, Any], float, Callable[[list[list[float]]],
     "bnpo": ("bnpo", {}, BETA, per_token),
     "dr_grpo": ("dr_grpo", {}, 0.0, by_longest),
     "gspo": ("grpo", {"importance_sampling_level": "sequence"}, 0.0, per_completion),
+    "two-sided": ("grpo", {"delta": DELTA}, BETA, per_completion),
+    "two-sided by tokens": ("dapo", {"delta": DELTA}, 0.0, per_token),
     "gspo by tokens": ("dapo", {"importance_sampling_level": "sequence"}, BETA, per_token),
 }
 
@@ -128,7 +135,8 @@ def test_loss_and_gradient_are_those_of_the_paper(name: str) -> None:
     sequence = more.get("importance_sampling_level") == "sequence"
 
     def paper(logps: Tokens) -> float:
-        return reduce(token_losses(logps, OLD, beta=beta, sequence=sequence))
+        delta = more.get("delta", math.inf)
+        return reduce(token_losses(logps, OLD, beta=beta, sequence=sequence, delta=delta))
 
     given = completions(reference=beta > 0)
     loss = total(grpo_loss(given, *settings_of(name)), loss_type, given)
@@ -138,6 +146,88 @@ def test_loss_and_gradient_are_those_of_the_paper(name: str) -> None:
     assert given.logps_T.grad is not None
     assert given.logps_T.grad.tolist() == pytest.approx(slopes, abs=TOLERANCE)
     assert any(slopes), "a gradient of zero would say little"
+
+
+def agrees(outcome: Outcome, given: Completions, paper: Callable[[Tokens], float]) -> None:
+    """Value and gradient of the mean over completions are those of the paper's formula."""
+    loss = total(outcome, "grpo", given)
+    assert float(loss) == pytest.approx(paper(LOGPS), abs=TOLERANCE)
+    loss.backward()
+    assert given.logps_T.grad is not None
+    assert given.logps_T.grad.tolist() == pytest.approx(slopes_of(paper), abs=TOLERANCE)
+
+
+def test_a_second_bound_changes_the_loss_of_worse_completions() -> None:
+    """Its bite, which the cases above compare with the paper: the gradient of the token beyond it is that of the reference alone."""
+    plain, bounded = completions(reference=False), completions(reference=False)
+    for given, more in ((plain, {}), (bounded, {"delta": DELTA})):
+        settings, rollout, sampler = settings_of("grpo without a reference")
+        grpo_loss(
+            given, settings, RolloutConfig(**{**vars(rollout), **more}), sampler
+        ).losses_R.sum().backward()
+    assert plain.logps_T.grad is not None and bounded.logps_T.grad is not None
+    changed = plain.logps_T.grad != bounded.logps_T.grad
+    assert changed.tolist() == [False] * 3 + [True] + [False] * 6
+    assert float(bounded.logps_T.grad[3]) == 0
+
+
+@pytest.mark.parametrize("sampler", [False, True], ids=["older policy", "another engine"])
+def test_worse_completions_that_the_model_has_left_have_no_policy_loss(sampler: bool) -> None:
+    """The mask of DeepSeek-V3.2: advantage below 0 and the mean of log pi_drawn/pi above the threshold; nothing goes through it."""
+    worse, most = (1.3, -0.8, -0.4), 0.3
+    raised = [[value + 0.5 for value in row] for row in (DRAWN if sampler else OLD)]
+    leads = [
+        statistics.mean(a - b for a, b in zip(*rows, strict=True)) for rows in zip(raised, LOGPS, strict=True)
+    ]
+    masked = [lead > most and advantage < 0 for lead, advantage in zip(leads, worse, strict=True)]
+    assert masked == [False, False, True] and max(leads[:2]) > most - 0.5 and (sampler or leads[0] > most)
+    settings, rollout, none = settings_of("grpo", rollout_importance_sampling_mode="none")
+    rollout = RolloutConfig(**{**vars(rollout), "off_policy_sequence_mask_delta": most})
+    older = OLD if sampler else raised
+
+    def paper(logps: Tokens) -> float:
+        losses = []
+        for mine, before, ref, advantage, is_masked in zip(logps, older, REF, worse, masked, strict=True):
+            policy = [
+                -clipped(math.exp(a - b), advantage) * (not is_masked)
+                for a, b in zip(mine, before, strict=True)
+            ]
+            losses.append([one + BETA * k3(a, r) for one, a, r in zip(policy, mine, ref, strict=True)])
+        return per_completion(losses)
+
+    given = replace(
+        completions(sampler=sampler),
+        advantages_N=torch.tensor(worse, dtype=torch.float64),
+        old_T=flat(older),
+        sampler_T=flat(raised) if sampler else None,
+    )
+    outcome = grpo_loss(given, settings, rollout, none)
+    agrees(outcome, given, paper)
+    assert outcome.metrics["off_policy/masked"].tolist() == masked
+
+
+def test_tokens_that_the_model_is_sure_of_have_no_policy_loss() -> None:
+    least = 1.0
+    settings, rollout, sampler = settings_of("grpo")
+    rollout = RolloutConfig(**{**vars(rollout), "top_entropy_quantile": 0.5, "log_entropy": True})
+
+    def paper(logps: Tokens) -> float:
+        whole = token_losses(logps, OLD, beta=BETA, sequence=False)
+        policy = token_losses(logps, OLD, beta=0.0, sequence=False)
+        return per_completion(
+            [
+                [one - own * (entropy < least) for one, own, entropy in zip(*rows, strict=True)]
+                for rows in zip(whole, policy, ENTROPIES, strict=True)
+            ]
+        )
+
+    given = replace(completions(), entropies_T=flat(ENTROPIES))
+    outcome = grpo_loss(given, settings, rollout, sampler, least_entropy=least)
+    agrees(outcome, given, paper)
+    means = [statistics.mean(row) for row in ENTROPIES]
+    assert outcome.metrics["entropy/mean"].tolist() == pytest.approx(means)
+    assert float(outcome.metrics["entropy/max"].max()) == pytest.approx(max(means))
+    assert set(outcome.metrics["entropy/threshold"].tolist()) == {least}
 
 
 def weights_of(mode: str, most: float, before: Tokens) -> Tokens:
@@ -185,7 +275,9 @@ def test_completions_of_another_engine_are_weighted(mode: str, old: bool) -> Non
     touched = {"none": 0, "token": 2, "sequence": 1}[mode.partition("_")[0]]
     if old:
         assert sum(one in (most, 0.0) for one in flattened) >= touched, "the threshold must bite"
-    assert set(outcome.metrics) == set(METRICS)
+    assert set(outcome.metrics) == {
+        name for name in METRICS if not name.startswith(("off_policy/", "entropy/"))
+    }
     ratios = [math.exp(a - b) for a, b in zip(sum(before, ()), sum(DRAWN, ()), strict=True)]
     assert float(outcome.metrics["sampling/importance_sampling_ratio/max"].max()) == pytest.approx(
         max(ratios)
@@ -197,7 +289,7 @@ def test_completions_of_another_engine_are_weighted(mode: str, old: bool) -> Non
 
 def test_some_ratios_are_clipped_on_either_side_and_counted() -> None:
     outcome = grpo_loss(completions(), *settings_of("grpo"))
-    assert set(outcome.metrics) == {name for name in METRICS if not name.startswith("sampling/")}
+    assert set(outcome.metrics) == {"kl", "clip_ratio/low_mean", "clip_ratio/high_mean"} < set(METRICS)
     ratios = [[math.exp(a - b) for a, b in zip(*rows, strict=True)] for rows in zip(LOGPS, OLD, strict=True)]
     pairs = [(ratio, advantage) for row, advantage in zip(ratios, ADVANTAGES, strict=True) for ratio in row]
     low = [float(ratio < 1 - LOW and advantage < 0) for ratio, advantage in pairs]

@@ -71,6 +71,36 @@ def test_values_and_gradients_are_those_of_full_logits(beta: float, softcap: flo
         assert torch.allclose(mine, theirs, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("top_k", [1, 3, 99])
+@pytest.mark.parametrize("beta", BETAS)
+def test_the_largest_logits_of_the_teacher_are_compared_by_themselves(beta: float, top_k: int) -> None:
+    """Against the paper's divergence of softmaxes over the chosen tokens, with autograd's gradient; one chunk and several."""
+    hidden, weight, teacher_hidden, teacher_weight = layers()
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    student, teacher = (hidden @ weight.T)[:, :11], (teacher_hidden @ teacher_weight.T)[:, :11]
+    chosen = teacher.topk(min(top_k, 11), dim=1).indices
+    losses = reference.generalised_jsd(student.gather(1, chosen), teacher.gather(1, chosen), beta=beta)
+    expected = losses.sum()
+    for q, p, loss in zip(
+        student.gather(1, chosen).tolist(), teacher.gather(1, chosen).tolist(), losses.tolist(), strict=True
+    ):
+        assert loss == pytest.approx(paper(q, p, beta), abs=TOLERANCE)
+    for chunk_tokens in (3, 256):
+        found = linear_divergence(
+            OutputLayer(hidden=hidden, weight=weight), OutputLayer(hidden=teacher_hidden, weight=teacher_weight),
+            torch.ones(7, dtype=torch.float64), beta=beta, vocab_size=11, top_k=top_k, chunk_tokens=chunk_tokens,
+        )  # fmt: skip
+        assert float(found) == pytest.approx(float(expected), abs=TOLERANCE)
+        for mine, theirs in zip(
+            torch.autograd.grad(found, [hidden, weight]),
+            torch.autograd.grad(expected, [hidden, weight], retain_graph=True),
+            strict=True,
+        ):
+            assert torch.allclose(mine, theirs, rtol=0, atol=TOLERANCE)
+            assert top_k == 1 or bool(mine.any()), "a gradient of zero would say little"
+
+
 def test_no_tokens_and_equal_models_cost_nothing() -> None:
     hidden, weight, _, _ = layers(dtype=torch.float32)
     hidden.requires_grad_()

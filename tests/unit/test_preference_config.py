@@ -1,9 +1,12 @@
 """Settings of `megaswift rlhf`: defaults of each loss, and what does not belong to it."""
 
+from pathlib import Path
+
 import pytest
 
 from megaswift.config.dump import dump_run
-from megaswift.config.parse import parse_saved
+from megaswift.config.loss_forms import weighted_forms
+from megaswift.config.parse import parse_run, parse_saved
 from megaswift.config.rules import ResolvedRun
 from megaswift.errors import ConfigError
 from tests.unit.test_config_rules import dense, resolved
@@ -28,6 +31,18 @@ def rlhf(words: str) -> ResolvedRun:
 def test_each_loss_has_its_defaults(words: str, loss_type: str, beta: float, cpo_alpha: float) -> None:
     chosen = rlhf(words).config.preference
     assert (chosen.loss_type, chosen.beta, chosen.cpo_alpha) == (loss_type, beta, cpo_alpha)
+
+
+def test_several_forms_of_a_loss_are_one_setting(tmp_path: Path) -> None:
+    """In words, in a YAML list, and in what a run writes down."""
+    words = "--loss_type sigmoid exo_pair sft --loss_weights 0.8 0.2 1"
+    run = rlhf(words).config
+    assert (run.preference.loss_type, run.preference.label_smoothing) == ("sigmoid exo_pair sft", 1e-3)
+    assert weighted_forms(run.preference) == [("sigmoid", 0.8), ("exo_pair", 0.2), ("sft", 1.0)]
+    (tmp_path / "run.yaml").write_text("loss_type: [sigmoid, sft]\n")
+    assert parse_run("rlhf", [str(tmp_path / "run.yaml")]).preference.loss_type == "sigmoid sft"
+    (tmp_path / "saved.yaml").write_text(dump_run(run))
+    assert parse_saved(tmp_path / "saved.yaml").preference == run.preference
 
 
 def test_apo_needs_no_divergence() -> None:
@@ -73,6 +88,22 @@ def test_a_pack_holds_both_answers_of_a_pair() -> None:
             "--loss_type hinge --label_smoothing 0.1",
             "label_smoothing is for loss_type sigmoid, robust and exo_pair, not hinge",
         ),
+        ("--loss_type sigmoid sftt", "loss_type=sftt is not built for rlhf_type=dpo. Did you mean sft?"),
+        ("--loss_type sigmoid sigmoid", "loss_type=sigmoid sigmoid names a form twice"),
+        ("--rlhf_type cpo --loss_type sigmoid ipo", "only rlhf_type=dpo adds several forms up"),
+        ("--loss_type sigmoid sft --loss_weights 1", "loss_weights has 1 numbers for 2 forms: sigmoid sft. Give one each"),
+        ("--loss_type sigmoid sft --loss_weights 1 x", "loss_weights=1 x are not numbers"),
+        ("--rlhf_type kto --loss_weights 1", "is for rlhf_type dpo, not kto"),
+        ("--ld_alpha 1.5", "ld_alpha=1.5 is not from 0 to 1"),
+        ("--rlhf_type simpo --ld_alpha 0.5", "ld_alpha=0.5 is for rlhf_type dpo, not simpo"),
+        ("--rlhf_type gkd --teacher_model t --gkd_logits_topk 0", "gkd_logits_topk=0 is too small"),
+        ("--gkd_logits_topk 5", "gkd_logits_topk=5 is for rlhf_type gkd, not dpo"),
+        ("--ref_model_sync_steps 5", "ref_model_sync_steps=5 needs sync_ref_model=true"),
+        ("--sync_ref_model --ref_model_sync_steps 0", "ref_model_sync_steps=0 is too small"),
+        ("--sync_ref_model --ref_model_mixup_alpha 0", "ref_model_mixup_alpha=0 is not above 0"),
+        ("--sync_ref_model --tuner_type lora", "sync_ref_model=true moves the weights of a reference in memory"),
+        ("--sync_ref_model --reference_free", "sync_ref_model=true moves the weights"),
+        ("--rlhf_type kto --sync_ref_model", "sync_ref_model=True is for rlhf_type dpo and grpo, not kto"),
         ("--rpo_alpha -1", "rpo_alpha=-1 is negative"),
         ("--reference_free --ref_model m", "reference_free=true has no reference model"),
         ("--calculate_per_token_loss false", "calculate_per_token_loss=false is for token losses"),

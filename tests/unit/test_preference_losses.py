@@ -10,7 +10,7 @@ import torch
 
 from megaswift.config.preference import PreferenceConfig
 from megaswift.data.batches import MicroBatch
-from megaswift.tasks.answers import Answers, Outcome
+from megaswift.tasks.answers import Answers, Outcome, answers_of
 from megaswift.tasks.catalogue import PAIR_LOSSES
 from megaswift.tasks.kto import kto_loss, with_margin
 from megaswift.tasks.rm import METRICS as RM_METRICS
@@ -142,6 +142,21 @@ CASES: dict[str, tuple[str, dict[str, Any], Callable[[Pair], float]]] = {
         {"loss_type": "sigmoid", "beta": 0.3, "rpo_alpha": 0.7},
         lambda p: -math.log(sigmoid(0.3 * p.h)) - 0.7 * p.w / p.len_w,
     ),
+    "dpo sft": ("dpo", {"loss_type": "sft", "beta": 0.3}, lambda p: -p.w / p.len_w),
+    "mpo": (
+        "dpo",
+        {"loss_type": "sigmoid bco_pair sft", "loss_weights": ["0.8", "0.2", "0.5"], "beta": 0.3},
+        lambda p: (
+            -0.8 * math.log(sigmoid(0.3 * p.h))
+            - 0.2 * (math.log(sigmoid(0.3 * p.a_w)) + math.log(sigmoid(-0.3 * p.a_l)))
+            - 0.5 * p.w / p.len_w
+        ),
+    ),
+    "two forms": (
+        "dpo",
+        {"loss_type": "hinge ipo", "beta": 0.3},
+        lambda p: max(0.0, 1 - 0.3 * p.h) + (p.h_mean - 1 / 0.6) ** 2,
+    ),
     "orpo": ("orpo", {"beta": 0.4}, lambda p: orpo(p, 0.4)),
     "simpo": (
         "simpo",
@@ -219,6 +234,48 @@ def test_every_pair_loss_logs_the_metrics_that_it_names(kind: str) -> None:
     chosen, rejected = (outcome.metrics[f"rewards/{side}"] for side in ("chosen", "rejected"))
     assert torch.equal(outcome.metrics["rewards/margins"], chosen - rejected)
     assert torch.equal(outcome.metrics["rewards/accuracies"], (chosen > rejected).double())
+
+
+MASKS = (
+    (1, 0, 1, 1, 1),
+    (0, 1, 1, 0, 0),
+    (0, 0, 0, 1, 0),
+    (1, 1, 1, 1, 0),
+)  # of two pairs; answers with gaps
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_tokens_behind_as_many_as_the_shorter_answer_has_are_discounted(packed: bool) -> None:
+    """LD-DPO's likelihood, and that of the chosen answer which rpo_alpha and sft read, which is whole; with the gradient of each."""
+    alpha, count = 0.3, len(MASKS)
+    losses = torch.arange(1.0, 21.0, dtype=torch.float64).view(4, 5) * torch.tensor(MASKS)
+    mask = torch.tensor(MASKS, dtype=torch.float32)
+    if packed:  # with padding, a document of its own
+        losses, mask = (torch.cat([one.reshape(1, -1), one.new_zeros(1, 3)], dim=1) for one in (losses, mask))
+    losses.requires_grad_()
+    blank = {
+        name: torch.zeros_like(mask, dtype=torch.int64) for name in ("input_ids", "labels", "position_ids")
+    }
+    batch = MicroBatch(
+        loss_mask=mask, max_seqlen=5, sample_ids=tuple(range(count)), **blank,
+        cu_seqlens=torch.tensor([0, 5, 10, 15, 20, 23], dtype=torch.int32) if packed else None,
+    )  # fmt: skip
+    found = answers_of(batch, losses, ld_alpha=alpha)
+    weights = [[0.0] * 5 for _ in MASKS]
+    for row, marks in enumerate(MASKS):
+        shared = min(sum(marks), sum(MASKS[row ^ 1]))
+        for place, number in enumerate(marks):
+            weights[row][place] = number * (1.0 if sum(marks[: place + 1]) <= shared else alpha)
+    values = [[5.0 * row + place + 1 for place in range(5)] for row in range(count)]
+    expected = [-sum(w * v for w, v in zip(*rows, strict=True)) for rows in zip(weights, values, strict=True)]
+    assert found.logps_N.tolist() == pytest.approx(expected, abs=TOLERANCE)
+    whole = [-sum(m * v for m, v in zip(*rows, strict=True)) for rows in zip(MASKS, values, strict=True)]
+    assert found.lengths_N.tolist() == [sum(marks) for marks in MASKS]
+    assert found.pairs.nll_P.tolist() == pytest.approx([-whole[0] / 4, -whole[2] / 1], abs=TOLERANCE)
+    (gradient,) = torch.autograd.grad(found.logps_N.sum(), losses)
+    gradient = gradient * mask  # the model has no gradients elsewhere
+    assert gradient.flatten()[:20].tolist() == pytest.approx([-one for row in weights for one in row])
+    assert 0 < sum(w == alpha for row in weights for w in row)
 
 
 def test_dpo_without_a_reference_takes_it_as_uniform() -> None:

@@ -9,7 +9,8 @@ import pytest
 from megaswift.config.reward import REWARDS, RewardConfig
 from megaswift.data.prompts import PromptRow
 from megaswift.errors import ConfigError, DataError, TrainingError, UserError
-from megaswift.rollout.rewards import Judged, final_answer, load_rewards, rewards_of, same_answer
+from megaswift.rollout.final_answer import final_answer, same_answer
+from megaswift.rollout.rewards import Judged, load_rewards, rewards_of
 
 ROW = PromptRow(
     source="rows.jsonl:7", messages=({"role": "user", "content": "3+4?"},), columns={"solution": "7"}

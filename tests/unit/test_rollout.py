@@ -1,5 +1,6 @@
 """Completions as micro batches: packed or not they are the same, and every rank has as many."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -55,6 +56,18 @@ def test_packed_completions_are_each_there_once_with_what_belongs_to_them(dp: in
         assert batch.input_ids.shape[1] % 4 == 0
         for begin, end in list(pairwise(batch.cu_seqlens.tolist()))[: len(batch.sample_ids)]:
             assert batch.old_logps[0, begin : end - 1].tolist() == batch.labels[0, begin : end - 1].tolist()
+
+
+def test_parts_hold_all_completions_with_what_belongs_to_them() -> None:
+    whole = replace(rollout(), own=np.arange(sum(LENGTHS)) % 3 > 0)
+    parts = whole.parts(3)
+    assert [len(part) for part in parts] == [3, 3, 2]
+    for name in ("input_ids", "own", "old_logps", "prompt_lengths", "stopped", "rewards", "advantages"):
+        joined = np.concatenate([getattr(part, name) for part in parts])
+        assert np.array_equal(joined, getattr(whole, name)), name
+    assert [part.starts.tolist() for part in parts] == [[0, 9, 13, 25], [0, 7, 12, 23], [0, 6, 16]]
+    assert parts[1].lengths.tolist() == whole.lengths[3:6].tolist()
+    assert parts[0].reference_logps is None
 
 
 def test_what_was_left_over_is_an_empty_micro_batch() -> None:

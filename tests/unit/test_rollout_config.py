@@ -59,7 +59,14 @@ def test_lengths_and_clips_follow_each_other() -> None:
         ("--use_vllm true --rollout_importance_sampling_threshold 0", "rollout_importance_sampling_threshold=0 is too small"),
         ("--use_vllm true --rollout_importance_sampling_mode token", "rollout_importance_sampling_mode=token is not one of"),
         ("--use_vllm true --max_length 1000 --vllm_max_model_len 900", "max_length=1000 is more than vllm_max_model_len=900"),
-        ("--steps_per_generation 2", "steps_per_generation=2 asks for"),
+        ("--steps_per_generation 0", "steps_per_generation=0 is too small"),
+        ("--global_batch_size 16 --generation_batch_size 40", "generation_batch_size=40 is not global_batch_size=16 x steps_per_generation=2. Give 32,"),
+        ("--global_batch_size 16 --generation_batch_size 32 --steps_per_generation 3", "steps_per_generation=3. Give 48,"),
+        ("--delta 1.2", "delta=1.2 is not above 1 + epsilon_high, which is 1.2"),
+        ("--top_entropy_quantile 0", "top_entropy_quantile=0 is not above 0"),
+        ("--repetition_penalty 0", "repetition_penalty=0 is too small"),
+        ("--off_policy_sequence_mask_delta 0", "off_policy_sequence_mask_delta=0 is too small"),
+        ("--off_policy_sequence_mask_delta 0.1", "masks nothing where every completion is used at once"),
         ("--multi_turn_scheduler x", "multi_turn_scheduler=x is neither FILE.py:NAME nor an entry point of megaswift.multi_turn"),
         ("--multi_turn_scheduler x.py:y --max_turns 0", "max_turns=0 is too small"),
         ("--multi_turn_scheduler x.py:y --use_chat_template false", "multi_turn_scheduler needs a chat template"),
@@ -74,6 +81,8 @@ def test_lengths_and_clips_follow_each_other() -> None:
         ("--num_generations 1", "num_generations=1 is too small"),
         ("--max_resample_times 0", "max_resample_times=0 is too small"),
         ("--cosine_max_len 0", "cosine_max_len=0 is too small"),
+        ("--code_timeout 0", "code_timeout=0 is too small"),
+        ("--code_memory_gib -1", "code_memory_gib=-1 is too small"),
         ("--repetition_max_penalty 1", "repetition_max_penalty=1 is a reward"),
         ("--temperature 0", "temperature=0 is too small"),
         ("--top_p 0", "top_p=0 is not above 0"),
@@ -95,6 +104,21 @@ def test_what_does_not_fit_is_refused(words: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         resolved(f"--rlhf_type grpo {given}", dense(), task="rlhf", world=2 if "context" in words else 1)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("", (1, 16)),
+        ("--steps_per_generation 3", (3, 48)),
+        ("--generation_batch_size 32", (2, 32)),
+        ("--generation_batch_size 32 --steps_per_generation 2", (2, 32)),
+        ("--generation_batch_size 32 --off_policy_sequence_mask_delta 0.1", (2, 32)),
+    ],
+)
+def test_a_generation_is_shared_out_by_whole_steps(words: str, expected: tuple[int, int]) -> None:
+    chosen = grpo(f"--global_batch_size 16 {words}").config.rollout
+    assert (chosen.steps_per_generation, chosen.generation_batch_size) == expected
 
 
 def test_a_reward_model_is_enough() -> None:

@@ -20,7 +20,9 @@ from megaswift.rollout.vllm_worker import arriving
 from tests.harness.distributed import free_port
 from tests.unit.test_weight_stream import Alone
 
-SAMPLING = Sampling(temperature=0.7, top_p=0.9, top_k=-1, max_tokens=5, stop_ids=(2, 9))
+SAMPLING = Sampling(
+    temperature=0.7, top_p=0.9, top_k=-1, max_tokens=5, stop_ids=(2, 9), repetition_penalty=1.2
+)
 
 
 class Server(ThreadingHTTPServer):
@@ -147,7 +149,7 @@ def test_completions_come_back_in_order_and_groups_stay_together() -> None:
             assert len(wanted) == 4
             assert asked[0]["stop_token_ids"] == [2, 9]
             assert (asked[0]["temperature"], asked[0]["top_k"], asked[0]["model"]) == (0.7, 0, "the model")
-            assert (asked[0]["repetition_penalty"], asked[0]["min_p"]) == (1.0, 0.0)
+            assert (asked[0]["repetition_penalty"], asked[0]["min_p"]) == (1.2, 0.0)
 
 
 @pytest.mark.parametrize(

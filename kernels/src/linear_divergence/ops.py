@@ -4,7 +4,7 @@ With q of the student, p of the teacher, m = beta p + (1 - beta) q (reference.py
 dL/dz_v = q_v (g_v - sum_u q_u g_u), g = (1 - beta) log(q / m); for beta 0 it is q - p, for beta 1 g = log(q / p). It is formed while
 a chunk's logits are there, so the backward pass is a scaling.
 
-Letters: T tokens, C tokens of one chunk, D model size, E that of the teacher, V vocabulary rows of this rank (the vocabulary / tp).
+Letters: T tokens, C tokens of one chunk, K largest logits, D model size, E that of the teacher, V vocabulary rows of this rank (the vocabulary / tp).
 """
 
 import math
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megaswift.kernels.linear_cross_entropy.ops import add_product_
 
 CHUNK_TOKENS = 256  # half of linear_cross_entropy's: two models' logits are held at once
+NOTHING = -1e30  # a logit without probability; finite, so that it has no logarithm of 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,14 +37,18 @@ def linear_divergence(
     *,
     beta: float,
     vocab_size: int,
+    top_k: int | None = None,
     group: dist.ProcessGroup | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> torch.Tensor:
     """Return sum(loss_weights_T * divergence_T), without dimensions; every rank of `group` calls it alike.
 
+    With `top_k` both distributions are those among the tokens with the teacher's so many largest logits, and with all that
+    are as large as the last of them.
+
     It is differentiable by the student's tensors; the gradient of its hidden states is this rank's part of the sum over
     `group`, as behind a column-parallel layer. Rows of the vocabulary from `vocab_size` on are padding. Logits and sums are
-    float32, or float64 where the hidden states are. What moves: 6 numbers per token over `group`.
+    float32, or float64 where the hidden states are. What moves: 6 numbers per token over `group`, and `top_k` from each rank.
     """
     rank, rows = (0 if group is None else dist.get_rank(group)), student.weight.shape[0]
     assert teacher.weight.shape[0] == rows, (
@@ -54,6 +59,7 @@ def linear_divergence(
         softcap=student.softcap,
         loss_weights_T=loss_weights_T,
         beta=beta,
+        top_k=top_k,
         rows=min(max(vocab_size - rank * rows, 0), rows),
         group=group,
         chunk_tokens=chunk_tokens,
@@ -69,15 +75,16 @@ class _Problem:
     softcap: float | None
     loss_weights_T: torch.Tensor
     beta: float
+    top_k: int | None
     rows: int  # of this rank's weights that are not padding
     group: dist.ProcessGroup | None
     chunk_tokens: int
     needs_gradient: bool
 
-    def total(self, values: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
-        """Return the values of all ranks together."""
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the sum of the values of all ranks."""
         if self.group is not None:
-            dist.all_reduce(values, op=op, group=self.group)
+            dist.all_reduce(values, group=self.group)
         return values
 
 
@@ -95,8 +102,15 @@ class _LinearDivergence(torch.autograd.Function):
         for start in range(0, len(hidden_TD), problem.chunk_tokens):
             chunk = slice(start, start + problem.chunk_tokens)
             hidden_CD, teacher_CE = hidden_TD[chunk], problem.teacher.hidden[chunk]
-            logits_CV, slope_CV = _logits(hidden_CD, real_VD, problem.softcap, wide)
-            teacher_CV, _ = _logits(teacher_CE, problem.teacher.weight[:rows], problem.teacher.softcap, wide)
+            logits_CV, slope_CV = logits_of(hidden_CD, real_VD, problem.softcap, wide)
+            teacher_CV, _ = logits_of(
+                teacher_CE, problem.teacher.weight[:rows], problem.teacher.softcap, wide
+            )
+            if problem.top_k is not None:
+                is_small_CV = teacher_CV < _least(teacher_CV, problem.top_k, problem.group)
+                logits_CV, teacher_CV = (
+                    logits.masked_fill(is_small_CV, NOTHING) for logits in (logits_CV, teacher_CV)
+                )
             losses_C, grad_CV = _divergence(logits_CV, teacher_CV, problem)
             weights_C = problem.loss_weights_T[chunk].to(wide)
             total += torch.dot(losses_C, weights_C)
@@ -124,10 +138,10 @@ class _LinearDivergence(torch.autograd.Function):
         )
 
 
-def _logits(
+def logits_of(
     hidden_CD: torch.Tensor, weight_VD: torch.Tensor, softcap: float | None, wide: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the logits [C, V], and their derivative by what the soft cap was put on, if there is one."""
+    """Return the logits [C, V] of hidden states, and their derivative by what the soft cap was put on, if there is one."""
     logits_CV = (hidden_CD @ weight_VD.t()).to(wide)
     if softcap is None:
         return logits_CV, None
@@ -135,15 +149,38 @@ def _logits(
     return softcap * tanh_CV, 1 - tanh_CV.square()
 
 
+def logsumexp(logits_CV: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Return the logarithm of the sum of exponentials over the logits of all ranks [C]."""
+    own_C = logits_CV.logsumexp(1)
+    if group is None:
+        return own_C
+    top_C = own_C.clone()
+    dist.all_reduce(top_C, op=dist.ReduceOp.MAX, group=group)
+    parts_C = (own_C - top_C).exp()
+    dist.all_reduce(parts_C, group=group)
+    return top_C + parts_C.log()
+
+
+def _least(logits_CV: torch.Tensor, top_k: int, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Return the last of the `top_k` largest logits of all ranks [C, 1]; -inf where there are not as many."""
+    largest_CK = logits_CV.new_full((len(logits_CV), top_k), -math.inf)
+    own = min(top_k, logits_CV.shape[1])
+    largest_CK[:, :own] = logits_CV.topk(own, dim=1).values
+    if group is not None:
+        every = [torch.empty_like(largest_CK) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(every, largest_CK, group=group)
+        largest_CK = torch.cat(every, dim=1)
+    return largest_CK.topk(top_k, dim=1).values[:, -1:]
+
+
 def _divergence(
     student_CV: torch.Tensor, teacher_CV: torch.Tensor, problem: _Problem
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the divergence of every token [C], and its gradient by this rank's logits of the student [C, V]."""
     beta = problem.beta
-    own_2C = torch.stack([student_CV.logsumexp(1), teacher_CV.logsumexp(1)])
-    top_2C = problem.total(own_2C.clone(), dist.ReduceOp.MAX)
-    lse_2C = top_2C + problem.total((own_2C - top_2C).exp()).log()
-    log_q_CV, log_p_CV = student_CV - lse_2C[0, :, None], teacher_CV - lse_2C[1, :, None]
+    log_q_CV, log_p_CV = (
+        logits_CV - logsumexp(logits_CV, problem.group)[:, None] for logits_CV in (student_CV, teacher_CV)
+    )
     q_CV = log_q_CV.exp()
     if beta == 0:
         p_CV = log_p_CV.exp()

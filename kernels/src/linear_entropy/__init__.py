@@ -1,0 +1,1 @@
+"""The entropy of what an output layer predicts."""

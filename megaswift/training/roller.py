@@ -1,0 +1,300 @@
+"""Makes rollouts: completions of prompts, rewarded and compared, with the log-probabilities that a loss needs.
+
+The ranks that ask for completions (training/author.py) reward them at once. With the trained model as engine, sampling and
+order depend on seed and position in the stream of prompts alone.
+
+Letters: N completions, T tokens of all prompts with their completions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megaswift.config.reward_rules import reward_names, reward_weights
+from megaswift.config.rollout_rules import uses_of_a_generation
+from megaswift.config.run import RunConfig
+from megaswift.converters.live import TORCH_DTYPES
+from megaswift.converters.tensor_files import DTYPE_NAMES
+from megaswift.data.batches import BatchSettings, MicroBatch, TrainData
+from megaswift.data.prompts import PromptRow, PromptRows
+from megaswift.data.template import Template
+from megaswift.data.tokenizer import load_tokenizer, pad_id_of
+from megaswift.metadata.meta import ModelMeta
+from megaswift.models.lora import adapters_off
+from megaswift.parallel.agreement import agree
+from megaswift.parallel.layout import Layout
+from megaswift.rollout.engine import Answer, Prompt
+from megaswift.rollout.rewards import Judged, RewardFunction, load_rewards, rewards_of
+from megaswift.rollout.rollout import Rollout, joined
+from megaswift.rollout.turns import Talked, Talks, load_scheduler
+from megaswift.tasks.answers import whole_rows
+from megaswift.tasks.grpo import advantages
+from megaswift.tasks.task import RunModel, look
+from megaswift.training.author import Author, stop_ids_of
+from megaswift.training.context import context_share
+from megaswift.training.engine import Engine
+from megaswift.training.reporters import JsonLines
+
+OTHERS = (0, 0, 1)  # behind seed, position and round: keys of completions go on otherwise
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Completion:
+    """What one rank tells the others about a completion."""
+
+    answer: Answer
+    judged: Judged
+    rewards: list[float]
+
+
+@dataclass(kw_only=True)
+class Roller:
+    """Makes rollouts. `group` holds all ranks and is patient; `reference` are the chunks of a frozen model, where there is one."""
+
+    run: RunConfig
+    meta: ModelMeta
+    layout: Layout
+    engine: Engine
+    prompts: TrainData
+    rows: PromptRows
+    settings: BatchSettings
+    run_model: RunModel
+    group: Any
+    reference: Sequence[Any] | None
+    table: JsonLines | None  # of completions; rank 0's, where they are logged
+
+    def __post_init__(self) -> None:
+        self.names, self.weights = reward_names(self.run.reward), reward_weights(self.run.reward)
+        folder, trust = str(self.meta.folder), self.run.model.trust_remote_code
+        self.tokenizer = load_tokenizer(folder, trust_remote_code=trust)
+        self.pad_id = pad_id_of(self.tokenizer)
+        self.share = context_share(self.layout)
+        self.author = Author(
+            self.run,
+            self.meta,
+            self.layout,
+            [chunk.module for chunk in self.engine.chunks],
+            stop_ids=stop_ids_of(self.meta, self.tokenizer),
+            pad_id=self.pad_id,
+            group=self.group,
+        )
+        self.rewards = agree(self._load_rewards, group=self.group)
+        self.talks = agree(self._load_talks, group=self.group)
+
+    def _load_rewards(self) -> dict[str, RewardFunction]:
+        """Return reward functions, and where this rank judges completions the reward models."""
+        functions, wanted = load_rewards(self.run.reward), self.run.reward.reward_model
+        if not wanted or not self.author.seat.reports:
+            return functions
+        from megaswift.rollout.reward_models import load_reward_models  # transformers' models: seconds
+
+        device = next(self.engine.chunks[0].parameters()).device
+        dtype = TORCH_DTYPES[DTYPE_NAMES[self.run.model.torch_dtype or self.meta.dtype]]
+        return {**functions, **load_reward_models(self.run, device=device, dtype=dtype)}
+
+    def _load_talks(self) -> Talks | None:
+        """Return what leads conversations of several turns, where there are any."""
+        chosen, longest = self.run.rollout, self.run.data.max_length
+        scheduler = load_scheduler(chosen)
+        if scheduler is None:
+            return None
+        assert longest is not None, "resolved"
+        return Talks(
+            scheduler=scheduler,
+            template=Template.from_config(
+                self.run.data, self.tokenizer, max_length=None, stop_ids=self.author.sampling.stop_ids
+            ),
+            decode=partial(self.tokenizer.decode, skip_special_tokens=True),
+            max_turns=chosen.max_turns,
+            max_length=longest,
+        )
+
+    def roll(self, entries: np.ndarray, *, position: int, step: int) -> Rollout:
+        """Return rewarded completions of these prompts; every rank of the world calls it. Raises UserError."""
+        with self.engine.settled_parameters():
+            found = self._completions(entries, position)
+            entries, found = self._lively(entries, found, position)
+            rollout = self._joined(entries, position, found)
+            rollout = self._with_logps(rollout)
+        rollout = self._with_advantages(rollout)
+        if self.table is not None:
+            self._write(entries, found, rollout, step)
+        return rollout
+
+    def _lively(
+        self, entries: np.ndarray, found: list[_Completion], position: int
+    ) -> tuple[np.ndarray, list[_Completion]]:
+        """Replace groups without a spread of rewards, which teach nothing, by those of other prompts.
+
+        Yu et al. 2025, DAPO (arXiv 2503.14476), section 3.2; which prompts they are follows from seed and position. Groups that
+        are dull after --max_resample_times stay.
+        """
+        chosen, entries = self.run.rollout, entries.copy()
+        for again in range(1, chosen.max_resample_times + 1) if chosen.dynamic_sample else ():
+            dull = self._dull(found)
+            if not dull:
+                break
+            seed = np.random.SeedSequence((self.run.training.seed, position, again, *OTHERS))
+            random = np.random.Generator(np.random.Philox(seed))
+            others = random.permutation(self.prompts.num_items)[: len(dull)]
+            more, group = self._completions(others, position, again=again), chosen.num_generations
+            lively = sorted(set(range(len(others))) - set(self._dull(more)))
+            for place, other in zip(dull, lively, strict=False):
+                entries[place] = others[other]
+                found[place * group : (place + 1) * group] = more[other * group : (other + 1) * group]
+        return entries, found
+
+    def _dull(self, found: list[_Completion]) -> list[int]:
+        """Return the groups whose completions are all worth the same."""
+        rewards_PG = (np.array([one.rewards for one in found]) @ np.array(self.weights)).reshape(
+            -1, self.run.rollout.num_generations
+        )
+        return np.flatnonzero(rewards_PG.max(1) == rewards_PG.min(1)).tolist()
+
+    def _completions(self, entries: np.ndarray, position: int, *, again: int = 0) -> list[_Completion]:
+        group = self.run.rollout.num_generations
+        prompts = [
+            Prompt(ids=self._prompt(entries[place // group]), key=self._key(place, position, again))
+            for place in range(len(entries) * group)
+        ]
+        talks = self.talks
+        if talks is None:
+            return self.author.write(prompts, partial(self._judged, entries), together=group)
+
+        def lead(places: Sequence[int], prompts: Sequence[Prompt], *how: Any) -> list[Talked]:
+            return talks.lead(prompts, [self._row(entries[place // group]) for place in places], *how)
+
+        return self.author.write(prompts, partial(self._judged, entries), together=group, lead=lead)
+
+    def _judged(
+        self, entries: np.ndarray, places: Sequence[int], answers: Sequence[Answer]
+    ) -> list[_Completion]:
+        """Return completions of whole groups with their rewards."""
+        group = self.run.rollout.num_generations
+        judged = [self._as_judged(answer) for answer in answers]
+        found = []
+        for start in range(0, len(places), group):
+            some = slice(start, start + group)
+            row = self._row(entries[places[start] // group])
+            rewards = zip(*rewards_of(self.rewards, row, judged[some]), strict=True)
+            found += [
+                _Completion(answer=answer, judged=one, rewards=list(each))
+                for answer, one, each in zip(answers[some], judged[some], rewards, strict=True)
+            ]
+        return found
+
+    def _as_judged(self, answer: Answer) -> Judged:
+        if isinstance(answer, Talked):
+            own = [token for token, is_own in zip(answer.ids, answer.own or (), strict=True) if is_own]
+            return Judged(ids=own, turns=answer.turns)
+        text = self.tokenizer.decode(answer.ids, skip_special_tokens=True)
+        return Judged(ids=answer.ids, turns=[{"role": "assistant", "content": text}])
+
+    def _prompt(self, entry: int) -> np.ndarray:
+        encoded = self.prompts.encoded
+        return np.asarray(encoded.input_ids[encoded.starts[entry] : encoded.starts[entry + 1]])
+
+    def _row(self, entry: int) -> PromptRow:
+        return self.rows[int(self.prompts.encoded.samples[entry])]
+
+    def _key(self, place: int, position: int, again: int) -> tuple[int, ...]:
+        """Return what decides a completion: the prompt's place in the endless stream of prompts, and its own in the group."""
+        prompt, generation = divmod(place, self.run.rollout.num_generations)
+        key = self.run.training.seed, position + prompt, generation
+        return (*key, 0, again) if again else key  # a fourth number counts turns
+
+    def _joined(self, entries: np.ndarray, position: int, found: list[_Completion]) -> Rollout:
+        group = self.run.rollout.num_generations
+        prompts = [self._prompt(entry) for entry in np.repeat(entries, group)]
+        return Rollout(
+            **joined(prompts, [one.answer for one in found]),
+            position=position,
+            group=group,
+            trains_cut=not self.run.rollout.overlong_filter,
+            rewards=np.array([one.rewards for one in found]),
+            sampler_logps=_sampler_logps(prompts, found),
+        )
+
+    def _with_logps(self, rollout: Rollout) -> Rollout:
+        """Add what the loss and the rewards compare with, as far as they do."""
+        chosen, compares = self.run.rollout, bool(self.run.preference.beta)
+        old = reference = None
+        if uses_of_a_generation(chosen) > 1 or chosen.kl_in_reward:
+            old = self._logps(rollout, self.engine.chunks)
+        if compares and self.reference is not None:
+            reference = self._logps(rollout, self.reference)
+        elif compares:
+            with adapters_off(self.engine.chunks):
+                reference = self._logps(rollout, self.engine.chunks)
+        return replace(rollout, old_logps=old, reference_logps=reference)
+
+    def _logps(self, rollout: Rollout, chunks: Sequence[Any]) -> np.ndarray:
+        """Return the log-probability of every completion's tokens, float32 [T]; every rank of the world calls it."""
+        parts = rollout.parts(self.settings.global_batch_size)
+        return np.concatenate([self._logps_of_a_step(part, chunks) for part in parts])
+
+    def _logps_of_a_step(self, rollout: Rollout, chunks: Sequence[Any]) -> np.ndarray:
+        dp_rank = parallel_state.get_data_parallel_rank()
+        whole = rollout.micro_batches(self.settings, dp_rank=dp_rank, dp=self.layout.dp, pad_id=self.pad_id)
+        batches = list(whole if self.share is None else map(self.share, whole))
+        table_T = torch.zeros(len(rollout.input_ids), device=next(chunks[0].parameters()).device)
+        counts = (
+            parallel_state.get_tensor_model_parallel_rank() == 0
+            and parallel_state.get_context_parallel_rank() == 0
+        )
+        for batch, logps_S in look(chunks, batches, _row_of_logps, run=self.run_model):
+            for number, begin in zip(
+                batch.sample_ids if counts else (), batch.cu_seqlens.tolist(), strict=False
+            ):
+                first, last = rollout.starts[number] + 1, rollout.starts[number + 1]
+                table_T[first:last] = logps_S[begin : begin + last - first]
+        dist.all_reduce(table_T)
+        return table_T.cpu().numpy()
+
+    def _with_advantages(self, rollout: Rollout) -> Rollout:
+        totals_N = rollout.rewards @ np.array(self.weights)
+        if self.run.rollout.kl_in_reward:
+            assert rollout.old_logps is not None and rollout.reference_logps is not None
+            lead_T = rollout.old_logps.astype(np.float64) - rollout.reference_logps
+            totals_N = totals_N - self.run.preference.beta * np.add.reduceat(lead_T, rollout.starts[:-1])
+        found_PG = advantages(torch.from_numpy(totals_N).view(-1, rollout.group), self.run.rollout)
+        return replace(rollout, advantages=found_PG.flatten().float().numpy())
+
+    def _write(self, entries: np.ndarray, found: list[_Completion], rollout: Rollout, step: int) -> None:
+        assert self.table is not None and rollout.advantages is not None
+        rows = np.repeat(entries, rollout.group)
+        for entry, one, advantage in zip(rows, found, rollout.advantages.tolist(), strict=True):
+            row = self._row(entry)
+            self.table.report(
+                {
+                    "step": step,
+                    "source": row.source,
+                    "prompt": row.messages,
+                    "completion": one.judged.text,
+                    **({"turns": one.judged.turns} if self.talks is not None else {}),
+                    "tokens": len(one.judged.ids),
+                    "rewards": dict(zip(self.names, one.rewards, strict=True)),
+                    "advantage": advantage,
+                }
+            )
+
+
+def _sampler_logps(prompts: Sequence[np.ndarray], found: Sequence[_Completion]) -> np.ndarray | None:
+    """Return the log-probability with which each token was drawn, float32 [T], 0 in prompts; None where the model itself drew."""
+    parts = [
+        part
+        for prompt, one in zip(prompts, found, strict=True)
+        if one.answer.logps is not None
+        for part in (np.zeros(len(prompt), np.float32), np.array(one.answer.logps, np.float32))
+    ]
+    return np.concatenate(parts) if parts else None
+
+
+def _row_of_logps(batch: MicroBatch, losses_1S: torch.Tensor) -> tuple[MicroBatch, torch.Tensor]:
+    return batch, whole_rows(-losses_1S, batch)[0]
