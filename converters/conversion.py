@@ -1,11 +1,8 @@
 """Carry out a planned conversion: parts are written by any number of processes, and a rerun goes on where one stopped.
 
-The folder grows under another name. A part is a file; it is written as NAME.partial and gets its name once it is complete.
-The processes share nothing but the folder: part i belongs to process i mod world. No torch.
-
-Like cp, a conversion leaves it to the system when its bytes reach the disk, unless it is asked to wait or would remove an
-earlier output. What a machine has not put on its disk is gone when it falls, names or no names; so a conversion that did not
-wait goes on only with the parts of the same start of the machine.
+The folder grows under another name. A part is a file; it is written as NAME.partial and gets its name once it is on the
+disk, so a part that has its name is complete. The processes share nothing but the folder: part i belongs to process
+i mod world. No torch.
 """
 
 import json
@@ -59,7 +56,7 @@ class Conversion:
 
     parts: tuple[Part, ...]
     facts: Mapping[str, Any]  # for the report; equal facts, parts and sources mean an equal output
-    finish: Callable[[Path], object]  # adds the small files to the growing folder
+    begin: Callable[[Path], object]  # puts the small files into the growing folder
 
     def fingerprint(self) -> int:
         """Return a number that changes with the plan and with every source file."""
@@ -80,18 +77,10 @@ class Conversion:
         return zlib.crc32(text.encode()) << 32 | zlib.adler32(text.encode())
 
 
-def carry_out(
-    conversion: Conversion,
-    output: Path,
-    *,
-    source: Path,
-    rank: int = 0,
-    world: int = 1,
-    fsync: bool = False,
-) -> Path:
+def carry_out(conversion: Conversion, output: Path, *, source: Path, rank: int = 0, world: int = 1) -> Path:
     """Write the output folder, which appears complete or not at all; every one of `world` processes calls it.
 
-    With `fsync`, and where it replaces an earlier output, all of it is on the disk by then. Process 0 returns when the folder has its name, the others when their parts are written. A complete output of the same
+    Process 0 returns when the folder has its name, the others when their parts are written. A complete output of the same
     plan is left as it is. Raises CheckpointError where the output cannot be written or a process is gone; the parts that
     are complete stay for the next attempt.
     """
@@ -101,23 +90,21 @@ def carry_out(
     if _read_json(output / REPORT).get("fingerprint") == fingerprint:
         logger.info("%s is complete already", output)
         return output
-    fsync = fsync or output.exists()
     try:
         if rank == 0:
-            plan = {"fingerprint": fingerprint, "on_disk": fsync or _boot()}
-            _prepare(conversion, output, growing, source, plan)
+            _prepare(conversion, output, growing, source, fingerprint)
         _wait(
             lambda: _read_json(growing / _PLAN).get("fingerprint") == fingerprint,
             growing,
             "process 0 to begin",
         )
-        _write_parts(conversion.parts[rank::world], growing, fsync=fsync)
+        _write_parts(conversion.parts[rank::world], growing)
         if rank == 0:
             left = {part.name for part in conversion.parts}
             _wait(
                 lambda: all((growing / name).exists() for name in left), growing, "the other processes' parts"
             )
-            _finish(conversion, output, growing, fingerprint, fsync=fsync)
+            _finish(conversion, output, growing, fingerprint)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         raise CheckpointError(
@@ -127,18 +114,9 @@ def carry_out(
     return output
 
 
-def _boot() -> str:
-    """Return what names this start of this machine; empty where the system does not tell."""
-    name = Path("/proc/sys/kernel/random/boot_id")
-    return name.read_text().strip() if name.exists() else ""
-
-
-def _prepare(
-    conversion: Conversion, output: Path, growing: Path, source: Path, plan: Mapping[str, Any]
-) -> None:
+def _prepare(conversion: Conversion, output: Path, growing: Path, source: Path, fingerprint: int) -> None:
     check_output(output, replaces=REPORT, source=source)
-    begun = _read_json(growing / _PLAN)
-    if begun.get("fingerprint") != plan["fingerprint"] or begun["on_disk"] not in (True, _boot()):
+    if _read_json(growing / _PLAN).get("fingerprint") != fingerprint:
         shutil.rmtree(growing, ignore_errors=True)
         growing.mkdir(parents=True)
     missing = [part for part in conversion.parts if not (growing / part.name).exists()]
@@ -149,17 +127,19 @@ def _prepare(
         )
     for folder in {(growing / part.name).parent for part in conversion.parts}:
         folder.mkdir(parents=True, exist_ok=True)
-    _write_json(growing / _PLAN, plan)
+    # Before the parts: once the system holds much that is not on the disk, each further file waits.
+    conversion.begin(growing)
+    _write_json(growing / _PLAN, {"fingerprint": fingerprint})
 
 
-def _write_parts(parts: tuple[Part, ...], growing: Path, *, fsync: bool) -> None:
-    """Write those parts that are not there: threads write a part each, others wait for the disk if need be and name it.
+def _write_parts(parts: tuple[Part, ...], growing: Path) -> None:
+    """Write those parts that are not there: threads write a part each, others wait until it is on the disk and name it.
 
     Two threads in one file would wait for each other: the kernel lets one write at a time.
     """
     with ThreadPoolExecutor(DISK_THREADS) as disk, ThreadPoolExecutor(THREADS) as writers:
         writing = [
-            writers.submit(_write, part, growing / part.name, disk, fsync=fsync)
+            writers.submit(_write, part, growing / part.name, disk)
             for part in parts
             if not (growing / part.name).exists()
         ]
@@ -171,11 +151,11 @@ def _write_parts(parts: tuple[Part, ...], growing: Path, *, fsync: bool) -> None
             raise
 
 
-def _write(part: Part, path: Path, disk: ThreadPoolExecutor, *, fsync: bool) -> Future[None]:
+def _write(part: Part, path: Path, disk: ThreadPoolExecutor) -> Future[None]:
     """Write a part, and return the task in which `disk` seals it."""
     partial = path.with_name(path.name + ".partial")
     noted = {}
-    with SpanWriter(partial, part.num_bytes, fsync=fsync) as writer:
+    with SpanWriter(partial, part.num_bytes) as writer:
         for stretch in part.stretches:
             sums = [
                 Checksum(info.file if info.file.is_absolute() else partial, info.begin, info.num_bytes)
@@ -184,29 +164,27 @@ def _write(part: Part, path: Path, disk: ThreadPoolExecutor, *, fsync: bool) -> 
             writer.write(stretch.spans, sums)
             for info, checksum in zip(stretch.summed, sums, strict=True):
                 noted[info.name] = {"dtype": info.dtype, "shape": list(info.shape), "bytes": info.num_bytes, "xxh3_128": checksum.hexdigest()}  # fmt: skip
-    return disk.submit(_seal, partial, path, noted, fsync=fsync)
+    return disk.submit(_seal, partial, path, noted)
 
 
-def _seal(partial: Path, path: Path, noted: Mapping[str, Any], *, fsync: bool) -> None:
-    """Note the checksums of a part, and give it its name."""
-    if fsync:
-        sync(partial)
+def _seal(partial: Path, path: Path, noted: Mapping[str, Any]) -> None:
+    """Wait until a part is on the disk, note its checksums, and give it its name."""
+    sync(partial)
     _write_json(path.with_name(path.name + _SUMS), noted)
     partial.rename(path)
 
 
-def _finish(conversion: Conversion, output: Path, growing: Path, fingerprint: int, *, fsync: bool) -> None:
+def _finish(conversion: Conversion, output: Path, growing: Path, fingerprint: int) -> None:
     tensors: dict[str, Any] = {}
     for part in conversion.parts:
         path = growing / part.name
         tensors |= _read_json(path.with_name(path.name + _SUMS))
-    conversion.finish(growing)
     report = {**conversion.facts, "fingerprint": fingerprint}
     report |= {"files": {part.name: part.num_bytes for part in conversion.parts}, "tensors": tensors}
     _write_json(growing / REPORT, report)
     for leftover in (growing / _PLAN, *growing.rglob(f"*{_SUMS}")):
         leftover.unlink(missing_ok=True)
-    publish(growing, output, fsync=fsync)
+    publish(growing, output)
 
 
 def _wait(is_done: Callable[[], bool], growing: Path, what: str) -> None:

@@ -100,13 +100,10 @@ class Checksum:
 
 
 class SpanWriter:
-    """Writes spans into a new file of `num_bytes`; what no span fills is zero.
+    """Writes spans into a new file of `num_bytes`; what no span fills is zero."""
 
-    With `fsync`, which the caller calls at the end, the disk begins early.
-    """
-
-    def __init__(self, path: Path, num_bytes: int, *, fsync: bool = False) -> None:
-        self._path, self._fsync = path, fsync
+    def __init__(self, path: Path, num_bytes: int) -> None:
+        self._path = path
         self._sources: dict[Path, int] = {}
         self._buffer = memoryview(bytearray(BUFFER_BYTES))
         self._waiting: dict[tuple[Path, int], Checksum] = {}  # by the byte that each wants next
@@ -134,7 +131,7 @@ class SpanWriter:
             else:
                 for at, data in span.chunks():
                     self._write(data, at)
-        if self._fsync and _sync_file_range is not None:
+        if _sync_file_range is not None:
             # The disk begins now, not when the last byte is there; a failure shows in fsync.
             _sync_file_range(self._file, 0, 0, _SYNC_FILE_RANGE_WRITE)
 

@@ -75,7 +75,7 @@ def to_mcore(
             dtype="F32" if parameter.tensors[0] in in_float32 else chosen,
         )
 
-    def finish(growing: Path) -> None:
+    def begin(growing: Path) -> None:
         release = growing / RELEASE
         write_metadata(release / METADATA, writer.tensors, writer.objects)
         backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
@@ -90,7 +90,7 @@ def to_mcore(
         )
 
     parts = (*writer.parts(), *_carried_part(carried_tensors(meta, tensors)))
-    return Conversion(parts=parts, facts=_facts(meta, "hf to mcore"), finish=finish)
+    return Conversion(parts=parts, facts=_facts(meta, "hf to mcore"), begin=begin)
 
 
 def _carried_part(carried: Mapping[str, TensorInfo]) -> Iterator[Part]:
@@ -157,7 +157,7 @@ def to_hf(
             stretches.append(Stretch(spans=spans, summed=(info,)))
         parts.append(Part(name=file.path.name, num_bytes=file.num_bytes, stretches=tuple(stretches)))
 
-    def finish(growing: Path) -> None:
+    def begin(growing: Path) -> None:
         if len(files) > 1:
             (growing / INDEX_FILE).write_text(index_json(files))
         if meta.folder is not None:
@@ -167,7 +167,7 @@ def to_hf(
         text = config_json(meta, dtype=dtype or meta.dtype, quantization=config)
         (growing / "config.json").write_text(text, encoding="utf-8")
 
-    return Conversion(parts=tuple(parts), facts=_facts(meta, "mcore to hf"), finish=finish)
+    return Conversion(parts=tuple(parts), facts=_facts(meta, "mcore to hf"), begin=begin)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,10 +41,6 @@ class IntoConfig:
         None, "dtype of the weights; default: as they are", choices=DTYPES, aliases=("dtype",)
     )
     max_shard_size: str = setting("5GB", "largest file")
-    fsync: bool = setting(
-        False,
-        "wait until all of it is on the disk; without, the system writes it there soon after, as for cp",
-    )
     quant_method: str | None = setting(
         None,
         "fp8: the layers' linears in blocks of 128 x 128 with a scale each, as DeepSeek's files; default: none",

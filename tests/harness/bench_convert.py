@@ -2,8 +2,8 @@
 
     python -m tests.harness.bench_convert [--gigabytes 1 4] [--repeats 3] [--folder .bench/convert]
 
-cp and both directions take turns, so that they meet the same machine; the figures are medians. cp does not wait for the disk,
-nor does convert without --fsync; both are timed with waiting, too. Nothing but a command's input is there when it starts: the
+cp and both directions take turns, so that they meet the same machine; the figures are medians. convert waits until its output
+is on the disk; cp does not, so it is timed alone and with `sync -f` after it. Nothing but a command's input is there when it starts: the
 page cache is a part of what is measured. Memory is RssAnon of /proc/PID/status, sampled.
 """
 
@@ -82,15 +82,11 @@ def measure(folder: Path, *, gigabytes: float, repeats: int) -> list[tuple[str, 
     source, fused_bytes = make_checkpoint(folder / "source", num_bytes=int(gigabytes * 1e9))
     copy, mcore, back = folder / "copy", folder / "mcore", folder / "hf"
     convert = [sys.executable, "-m", "megaswift.cli.main", "convert", "--max_shard_size", str(SHARD_BYTES)]
-    there = [*convert, "--model", str(source), "--to", "mcore", "--output_dir", str(mcore)]
-    here = [*convert, "--model", str(mcore), "--to", "hf", "--output_dir", str(back)]
     commands = {
         "cp": ["cp", "-r", str(source), str(copy)],
         "cp + sync": ["sh", "-c", f"cp -r '{source}' '{copy}' && sync -f '{copy}'"],
-        "to mcore, fsync": [*there, "--fsync", "true"],
-        "to mcore": there,
-        "to hf, fsync": [*here, "--fsync", "true"],
-        "to hf": here,
+        "to mcore": [*convert, "--model", str(source), "--to", "mcore", "--output_dir", str(mcore)],
+        "to hf": [*convert, "--model", str(mcore), "--to", "hf", "--output_dir", str(back)],
     }
     runs = {way: Runs() for way in commands}
     for _ in range(repeats):

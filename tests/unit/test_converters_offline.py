@@ -12,7 +12,6 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -341,18 +340,19 @@ def test_conversion_killed_at_twenty_moments_is_never_taken_for_complete_and_end
     assert files_of(output) == whole
 
 
+def full_disk(*_: object, **rest: object) -> None:
+    raise OSError(28, "No space left")
+
+
 def test_another_plan_does_not_go_on_from_these_parts(
     saved: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     meta = get_model_meta(saved("qwen2"))
     first = to_mcore(meta, saved("qwen2"), dtype=None, vocab_multiple=1, max_bytes=50_000)
-    broken = Conversion(
-        parts=first.parts,
-        facts=first.facts,
-        finish=lambda growing: (_ for _ in ()).throw(OSError(28, "No space left")),
-    )
-    with pytest.raises(CheckpointError, match=r"No space left.*goes on where it stopped"):
-        carry_out(broken, tmp_path / "out", source=saved("qwen2"))
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion_module, "_finish", full_disk)
+        with pytest.raises(CheckpointError, match=r"No space left.*goes on where it stopped"):
+            carry_out(first, tmp_path / "out", source=saved("qwen2"))
     assert not (tmp_path / "out").exists()
     there(saved("qwen2"), tmp_path / "out", dtype="float32")
     there(saved("qwen2"), tmp_path / "fresh", dtype="float32")
@@ -367,7 +367,7 @@ def test_complete_parts_are_not_written_again(
     )
     written: list[str] = []
 
-    def counting(path: Path, num_bytes: int, *, fsync: bool) -> SpanWriter:
+    def counting(path: Path, num_bytes: int) -> SpanWriter:
         if len(written) == 3:
             raise OSError(28, "No space left on device")
         written.append(path.name)
@@ -380,42 +380,10 @@ def test_complete_parts_are_not_written_again(
     monkeypatch.setattr(
         conversion_module,
         "SpanWriter",
-        lambda path, num_bytes, fsync: (written.append(path.name), SpanWriter(path, num_bytes))[1],
+        lambda path, num_bytes: (written.append(path.name), SpanWriter(path, num_bytes))[1],
     )
     carry_out(conversion, tmp_path / "out", source=saved("qwen2"))
     assert len(written) == len(set(written)) == len(conversion.parts) > 4
-
-
-@pytest.mark.parametrize("fsync", [False, True])
-def test_parts_from_before_a_machine_fell_are_kept_only_if_they_were_on_its_disk(
-    saved: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fsync: bool
-) -> None:
-    meta = get_model_meta(saved("qwen2"))
-    whole = to_mcore(meta, saved("qwen2"), dtype=None, vocab_multiple=1, max_bytes=50_000)
-    full = replace(whole, finish=lambda growing: (_ for _ in ()).throw(OSError(28, "No space left")))
-    with pytest.raises(CheckpointError, match="No space left"):
-        carry_out(full, tmp_path / "out", source=saved("qwen2"), fsync=fsync)
-    part = tmp_path / "out.incomplete" / whole.parts[0].name
-    before = part.stat().st_mtime_ns
-    monkeypatch.setattr(conversion_module, "_boot", lambda: "another start")
-    with pytest.raises(CheckpointError, match="No space left"):
-        carry_out(full, tmp_path / "out", source=saved("qwen2"), fsync=fsync)
-    assert (part.stat().st_mtime_ns == before) is fsync
-
-
-@pytest.mark.parametrize(("earlier", "fsync"), [(False, False), (False, True), (True, False)])
-def test_the_disk_is_waited_for_where_asked_and_before_an_earlier_output_goes(
-    saved: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, earlier: bool, fsync: bool
-) -> None:
-    if earlier:
-        there(saved("qwen2"), tmp_path / "out", dtype="float32")
-    waited: list[int] = []
-    monkeypatch.setattr(os, "fsync", waited.append)
-    conversion = to_mcore(
-        get_model_meta(saved("qwen2")), saved("qwen2"), dtype=None, vocab_multiple=1, max_bytes=50_000
-    )
-    carry_out(conversion, tmp_path / "out", source=saved("qwen2"), fsync=fsync)
-    assert len(waited) > len(conversion.parts) if earlier or fsync else not waited
 
 
 def test_complete_output_is_left_alone(saved: Callable[[str], Path], tmp_path: Path) -> None:
@@ -431,7 +399,7 @@ def test_process_that_is_gone_is_noticed(tmp_path: Path, monkeypatch: pytest.Mon
     parts = tuple(Part(name=f"part-{i}", num_bytes=4, stretches=(stretch,)) for i in range(2))
     with pytest.raises(CheckpointError, match="A process is gone"):
         carry_out(
-            Conversion(parts=parts, facts={}, finish=lambda growing: None),
+            Conversion(parts=parts, facts={}, begin=lambda growing: None),
             tmp_path / "out",
             source=tmp_path / "in",
             world=2,
