@@ -22,7 +22,9 @@ class CausalLM(GPTModel):
 
     logical_vocab_size: int  # rows of the file's embedding; the rest of the sharded rows is padding
     multipliers = Multipliers()
-    gives_states = False  # the last stage returns hidden states [B, S, D] in place of losses (tasks/gkd.py)
+    gives_states = (
+        False  # the last stage returns hidden states [B, S, D] in place of losses (tasks/gkd.py, entropy.py)
+    )
     layer_inputs: PerLayerEmbedding | None  # what makes the inputs of layers, where they have some
     carried: Carried
     scores = False  # the output layer is a score_head (models/score.py): every token's scores [B, S, O] are returned

@@ -51,9 +51,11 @@ def _giving_states(models: Sequence[CausalLM]) -> Iterator[None]:
     """Let models return hidden states instead of losses."""
     for model in models:
         model.gives_states = True
-    yield
-    for model in models:
-        model.gives_states = False
+    try:
+        yield
+    finally:
+        for model in models:
+            model.gives_states = False
 
 
 def quantile_of_all_ranks(

@@ -15,10 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import xxhash
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -32,9 +30,8 @@ from torch.distributed.checkpoint.metadata import (
 
 from megaswift.cli.main import main
 from megaswift.converters import conversion as conversion_module
-from megaswift.converters import copying
 from megaswift.converters.conversion import Conversion, Part, Stretch, carry_out
-from megaswift.converters.copying import Checksum, Copy, Literal, SpanWriter
+from megaswift.converters.copying import Literal, SpanWriter
 from megaswift.converters.dcp_items import empty_object, find_data, wrap
 from megaswift.converters.dcp_metadata import read_metadata
 from megaswift.converters.dtypes import cast
@@ -193,73 +190,6 @@ def test_items_beyond_four_gigabytes_are_zip64(tmp_path: Path) -> None:
     assert torch.load(tmp_path / "huge", weights_only=True, mmap=True)[-1, -1] == 1
     length = (tmp_path / "huge").stat().st_size
     assert find_data(tmp_path / "huge", offset=0, length=length, num_bytes=num_bytes) == len(wrapping.before)
-
-
-@pytest.mark.parametrize(
-    ("runs", "run_bytes", "pitch", "source_pitch"),
-    [
-        (1, 5000, 5000, 5000),
-        (7, 300, 300, 300),
-        (7, 300, 500, 300),
-        (7, 300, 300, 700),
-        (5, 90_000, 100_000, 95_000),
-        (0, 8, 8, 8),
-    ],
-)
-def test_copies_land_where_they_should(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    runs: int,
-    run_bytes: int,
-    pitch: int,
-    source_pitch: int,
-) -> None:
-    monkeypatch.setattr(copying, "BUFFER_BYTES", 1024)
-    source = np.random.default_rng(0).integers(0, 256, 600_000, dtype=np.uint8)
-    source.tofile(tmp_path / "source")
-    expected = np.zeros(600_000, np.uint8)
-    for run in range(runs):
-        at, source_at = 11 + run * pitch, 17 + run * source_pitch
-        expected[at : at + run_bytes] = source[source_at : source_at + run_bytes]
-    expected[:5] = list(b"start")
-    copy = Copy(
-        at=11,
-        pitch=pitch,
-        source=tmp_path / "source",
-        source_at=17,
-        source_pitch=source_pitch,
-        run_bytes=run_bytes,
-        runs=runs,
-    )
-    ranges = [(side, begin, num) for side in ("source", "target") for begin, num in ((17, 1500), (11, 4000))]
-    sums = [Checksum(tmp_path / side, begin, num) for side, begin, num in ranges]
-    with SpanWriter(tmp_path / "target", 600_000) as writer:
-        writer.write([Literal(at=0, data=b"start"), copy], sums)
-    assert np.array_equal(np.fromfile(tmp_path / "target", np.uint8), expected)
-    for one, (side, begin, num) in zip(sums, ranges, strict=True):
-        data = (source if side == "source" else expected)[begin : begin + num]
-        assert one.hexdigest() == xxhash.xxh3_128_hexdigest(data.tobytes())
-
-
-def test_a_checksum_whose_bytes_pass_by_in_order_reads_nothing_again(tmp_path: Path) -> None:
-    (tmp_path / "source").write_bytes(bytes(range(250)) * 4)
-    copy = Copy(
-        at=0, pitch=500, source=tmp_path / "source", source_at=0, source_pitch=500, run_bytes=500, runs=2
-    )
-    sums = [Checksum(tmp_path / "source", 0, 300), Checksum(tmp_path / "source", 300, 700)]
-    with SpanWriter(tmp_path / "target", 1000) as writer:
-        writer.write([copy], sums)
-    (tmp_path / "source").unlink()
-    assert [one.hexdigest() for one in sums] == [
-        xxhash.xxh3_128_hexdigest((bytes(range(250)) * 4)[part]) for part in (slice(300), slice(300, None))
-    ]
-
-
-def test_source_that_ends_early_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "source").write_bytes(b"short")
-    copy = Copy(at=0, pitch=9, source=tmp_path / "source", source_at=0, source_pitch=9, run_bytes=9, runs=1)
-    with pytest.raises(CheckpointError, match="ends at byte 5"), SpanWriter(tmp_path / "target", 9) as writer:
-        writer.write([copy])
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
