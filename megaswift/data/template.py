@@ -5,8 +5,9 @@ The ids are those of tokenizer.apply_chat_template(messages); loss weights are 0
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -205,14 +206,25 @@ class Template:
         variables: dict[str, Any],
         prompt: bool,
     ) -> str:
+        contents = self._contents(messages)
         try:
+            if tools is None and isinstance(self.chat_template, str) and all(map(_is_text, contents)):
+                # apply_chat_template gives a template the same and needs longer to make it plain than to render it.
+                return self._render_plain(messages=contents, add_generation_prompt=prompt, **variables)
             text: str = self.tokenizer.apply_chat_template(
-                self._contents(messages), tools=tools, chat_template=self.chat_template if not self.tokenizer.chat_template else None,
+                contents, tools=tools, chat_template=self.chat_template if not self.tokenizer.chat_template else None,
                 tokenize=False, add_generation_prompt=prompt, **variables,
             )  # fmt: skip
         except _template_errors() as error:
             raise RowError("template", f"the chat template refuses the conversation: {error}") from error
         return text
+
+    @cached_property
+    def _render_plain(self) -> Callable[..., str]:
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        render = _compile_jinja_template(self.chat_template).render
+        return partial(render, tools=None, documents=None, **self.tokenizer.special_tokens_map)
 
     def _contents(self, messages: Sequence[Message]) -> list[Message]:
         """Return messages with their contents as this template reads them: text, or a list of blocks."""
@@ -356,6 +368,15 @@ def _template_errors() -> tuple[type[Exception], ...]:
     import jinja2  # transformers' own requirement for chat templates, loaded with them
 
     return (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
+
+
+def _is_text(message: Message) -> bool:
+    """Return whether a message is a role and a text, which transformers hands to a template as they are."""
+    return (
+        message.keys() == {"role", "content"}
+        and type(message["content"]) is str
+        and type(message["role"]) is str
+    )
 
 
 def _for_template(message: Message) -> Message:

@@ -5,7 +5,7 @@
 Ours reads samples and gives token ids and loss weights, in so many processes of one thread each. The tokenizer's own calls
 run with as many threads: on texts that are rendered already (ids alone, no template, no mask), and as
 apply_chat_template on the conversations (ids alone, no mask). Without --data the conversations are cut out of the standard
-library's sources.
+library's sources. Every figure is the best of three, each in a process of its own.
 """
 
 import argparse
@@ -25,7 +25,8 @@ TRIES = 3
 
 
 def measure(way: str, model: Path, data: Path, rows: int, workers: int) -> tuple[float, float, int]:
-    """Return seconds and CPU seconds, each the best of three, and the tokens; in a process whose threads are set."""
+    """Return seconds, CPU seconds and tokens of one call; in a process whose threads are set and that has tokenised nothing
+    before, as pieces and words that were seen come out of memory."""
     from megaswift.config.data import DataConfig
     from megaswift.data.encode import encode_samples
     from megaswift.data.read import read_datasets
@@ -49,13 +50,9 @@ def measure(way: str, model: Path, data: Path, rows: int, workers: int) -> tuple
         return sum(map(len, tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]))
 
     call: Callable[[], int] = {"ours": ours, "texts": of_texts, "apply_chat_template": of_conversations}[way]
-    seconds, cpu_s, tokens = [], [], 0
-    for _ in range(TRIES):
-        began, cpu_began = time.perf_counter(), sum(os.times()[:4])
-        tokens = call()
-        seconds.append(time.perf_counter() - began)
-        cpu_s.append(sum(os.times()[:4]) - cpu_began)
-    return min(seconds), min(cpu_s), tokens
+    began, cpu_began = time.perf_counter(), sum(os.times()[:4])
+    tokens = call()
+    return time.perf_counter() - began, sum(os.times()[:4]) - cpu_began, tokens
 
 
 def write_rows(file: Path, rows: int) -> Path:
@@ -88,30 +85,30 @@ def main() -> None:
         return
     print("| way | workers | s | CPU s | rows/s | tokens/s |\n|---|--:|--:|--:|--:|--:|")
     for workers in options.workers:
+        tries: dict[str, list[tuple[float, ...]]] = {way: [] for way in WAYS}
+        for _ in range(TRIES):  # in turn: this machine may be slower a minute later
+            for way in WAYS:
+                tries[way].append(_run(way, workers, options.rows, model, options.data))
         for way in WAYS:
-            threads = {
-                "RAYON_NUM_THREADS": "1" if way == "ours" else str(workers),
-                "TOKENIZERS_PARALLELISM": "true",
-            }
-            words = [
-                sys.executable,
-                "-m",
-                "tests.harness.bench_encode",
-                "--way",
-                way,
-                "--workers",
-                str(workers),
-            ]
-            words += ["--rows", str(options.rows), "--model", str(model), "--data", str(options.data)]
-            done = subprocess.run(
-                words, env={**os.environ, **threads}, capture_output=True, text=True, check=False
-            )
-            assert done.returncode == 0, done.stderr[-2000:]
-            seconds, cpu_s, tokens = map(float, done.stdout.splitlines()[-1].split())
+            seconds, cpu_s, tokens = map(min, zip(*tries[way], strict=True))
             print(
                 f"| {way} | {workers} | {seconds:.2f} | {cpu_s:.2f} | {options.rows / seconds:.0f} | {tokens / seconds:.3g} |",
                 flush=True,
             )
+
+
+def _run(way: str, workers: int, rows: int, model: Path, data: Path) -> tuple[float, ...]:
+    words = [sys.executable, "-m", "tests.harness.bench_encode", "--way", way, "--workers", workers]
+    words += ["--rows", rows, "--model", model, "--data", data]
+    threads = {
+        "RAYON_NUM_THREADS": "1" if way == "ours" else str(workers),
+        "TOKENIZERS_PARALLELISM": "true",
+    }
+    done = subprocess.run(
+        list(map(str, words)), env={**os.environ, **threads}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return tuple(float(word) for word in done.stdout.splitlines()[-1].split())
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """The loss curve of every emulated FP8 recipe beside that of bfloat16: `make bench-fp8`.
 
-    python -m tests.harness.bench_fp8 [--steps 200] [--layers 30] [--bf16_layers 0] [--max_length 256] [--only RECIPE ...]
+    python -m tests.harness.bench_fp8 [--steps 200] [--layers 30] [--bf16_layers 0] [--max_length 256] [--random] [--only RECIPE ...]
 
 SmolLM2-135M is trained with `megaswift sft` on the same rows in the same order. The final loss is that of the held-back
 rows after the last step: the loss of one batch of a few rows varies by half of itself. It is given as the run computes it,
 and for the weights that the run exports, in bfloat16. `--layers` keeps the first layers of the trained weights only, for a
-machine without hours to spare.
+machine without hours to spare; `--random` begins with weights that are drawn, as pre-training does.
 """
 
 import argparse
@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests.harness.bench import BENCH, ROOT, prepare_rows
 from tests.harness.smollm2 import fetch_smollm2
@@ -32,6 +33,17 @@ def shallow(model: Path, layers: int) -> Path:
     folder = BENCH / f"{model.name}-{layers}-layers"
     if not (folder / "config.json").exists():
         AutoModelForCausalLM.from_pretrained(model, num_hidden_layers=layers).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    return folder
+
+
+def untrained(model: Path) -> Path:
+    """Return a folder with the same model and weights that are drawn."""
+    folder = BENCH / f"{model.name}-random"
+    if not (folder / "config.json").exists():
+        torch.manual_seed(0)
+        drawn = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), dtype=torch.bfloat16)
+        drawn.save_pretrained(folder)
         AutoTokenizer.from_pretrained(model).save_pretrained(folder)
     return folder
 
@@ -98,12 +110,15 @@ def main() -> None:
     parser.add_argument("--max_length", type=int, default=256)
     parser.add_argument("--learning_rate", type=float, default=2e-5)
     parser.add_argument("--data", type=Path, help="alpaca rows (json list); default: rows written here")
+    parser.add_argument("--random", action="store_true", help="begin with weights that are drawn")
     parser.add_argument("--only", nargs="*", choices=RECIPES, default=RECIPES)
     chosen = parser.parse_args()
     BENCH.mkdir(exist_ok=True)
     model = fetch_smollm2(ROOT / ".demo" / "SmolLM2-135M-Instruct")
     if chosen.layers != 30:
         model = shallow(model, chosen.layers)
+    if chosen.random:
+        model = untrained(model)
     setting = Setting(
         model=model,
         data=prepare_rows(chosen.data),
