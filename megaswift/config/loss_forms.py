@@ -29,6 +29,8 @@ LOSS_TYPES: dict[str, tuple[str, ...]] = {
     "gkd": (),
 }
 
+JUDGE_ALONE = frozenset({"nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down"})  # forms of dpo
+
 
 def weighted_forms(chosen: PreferenceConfig) -> list[tuple[str, float]]:
     """Return the forms of a loss and their weights; raises ConfigError where there are more or fewer numbers."""

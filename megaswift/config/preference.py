@@ -34,6 +34,14 @@ class PreferenceConfig:
         0.0, "share of pairs whose answers may be swapped (dpo sigmoid, robust and exo_pair, cpo, simpo)"
     )
     discopop_tau: float = setting(0.05, "dpo discopop: temperature of the share of its exponential part")
+    f_divergence_type: str = setting(
+        "reverse_kl",
+        "dpo: divergence from the reference (f-DPO)",
+        choices=("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
+    )
+    f_alpha_divergence_coef: float = setting(
+        0.5, "dpo alpha_divergence: its alpha (1: the reverse KL divergence; towards 0: the forward one)"
+    )
     rpo_alpha: float | None = setting(None, "dpo: weight of the chosen answer's negative log-likelihood")
     reference_free: bool = setting(False, "dpo: compare with a uniform reference instead of a model")
     cpo_alpha: float | None = setting(

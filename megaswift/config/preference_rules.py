@@ -3,7 +3,7 @@
 from typing import Any
 
 from megaswift.config.case import Case
-from megaswift.config.loss_forms import LOSS_TYPES, weighted_forms
+from megaswift.config.loss_forms import JUDGE_ALONE, LOSS_TYPES, weighted_forms
 from megaswift.config.preference import PreferenceConfig
 from megaswift.config.run import RunConfig
 from megaswift.errors import ConfigError, nearest
@@ -13,6 +13,8 @@ BELONGS: dict[str, tuple[str, ...]] = {
     "discopop_tau": ("dpo",),
     "loss_weights": ("dpo",),
     "ld_alpha": ("dpo",),
+    "f_divergence_type": ("dpo",),
+    "f_alpha_divergence_coef": ("dpo",),
     "label_smoothing": ("dpo", "cpo", "simpo"),
     "rpo_alpha": ("dpo",),
     "reference_free": ("dpo",),
@@ -114,6 +116,19 @@ def preference_numbers_are_in_range(run: RunConfig) -> None:
     if chosen.label_smoothing and not {"sigmoid", "robust", "exo_pair"} & set(forms):
         raise ConfigError(
             f"label_smoothing is for loss_type sigmoid, robust and exo_pair, not {chosen.loss_type}. Leave it out."
+        )
+    alone = JUDGE_ALONE & set(forms)
+    if chosen.f_divergence_type != "reverse_kl" and alone:
+        raise ConfigError(
+            f"f_divergence_type={chosen.f_divergence_type} is for forms that compare two answers, and loss_type "
+            f"{' and '.join(sorted(alone))} judges each by itself. Leave one of them out."
+        )
+    if chosen.f_divergence_type != "alpha_divergence" and (
+        chosen.f_alpha_divergence_coef != PreferenceConfig().f_alpha_divergence_coef
+    ):
+        raise ConfigError(
+            f"f_alpha_divergence_coef={chosen.f_alpha_divergence_coef:g} is for f_divergence_type=alpha_divergence, not "
+            f"{chosen.f_divergence_type}. Leave it out."
         )
     if chosen.discopop_tau <= 0:
         raise ConfigError(f"discopop_tau={chosen.discopop_tau:g} is too small. Give more than 0.")

@@ -15,6 +15,9 @@ bco_pair      -log s(beta a_w) - log s(-beta a_l)      Jung et al. 2024, BCO (ar
 sppo_hard     (a_w - 1/(2 beta))^2 + (a_l + 1/(2 beta))^2  Wu et al. 2024, SPPO (arXiv 2405.00675), eq. 4.7 with P of 1 and 0
 apo_zero      1 - s(beta a_w) + s(beta a_l)            D'Oosterlinck et al. 2024, APO (arXiv 2408.06266), eq. 7
 apo_down      s(beta a_w) + 1 - s(h)                   the same, eq. 8
+f_divergence_type  a_w and a_l, each the log of a ratio u, become f'(u) in the forms with h: forward_kl 1 - 1/u, js_divergence
+              log(2u / (1 + u)), alpha_divergence (u^(alpha-1) - 1) / (alpha - 1): Wang et al. 2024, f-DPO (arXiv 2309.16240),
+              table 1, with TRL 1.16's alpha, which is 1 less theirs
 rpo_alpha     adds alpha * the mean negative log-likelihood of the chosen answer's tokens: Pang et al. 2024 (arXiv 2404.19733), eq. 1
 sft           the mean negative log-likelihood of the chosen answer's tokens; several forms, each with its weight, make a sum:
               Wang et al. 2024, MPO (arXiv 2411.10442)
@@ -80,9 +83,23 @@ def _losses_of_a_form(
         return pairs.nll_P
     if form in JUDGES_EACH:
         return JUDGES_EACH[form](chosen_P, rejected_P, beta)
+    chosen_P, rejected_P = slope(chosen_P, settings), slope(rejected_P, settings)
     if form in ("ipo", "sigmoid_norm"):
         chosen_P, rejected_P = chosen_P / pairs.chosen_length_P, rejected_P / pairs.rejected_length_P
     return preference_losses(chosen_P - rejected_P, settings, beta=beta)
+
+
+def slope(lead_P: torch.Tensor, settings: PreferenceConfig) -> torch.Tensor:
+    """Return f'(u) for log u, the lead of an answer over the reference."""
+    kind, alpha = settings.f_divergence_type, settings.f_alpha_divergence_coef
+    if kind == "js_divergence":
+        return math.log(2) + F.logsigmoid(lead_P)
+    if kind == "forward_kl":
+        alpha = 0.0
+    if kind == "reverse_kl" or alpha == 1:
+        return lead_P
+    # A ratio of e**80 is as good as any, and finite.
+    return torch.expm1(((alpha - 1) * lead_P).clamp(max=80)) / (alpha - 1)
 
 
 def preference_losses(lead_P: torch.Tensor, settings: PreferenceConfig, *, beta: float) -> torch.Tensor:

@@ -46,6 +46,18 @@ DPO: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"loss_type": "sigmoid bco_pair", "loss_weights": ["0.8", "0.2"]},
         {"loss_type": ["sigmoid", "bco_pair"], "loss_weights": [0.8, 0.2]},
     ),
+    **{
+        name: ({"f_divergence_type": name}, {"f_divergence_type": name})
+        for name in ("forward_kl", "js_divergence")
+    },
+    "alpha_divergence": (
+        {"loss_type": "ipo", "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3},
+        {
+            "loss_type": ["ipo"],
+            "f_divergence_type": "alpha_divergence",
+            "f_alpha_divergence_coef": 0.3,
+        },
+    ),
     "ld": ({"ld_alpha": 0.3}, {"ld_alpha": 0.3}),
     "exo_pair": ({"loss_type": "exo_pair"}, {"loss_type": ["exo_pair"], "label_smoothing": 1e-3}),
 }

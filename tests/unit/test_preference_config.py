@@ -96,6 +96,12 @@ def test_a_pack_holds_both_answers_of_a_pair() -> None:
         ("--rlhf_type kto --loss_weights 1", "is for rlhf_type dpo, not kto"),
         ("--ld_alpha 1.5", "ld_alpha=1.5 is not from 0 to 1"),
         ("--rlhf_type simpo --ld_alpha 0.5", "ld_alpha=0.5 is for rlhf_type dpo, not simpo"),
+        ("--rlhf_type kto --f_divergence_type forward_kl", "is for rlhf_type dpo, not kto"),
+        (
+            "--loss_type sigmoid nca_pair --f_divergence_type forward_kl",
+            "f_divergence_type=forward_kl is for forms that compare two answers, and loss_type nca_pair",
+        ),
+        ("--f_alpha_divergence_coef 0.2", "f_alpha_divergence_coef=0.2 is for f_divergence_type=alpha_divergence"),
         ("--rlhf_type gkd --teacher_model t --gkd_logits_topk 0", "gkd_logits_topk=0 is too small"),
         ("--gkd_logits_topk 5", "gkd_logits_topk=5 is for rlhf_type gkd, not dpo"),
         ("--ref_model_sync_steps 5", "ref_model_sync_steps=5 needs sync_ref_model=true"),

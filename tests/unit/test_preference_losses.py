@@ -87,6 +87,36 @@ CASES: dict[str, tuple[str, dict[str, Any], Callable[[Pair], float]]] = {
         lambda p: (-0.8 * math.log(sigmoid(0.3 * p.h)) + 0.2 * math.log(sigmoid(-0.3 * p.h))) / 0.6,
     ),
     "dpo hinge": ("dpo", {"loss_type": "hinge", "beta": 0.3}, lambda p: max(0.0, 1 - 0.3 * p.h)),
+    "dpo forward_kl": (
+        "dpo",
+        {"loss_type": "sigmoid", "beta": 0.3, "f_divergence_type": "forward_kl"},
+        lambda p: -math.log(sigmoid(0.3 * (1 / math.exp(p.a_l) - 1 / math.exp(p.a_w)))),
+    ),
+    "dpo js_divergence": (
+        "dpo",
+        {"loss_type": "hinge", "beta": 0.3, "f_divergence_type": "js_divergence"},
+        lambda p: max(
+            0.0,
+            1
+            - 0.3 * math.log(2 * math.exp(p.a_w) / (1 + math.exp(p.a_w)))
+            + 0.3 * math.log(2 * math.exp(p.a_l) / (1 + math.exp(p.a_l))),
+        ),
+    ),
+    "dpo alpha_divergence": (
+        "dpo",
+        {
+            "loss_type": "ipo",
+            "beta": 0.3,
+            "f_divergence_type": "alpha_divergence",
+            "f_alpha_divergence_coef": 0.3,
+        },
+        lambda p: (
+            (math.exp(-0.7 * p.a_w) - 1) / -0.7 / p.len_w
+            - (math.exp(-0.7 * p.a_l) - 1) / -0.7 / p.len_l
+            - 1 / 0.6
+        )
+        ** 2,
+    ),
     "dpo ipo": ("dpo", {"loss_type": "ipo", "beta": 0.3}, lambda p: (p.h_mean - 1 / 0.6) ** 2),
     "dpo sigmoid_norm": (
         "dpo",
