@@ -65,6 +65,9 @@ class PreferenceConfig:
     teacher_model: str | None = setting(
         None, "gkd: model with the same vocabulary whose distributions are learnt"
     )
+    sft_alpha: float = setting(
+        0.0, "gkd: weight of the cross-entropy of answers by the rows or the teacher beside the divergence"
+    )
     lmbda: float = setting(0.5, "gkd: share of the steps on completions by the trained model; 0: none")
     seq_kd: bool = setting(
         False, "gkd: the other steps are on completions by the teacher instead of the rows' own answers"

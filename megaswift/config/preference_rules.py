@@ -33,6 +33,7 @@ BELONGS: dict[str, tuple[str, ...]] = {
     "lmbda": ("gkd",),
     "seq_kd": ("gkd",),
     "gkd_logits_topk": ("gkd",),
+    "sft_alpha": ("gkd",),
 }
 NEEDS_REFERENCE = ("dpo", "kto", "grpo")
 DEFAULT_BETA = {"simpo": 2.0, "grpo": 0.04, "gkd": 0.5}  # others 0.1
@@ -94,6 +95,10 @@ def preference_numbers_are_in_range(run: RunConfig) -> None:
         raise ConfigError(f"lmbda={chosen.lmbda:g} is not a share of the steps. Give 0 to 1.")
     if chosen.gkd_logits_topk is not None and chosen.gkd_logits_topk < 1:
         raise ConfigError(f"gkd_logits_topk={chosen.gkd_logits_topk} is too small. Give 1 or more.")
+    if chosen.sft_alpha and chosen.lmbda == 1:
+        raise ConfigError(
+            "sft_alpha is for answers that the trained model did not write, and lmbda=1 leaves none. Leave one of them out."
+        )
     if chosen.seq_kd and chosen.lmbda == 1:
         raise ConfigError(
             "seq_kd=true has no steps, as lmbda=1 leaves none to the teacher. Leave one of them out."
@@ -103,6 +108,7 @@ def preference_numbers_are_in_range(run: RunConfig) -> None:
     for name in (
         "rpo_alpha",
         "cpo_alpha",
+        "sft_alpha",
         "desirable_weight",
         "undesirable_weight",
         "center_rewards_coefficient",

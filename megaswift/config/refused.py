@@ -311,7 +311,6 @@ REFUSED: dict[str, Refused] = {
         mcore_ref_model="none",
         mcore_ref_adapter="none",
     ),
-    **_refuse("a second loss beside the teacher's", sft_alpha="0 0.0"),
     **{
         flag: Refused(what="reinforcement learning and distillation", harmless=("false", "none"))
         for flag in _RLHF

@@ -69,6 +69,7 @@ class MicroBatch:
     reference_logps: torch.Tensor | None = None
     sampler_logps: torch.Tensor | None = None
     mismatched: "MicroBatch | None" = None  # the same rows, with each prompt answered for another row
+    is_own: bool = False  # whether the trained model wrote the answers itself
     prepared: object = None  # what the task found before the step (Task.prepare); no part of the data
 
 

@@ -3,6 +3,7 @@
 The loss of a token is the generalised Jensen-Shannon divergence of both distributions: Agarwal et al. 2023 (arXiv 2306.13649),
 eq. 1 and 2; a mean over the tokens of the global batch, as in TRL 1.16. Whose answers these are is algorithm 1's lambda
 (training/distillation_feed.py). Completions are sampled at --temperature; both distributions are taken at 1, as in TRL.
+With --sft_alpha the cross-entropy of the tokens that the student did not write itself is added, so weighted: ms-swift 4.6.
 With --gkd_logits_topk they are those among the teacher's likeliest tokens alone, as in ms-swift 4.6.
 Both models end at their last hidden states, and chunks of their logits are formed together (kernels/linear_divergence).
 
@@ -20,6 +21,7 @@ from megatron.core.utils import unwrap_model
 
 from megaswift.config.preference import PreferenceConfig
 from megaswift.data.batches import MicroBatch
+from megaswift.kernels.linear_cross_entropy.ops import linear_cross_entropy
 from megaswift.kernels.linear_divergence.ops import OutputLayer, linear_divergence
 from megaswift.models.causal_lm import CausalLM
 from megaswift.tasks.task import Loss, RunModel, look, run_model
@@ -28,14 +30,13 @@ from megaswift.tasks.task import Loss, RunModel, look, run_model
 class Distillation:
     """The task of `megaswift rlhf --rlhf_type gkd`, for models that return hidden states."""
 
-    metrics: tuple[str, ...] = ()
-
     def __init__(
         self, settings: PreferenceConfig, *, teacher: Sequence[CausalLM], run: RunModel = run_model
     ) -> None:
         """`teacher` are the chunks of a frozen model under the same layout."""
         assert settings.beta is not None, "resolved"
-        self._beta, self._top_k = settings.beta, settings.gkd_logits_topk
+        self._beta, self._top_k, self._sft_alpha = settings.beta, settings.gkd_logits_topk, settings.sft_alpha
+        self.metrics: tuple[str, ...] = ("sft_loss",) if self._sft_alpha else ()
         self._teacher, self._run = teacher, run
 
     def prepare(self, batches: list[MicroBatch], chunks: Sequence[Any]) -> list[MicroBatch]:
@@ -61,10 +62,13 @@ class Distillation:
             states_with_loss(batch, states_BSD), group=group
         )
         weights_T = batch.loss_mask[batch.loss_mask != 0].to(hidden_TD.device, non_blocking=True)
+        shared: dict[str, Any] = {
+            "vocab_size": student.logical_vocab_size,
+            "group": group if group.size() > 1 else None,
+        }
+        softcap = student.multipliers.logits_softcap
         loss = linear_divergence(
-            OutputLayer(
-                hidden=hidden_TD, weight=student.output_weight, softcap=student.multipliers.logits_softcap
-            ),
+            OutputLayer(hidden=hidden_TD, weight=student.output_weight, softcap=softcap),
             OutputLayer(
                 hidden=batch.prepared,
                 weight=teacher.output_weight,
@@ -73,11 +77,24 @@ class Distillation:
             weights_T,
             beta=self._beta,
             top_k=self._top_k,
-            vocab_size=student.logical_vocab_size,
-            group=group if group.size() > 1 else None,
+            **shared,
         )
         number = torch.full((), len(weights_T), dtype=torch.int32).to(loss.device, non_blocking=True)
-        return loss, number, {"loss": torch.stack([loss.detach().double(), number.double()])}
+        log = {}
+        if self._sft_alpha and not batch.is_own:
+            labels_T = batch.labels[batch.loss_mask != 0].to(hidden_TD.device, non_blocking=True)
+            losses_T = linear_cross_entropy(
+                hidden_TD,
+                student.output_weight,
+                labels_T,
+                loss_weights_T=weights_T,
+                softcap=softcap,
+                **shared,
+            )
+            sft_loss = (losses_T * weights_T).sum()
+            loss = loss + self._sft_alpha * sft_loss
+            log["sft_loss"] = torch.stack([sft_loss.detach().double(), number.double()])
+        return loss, number, {"loss": torch.stack([loss.detach().double(), number.double()]), **log}
 
 
 def states_with_loss(batch: MicroBatch, states_BSD: torch.Tensor) -> torch.Tensor:

@@ -100,9 +100,8 @@ class DistillationFeed(TrainFeed):
         if self._table is not None:
             self._write(self._table, consumed, writer, answers)
         settings = replace(self._settings, global_batch_size=len(completions))
-        return list(
-            completions.micro_batches(settings, dp_rank=self._dp_rank, dp=self._dp, pad_id=self._pad_id)
-        )
+        batches = completions.micro_batches(settings, dp_rank=self._dp_rank, dp=self._dp, pad_id=self._pad_id)
+        return [replace(batch, is_own=writer is Writer.STUDENT) for batch in batches]
 
     def figures(self) -> dict[str, float]:
         """Return who wrote the newest batch, and lengths of completions."""

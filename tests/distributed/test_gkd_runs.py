@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from megaswift.config.parse import parse_run
@@ -30,7 +31,7 @@ CALM = ("--adam_eps", "1e-3")  # gradients that are 0 but for rounding move noth
 # what is trained -> flags
 TRAININGS: dict[str, tuple[str, ...]] = {
     "mixed": (
-        "--lmbda", "0.5", "--seq_kd", "true", "--temperature", "0.7", "--top_k", "40",
+        "--lmbda", "0.5", "--seq_kd", "true", "--sft_alpha", "0.4", "--temperature", "0.7", "--top_k", "40",
         "--global_batch_size", str(BATCH), "--micro_batch_size", "2", *CALM,
     ),
     # One pack holds all completions of a step: of two micro batches one is empty.
@@ -195,6 +196,8 @@ def test_completions_and_losses_are_those_of_the_exported_student_and_of_the_tea
                     model(document).logits[0, len(prompt) - 1 : -1].double() for model in (student, teacher)
                 ]
             losses.append(generalised_jsd(*logits, beta=0.5))
+            if not line["on_policy"]:
+                losses[-1] += 0.4 * cross_entropy(logits[0], torch.tensor(answer), reduction="none")
         assert line["loss"] == pytest.approx(float(torch.cat(losses).mean()), rel=LOSS_TOLERANCE)
 
 

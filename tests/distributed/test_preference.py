@@ -37,7 +37,9 @@ TRAININGS: dict[str, dict[str, dict[str, Any]]] = {
     "cpo": {"preference": {"rlhf_type": "cpo", "beta": 0.5}},
     "kto": {"preference": {"rlhf_type": "kto", "beta": 0.5, "undesirable_weight": 0.8}},
     "rm": {"preference": {"rlhf_type": "rm", "center_rewards_coefficient": 0.01}},
-    "gkd": {"preference": {"rlhf_type": "gkd", "lmbda": 0.0, "beta": 0.3, "gkd_logits_topk": 9}},
+    "gkd": {
+        "preference": {"rlhf_type": "gkd", "lmbda": 0.0, "beta": 0.3, "gkd_logits_topk": 9, "sft_alpha": 0.4}
+    },
     "seq_cls lora": {"model": {**CLASSIFIER, "num_labels": 3}, **LORA},
     "embedding": {
         "model": {"task_type": "embedding"},

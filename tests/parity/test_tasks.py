@@ -18,7 +18,7 @@ from tests.harness.distributed import run_distributed
 from tests.harness.training import Case, curves, synthetic_rows
 from tests.parity.test_trl import agree, folders, loss_and_norm, options, padded, tokenizer
 
-LABELS, CENTER, TEMPERATURE, BETA = 3, 0.05, 0.2, 0.3
+LABELS, CENTER, TEMPERATURE, BETA, SFT_ALPHA = 3, 0.05, 0.2, 0.3, 0.7
 PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
 SEED = 42  # of the new head: the default of --seed
 
@@ -32,13 +32,17 @@ def cases() -> dict[str, Case]:
     settings: dict[str, dict[str, dict[str, Any]]] = {
         **classifiers,
         "rm": {"preference": {"rlhf_type": "rm", "center_rewards_coefficient": CENTER}},
-        "gkd": {
-            "preference": {
-                "rlhf_type": "gkd",
-                "lmbda": 0.0,
-                "beta": BETA,
-                "teacher_model": str(folders()[1]),
-            },
+        **{
+            f"gkd{' sft' * bool(alpha)}": {
+                "preference": {
+                    "rlhf_type": "gkd",
+                    "lmbda": 0.0,
+                    "beta": BETA,
+                    "sft_alpha": alpha,
+                    "teacher_model": str(folders()[1]),
+                },
+            }
+            for alpha in (0.0, SFT_ALPHA)
         },
         "embedding": {
             "model": {"task_type": "embedding"},
@@ -110,17 +114,18 @@ def test_a_reward_model_has_the_loss_and_gradient_of_trl(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_a_student_has_the_loss_and_gradient_of_trl() -> None:
+@pytest.mark.parametrize("alpha", [0.0, SFT_ALPHA])
+def test_a_student_has_the_loss_and_gradient_of_trl(alpha: float) -> None:
     student, teacher = (AutoModelForCausalLM.from_pretrained(one, dtype=torch.float32) for one in folders())
     whole = padded(rows_of("gkd"), list(range(8)))
     inputs = {name: whole[name] for name in ("input_ids", "attention_mask")}
     labels = whole["input_ids"].masked_fill(whole["completion_mask"] == 0, -100)[:, 1:]
     with torch.no_grad():
         teacher_logits = teacher(**inputs).logits[:, :-1]
-    loss = GKDTrainer.generalized_jsd_loss(
-        student(**inputs).logits[:, :-1], teacher_logits, labels=labels, beta=BETA
-    )
-    agree(ours()["gkd"][0], differentiated(loss, student))
+    logits = student(**inputs).logits[:, :-1]
+    loss = GKDTrainer.generalized_jsd_loss(logits, teacher_logits, labels=labels, beta=BETA)
+    loss = loss + alpha * torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels)
+    agree(ours()[f"gkd{' sft' * bool(alpha)}"][0], differentiated(loss, student))
 
 
 @pytest.mark.slow

@@ -103,6 +103,8 @@ def test_a_pack_holds_both_answers_of_a_pair() -> None:
         ),
         ("--f_alpha_divergence_coef 0.2", "f_alpha_divergence_coef=0.2 is for f_divergence_type=alpha_divergence"),
         ("--rlhf_type gkd --teacher_model t --gkd_logits_topk 0", "gkd_logits_topk=0 is too small"),
+        ("--rlhf_type gkd --teacher_model t --lmbda 1 --sft_alpha 1", "lmbda=1 leaves none"),
+        ("--rlhf_type gkd --teacher_model t --sft_alpha -1", "sft_alpha=-1 is negative"),
         ("--gkd_logits_topk 5", "gkd_logits_topk=5 is for rlhf_type gkd, not dpo"),
         ("--ref_model_sync_steps 5", "ref_model_sync_steps=5 needs sync_ref_model=true"),
         ("--sync_ref_model --ref_model_sync_steps 0", "ref_model_sync_steps=0 is too small"),
