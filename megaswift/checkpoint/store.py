@@ -4,12 +4,14 @@ output_dir/
     checkpoint-500/            complete: its manifest.json names every file and its size, and was written last
     checkpoint-600.partial/    a save that is under way, or that was cut short; the next start removes it
     latest                     the name of the newest complete checkpoint, for people and scripts
+    best                       that of the one with the lowest loss of the held-back rows, where there are any
 
 A save writes everything into the .partial folder, syncs it, writes the manifest, syncs that, and only then renames. Rank 0
 alone calls what changes the folder. No torch here.
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -23,7 +25,7 @@ from megaswift.logs import get_logger
 logger = get_logger(__name__)
 
 MANIFEST = "manifest.json"
-POINTER = "latest"
+POINTER, BEST = "latest", "best"
 FORMAT = 1  # of the manifest and of what it describes
 FINISHED = re.compile(r"checkpoint-(\d+)")
 
@@ -41,9 +43,17 @@ class Manifest:
     seed: int
     versions: dict[str, str] = field(default_factory=dict)
     loss_scale: dict[str, float] | None = None  # of float16, and its counters
+    validations: dict[str, Any] | None = None  # training/validations.py
     sequence: int = 0  # saves so far in this folder: the newest checkpoint has the highest
     files: dict[str, int] = field(default_factory=dict)  # path below the folder -> bytes
     format: int = FORMAT
+
+    @property
+    def eval_loss(self) -> float:
+        """The loss of the held-back rows after this step; infinite where nobody looked."""
+        found = self.validations or {}
+        loss = found.get("loss") if found.get("step") == self.step else None
+        return loss if loss is not None and math.isfinite(loss) else math.inf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +108,11 @@ class Store:
         """Return the checkpoint that was saved last."""
         return next(reversed(self.complete()), None)
 
+    def best(self) -> Checkpoint | None:
+        """Return the checkpoint with the lowest loss of the held-back rows, the oldest of several; None where there is none."""
+        validated = [one for one in self.complete() if one.manifest.eval_loss < math.inf]
+        return min(validated, key=lambda one: one.manifest.eval_loss, default=None)
+
     def clean(self) -> None:
         """Remove what an interrupted save left behind, and undo an interrupted replacement."""
         for folder in sorted(self.output_dir.glob("checkpoint-*.partial")):
@@ -150,6 +165,9 @@ class Store:
         os.replace(folder, finished)
         _sync(self.output_dir)
         _write_synced(self.output_dir / POINTER, finished.name + "\n")
+        best = self.best()
+        if best is not None:
+            _write_synced(self.output_dir / BEST, best.folder.name + "\n")
         _sync(self.output_dir)
         self.clean()  # of the checkpoint that this one replaced, if any
         return Checkpoint(folder=finished, manifest=Manifest(**stored))
@@ -159,10 +177,13 @@ class Store:
         shutil.rmtree(folder, ignore_errors=True)
 
     def rotate(self, keep: int | None) -> None:
-        """Delete the oldest complete checkpoints beyond `keep`; the newest one always stays."""
+        """Delete the oldest complete checkpoints beyond `keep`; the newest and the best one always stay."""
         if keep is None:
             return
+        best = self.best()
         for checkpoint in self.complete()[: -max(keep, 1)]:
+            if best is not None and checkpoint.folder == best.folder:
+                continue
             # Renamed first: a deletion that is cut short must not leave half a checkpoint under a whole one's name.
             leaving = checkpoint.folder.with_suffix(".partial")
             os.replace(checkpoint.folder, leaving)

@@ -16,7 +16,9 @@ class CheckpointConfig:
         "save every --save_steps, at the end of each epoch, or only at the end",
         choices=("steps", "epoch", "no"),
     )
-    save_total_limit: int | None = setting(None, "complete checkpoints to keep; the newest is never deleted")
+    save_total_limit: int | None = setting(
+        None, "complete checkpoints to keep; the newest and the best are never deleted"
+    )
     save_safetensors: bool = setting(
         True, "write a complete Hugging Face folder (or PEFT adapter) at each save"
     )

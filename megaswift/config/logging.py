@@ -16,4 +16,7 @@ class LoggingConfig:
         None, "optimizer steps between validations; default: --save_steps", aliases=("eval_interval",)
     )
     eval_iters: int = setting(-1, "global batches in a validation; -1: the whole set")
+    early_stop_interval: int | None = setting(
+        None, "validations in a row without a lower loss after which the run ends; default: never"
+    )
     verbose: bool = setting(False, "log debugging facts too")

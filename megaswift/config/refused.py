@@ -233,10 +233,10 @@ REFUSED: dict[str, Refused] = {
         add_version="false",
     ),
     **_refuse(
-        "keeping the best checkpoint",
-        metric_for_best_model="none loss",
+        "another way to choose the best checkpoint",
+        "The file OUTPUT_DIR/best names the one with the lowest eval_loss, which is never deleted.",
+        metric_for_best_model="none loss eval_loss",
         greater_is_better="none false",
-        early_stop_interval="none",
         load_best_model_at_end="false",
     ),
     **_refuse(

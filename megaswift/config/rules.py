@@ -23,6 +23,7 @@ REQUEST_RULES = (
     training.a_model_is_named,
     training.rows_are_named,
     training.sizes_are_positive,
+    training.an_early_end_follows_from_validations,
     data.every_set_has_its_share,
     data.streams_have_an_end,
     training.random_weights_are_for_pre_training,

@@ -51,6 +51,7 @@ def sizes_are_positive(run: RunConfig) -> None:
         ("save_total_limit", checkpoint.save_total_limit),
         ("logging_steps", logging.logging_steps),
         ("eval_steps", logging.eval_steps),
+        ("early_stop_interval", logging.early_stop_interval),
         ("lora_rank", run.tuner.lora_rank),
         ("nproc_per_node", run.launch.nproc_per_node),
     ):
@@ -69,6 +70,16 @@ def sizes_are_positive(run: RunConfig) -> None:
     ):
         if not 0 <= share < 1:
             raise ConfigError(f"{name}={share} is not a share. Give 0 or more and less than 1.")
+
+
+def an_early_end_follows_from_validations(run: RunConfig) -> None:
+    """Whether a run is worth going on with is judged by held-back rows."""
+    validates = (run.data.val_dataset or run.data.split_dataset_ratio) and run.logging.eval_iters
+    if run.logging.early_stop_interval is not None and not validates:
+        raise ConfigError(
+            f"early_stop_interval={run.logging.early_stop_interval} needs validations. Give --val_dataset or "
+            "--split_dataset_ratio, or leave it out."
+        )
 
 
 def dtype_fits_the_platform(case: Case) -> Case | None:

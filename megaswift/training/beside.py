@@ -24,6 +24,7 @@ from megaswift.training.reporters import JsonLines, PlainLines, ProgressBar, Rep
 from megaswift.training.signals import Interrupt
 from megaswift.training.spikes import SpikeGuard
 from megaswift.training.stragglers import Stragglers, places_of_ranks
+from megaswift.training.validations import Validations
 from megaswift.training.wall_time import WallTime
 
 
@@ -50,6 +51,7 @@ def observers(
     validation: ValidationFeed | None,
     reporters: Sequence[Reporter],
     heartbeat: Heartbeat,
+    validations: Validations,
 ) -> list[Callback]:
     """Return what looks at every step and changes nothing in it; a spike ends the run."""
     every = run.logging.logging_steps
@@ -71,7 +73,10 @@ def observers(
         callbacks.append(SpikeGuard(run.training.spike_factor))
     if validation is not None:
         steps = run.logging.eval_steps or run.checkpoint.save_steps
-        callbacks.append(Evaluate(engine, feed, validation, reporters, every=steps))
+        patience = run.logging.early_stop_interval
+        callbacks.append(
+            Evaluate(engine, feed, validation, reporters, every=steps, found=validations, patience=patience)
+        )
     return callbacks
 
 

@@ -4,11 +4,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from megaswift.logs import get_logger
 from megaswift.training.engine import Engine
 from megaswift.training.feed import TrainFeed, ValidationFeed
 from megaswift.training.loop import Progress, Step
 from megaswift.training.metrics import Window, peak_memory_gib, step_line
 from megaswift.training.reporters import Reporter
+from megaswift.training.validations import Validations
+
+logger = get_logger(__name__)
 
 
 class Log:
@@ -47,7 +51,7 @@ class Log:
 
 
 class Evaluate:
-    """Reports the loss on the validation set every `every` steps, and at the end."""
+    """Reports the loss on the validation set every `every` steps, and at the end; ends a run that learns no more."""
 
     def __init__(
         self,
@@ -57,18 +61,31 @@ class Evaluate:
         reporters: Sequence[Reporter],
         *,
         every: int,
+        found: Validations,
+        patience: int | None,
     ) -> None:
+        """`found` takes every loss; `patience` is how many without a lower one end the run."""
         self._engine, self._feed, self._validation = engine, feed, validation
         self._reporters, self._every = reporters, every
+        self._found, self._patience = found, patience
 
     def after_step(self, step: Step) -> bool:
-        """Validate where it is due; not on the way out of an interrupted run."""
+        """Validate where it is due, not on the way out of an interrupted run; True where the run is to end."""
         due = step.progress.step % self._every == 0 or step.is_last
-        if due and not step.result.interrupted:
-            self.report(step.progress)
-        return False
+        if not due or step.result.interrupted:
+            return False
+        self._found.add(step.progress.step, self._report(step.progress))
+        enough = self._found.are_enough(self._patience)
+        if enough:
+            logger.info(
+                "the run ends at step %d: eval_loss has not been below %.4f for %d validations (early_stop_interval)",
+                step.progress.step,
+                self._found.lowest,
+                self._found.since,
+            )
+        return enough
 
-    def report(self, progress: Progress) -> float:
+    def _report(self, progress: Progress) -> float:
         """Validate now and return the loss."""
         found = self._engine.evaluate(self._validation.batches())
         line = {

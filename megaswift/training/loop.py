@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
 from typing import Protocol
@@ -37,7 +37,7 @@ class Step:
     progress: Progress  # after it
     result: StepResult
     time_s: float
-    is_last: bool  # of the run, or because some rank was told to stop
+    is_last: bool  # of the run, as some rank was told to stop, or as a callback before this one ends it
 
 
 class Callback(Protocol):
@@ -92,7 +92,8 @@ def train_loop(
         step = Step(progress=progress, result=result, time_s=perf_counter() - began, is_last=stop)
         for callback in callbacks:
             pulse.move(progress.step, type(callback).__name__.lower(), patient=True)
-            stop |= callback.after_step(step)
+            if callback.after_step(step):
+                stop, step = True, replace(step, is_last=True)
     return progress
 
 

@@ -60,6 +60,7 @@ from megaswift.training.setup import (
 )
 from megaswift.training.signals import Interrupt
 from megaswift.training.stream import load_stream
+from megaswift.training.validations import Validations
 
 logger = get_logger(__name__)
 
@@ -212,6 +213,9 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
             run_model=forward,
             group=patient,
         )
+    validations = Validations(**((checkpoint.manifest.validations if checkpoint else None) or {}))
+    if validations.are_enough(run.logging.early_stop_interval):
+        total_steps = start.step  # it has ended
     reporters = reporters_of(run, output_dir, start=start, total_steps=total_steps)
     dtype = asked.model.torch_dtype or meta.dtype
     saver = Saver(
@@ -225,6 +229,7 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
             **feed.writers(),
             **reference_writers(run, meta, layout, reference),
         },
+        validations=validations,
     )
     following = []
     if run.preference.sync_ref_model:
@@ -239,7 +244,7 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
     wall_time = wall_time_of(run, interrupt, step=start.step, validates=validation is not None)
     account = account_of(run, output_dir, start, on_gpus=platform.name == "cuda")
     save = wall_time.timed(saver if account is None else account.timed(saver))
-    looking = observers(run, platform, engine, feed, validation, reporters, heartbeat)
+    looking = observers(run, platform, engine, feed, validation, reporters, heartbeat, validations)
     callbacks = [
         *looking,
         *following,
@@ -258,6 +263,8 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
             interrupt=wall_time,
             pulse=heartbeat,
         )
+    if validations.are_enough(run.logging.early_stop_interval):
+        total_steps = progress.step
     feed.close()
     for reporter in reporters:
         reporter.close()

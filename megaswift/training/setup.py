@@ -43,6 +43,7 @@ from megaswift.training.engine import Engine
 from megaswift.training.flops import step_cost
 from megaswift.training.loop import Progress
 from megaswift.training.reference import References
+from megaswift.training.validations import Validations
 
 logger = get_logger(__name__)
 
@@ -290,6 +291,7 @@ class Saver:
     store: Store
     engine: Engine
     writers: dict[str, Writer]
+    validations: Validations
 
     def __call__(self, progress: Progress) -> Checkpoint:
         """Save the run as it is after `progress`; raises CheckpointError."""
@@ -321,6 +323,7 @@ class Saver:
             seed=self.run.training.seed,
             versions=versions(),
             loss_scale=loss_scale(self.engine.optimizer),
+            validations=None if self.validations.step is None else asdict(self.validations),
         )
 
 

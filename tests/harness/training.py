@@ -45,6 +45,7 @@ from megaswift.training.optimizer import build_optimizer, wrap_chunks
 from megaswift.training.reference import frozen_copy
 from megaswift.training.schedule import build_schedule
 from megaswift.training.setup import Saver
+from megaswift.training.validations import Validations
 
 Curve = list[tuple[float, float]]  # (loss, gradient norm) of each step
 
@@ -253,6 +254,7 @@ def saver_of(trained: Trained, output_dir: Path) -> Saver:
         store=Store(output_dir),
         engine=trained.engine,
         writers={},
+        validations=Validations(),
     )
 
 

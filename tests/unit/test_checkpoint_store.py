@@ -144,6 +144,23 @@ def test_rotation_keeps_the_newest(tmp_path: Path) -> None:
     assert names(tmp_path) == {"checkpoint-3", "latest"}
 
 
+def test_the_best_checkpoint_is_named_and_kept(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for step, loss in enumerate((3.0, 2.0, float("nan"), 2.0, None), start=1):
+        seen = None if loss is None else {"step": step, "loss": loss}
+        save(store, step, validations=seen)
+        store.rotate(1)
+    # The loss of another step says nothing about this one.
+    save(store, 6, validations={"step": 5, "loss": 1.0})
+    store.rotate(2)
+    assert [checkpoint.manifest.step for checkpoint in store.complete()] == [2, 5, 6]
+    assert (tmp_path / "best").read_text() == "checkpoint-2\n"
+    save(store, 7, validations={"step": 7, "loss": 1.5})
+    store.rotate(1)
+    assert names(tmp_path) == {"checkpoint-7", "latest", "best"}
+    assert (tmp_path / "best").read_text() == "checkpoint-7\n"
+
+
 def test_a_folder_of_another_program_is_kept_aside(tmp_path: Path) -> None:
     other = tmp_path / "checkpoint-5"
     other.mkdir()

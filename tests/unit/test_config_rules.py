@@ -147,6 +147,8 @@ def resolved(
         ("--tuner_type lora --lorap_lr_ratio 0", dense(), 1, "lorap_lr_ratio=0.0 must be above 0"),
         ("--tuner_type lora --adapters a b", dense(), 1, "training starts from one adapter"),
         ("--tuner_type lora --target_modules", dense(), 1, "target_modules is empty"),
+        ("--early_stop_interval 3", dense(), 1, "early_stop_interval=3 needs validations"),
+        ("--early_stop_interval 0 --val_dataset v.jsonl", dense(), 1, "early_stop_interval=0 is too small"),
         ("--report_to wandb", dense(), 1, "report_to=wandb is not built"),
         ("--random_init", dense(), 1, "random_init=true is for pre-training"),
         ("--save_total_limit 0", dense(), 1, "save_total_limit=0 is too small"),
