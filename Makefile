@@ -33,7 +33,8 @@ lint: $(VENV)/ready
 
 test: lint
 	$(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile tests/unit tests/parity
-	$(BIN)/pytest tests/distributed tests/cluster  # these start their own processes
+	$(BIN)/pytest --numprocesses 2 --dist loadfile -m "not alone" tests/distributed  # these start their own processes, too
+	$(BIN)/pytest -m alone tests/distributed tests/cluster
 
 demo: $(VENV)/ready
 	$(BIN)/python -m tests.harness.demo

@@ -21,7 +21,11 @@ import pytest
 from tests.harness.slurm import CallError, SlurmCluster, running_cluster, wait_for, why_not
 from tests.harness.tiny_run import make_tiny_run
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(why_not() is not None, reason=f"no Slurm: {why_not()}")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.alone,
+    pytest.mark.skipif(why_not() is not None, reason=f"no Slurm: {why_not()}"),
+]
 
 MEGASWIFT = (sys.executable, "-m", "megaswift.cli.main")
 STARTING_S = 600.0  # ranks import torch and Megatron-Core: seconds, but minutes on a busy machine

@@ -12,6 +12,7 @@ from tests.harness.hosts import VirtualHosts, why_no_hosts
 from tests.harness.tiny_run import make_tiny_run
 
 pytestmark = [
+    pytest.mark.alone,
     pytest.mark.slow,
     pytest.mark.ranks(4),
     pytest.mark.skipif(why_no_hosts() is not None, reason=f"no virtual hosts: {why_no_hosts()}"),

@@ -113,6 +113,7 @@ def test_the_settings_of_a_run_reproduce_it(sft: list[str], tmp_path: Path) -> N
     assert losses(tmp_path / "first") == losses(tmp_path / "second")
 
 
+@pytest.mark.alone
 def test_a_sleeping_rank_is_named_within_20_seconds(sft: list[str], tmp_path: Path) -> None:
     (tmp_path / "sleeper.py").write_text(SLEEPER)
     words = [sys.executable, "sleeper.py", *sft, "--hang_timeout_seconds", "8", "--output_dir", "out"]

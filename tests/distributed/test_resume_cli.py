@@ -16,6 +16,8 @@ import pytest
 
 from tests.harness.tiny_run import make_tiny_run
 
+pytestmark = pytest.mark.alone
+
 TOTAL_STEPS = 24
 EXACT = ("step", "consumed_samples", "loss", "grad_norm", "lr", "sample_ids")
 

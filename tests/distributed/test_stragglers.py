@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -15,6 +16,8 @@ from megaswift.training.feed import TrainFeed
 from megaswift.training.loop import Progress, train_loop
 from megaswift.training.stragglers import Stragglers, places_of_ranks
 from tests.harness.distributed import run_distributed
+
+pytestmark = pytest.mark.alone
 
 STEPS = 30
 
