@@ -57,6 +57,9 @@ class PreferenceConfig:
     ref_model: str | None = setting(
         None, "model of the same kind to compare with; default: --model as it is before training"
     )
+    ref_adapters: list[str] = setting(
+        [], "PEFT adapter folder that belongs to what the trained model is compared with"
+    )
     sync_ref_model: bool = setting(
         False, "dpo and grpo, in full: let the reference follow the trained model (TR-DPO)"
     )

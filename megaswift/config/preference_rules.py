@@ -25,6 +25,7 @@ BELONGS: dict[str, tuple[str, ...]] = {
     "calculate_kl": ("kto",),
     "center_rewards_coefficient": ("rm",),
     "ref_model": ("dpo", "kto", "grpo"),
+    "ref_adapters": ("dpo", "kto", "grpo"),
     "precompute_ref_log_probs": ("dpo", "kto"),
     "sync_ref_model": ("dpo", "grpo"),
     "ref_model_mixup_alpha": ("dpo", "grpo"),
@@ -138,9 +139,13 @@ def preference_numbers_are_in_range(run: RunConfig) -> None:
         )
     if chosen.discopop_tau <= 0:
         raise ConfigError(f"discopop_tau={chosen.discopop_tau:g} is too small. Give more than 0.")
-    if chosen.reference_free and (chosen.ref_model or chosen.precompute_ref_log_probs):
+    if chosen.reference_free and (chosen.ref_model or chosen.ref_adapters or chosen.precompute_ref_log_probs):
         raise ConfigError(
-            "reference_free=true has no reference model. Leave --ref_model and --precompute_ref_log_probs out."
+            "reference_free=true has no reference model. Leave --ref_model, --ref_adapters and --precompute_ref_log_probs out."
+        )
+    if len(chosen.ref_adapters) > 1:
+        raise ConfigError(
+            f"ref_adapters={' '.join(chosen.ref_adapters)}: the reference has one adapter. Give one folder."
         )
 
 
@@ -164,6 +169,7 @@ def a_reference_that_follows_is_in_memory(run: RunConfig) -> None:
         chosen.precompute_ref_log_probs
         or chosen.reference_free
         or chosen.beta == 0
+        or chosen.ref_adapters
         or run.tuner.tuner_type != "full"
     ):
         raise ConfigError(
@@ -219,10 +225,11 @@ def the_reference_is_not_the_adapted_model(case: Case) -> Case | None:
         or kind not in NEEDS_REFERENCE
         or not tuner.adapters
         or case.run.preference.ref_model
+        or case.run.preference.ref_adapters
     ):
         return None
     return case.change(
         "tuner",
-        f"adapters={tuner.adapters[0]}: the reference is the model without it. To compare with the adapted model, merge the "
-        "adapter first (`megaswift export --merge_lora true`) and give the merged folder as --ref_model.",
+        f"adapters={tuner.adapters[0]}: the reference is the model without it. To compare with the adapted model, give the "
+        "folder as --ref_adapters, too.",
     )

@@ -23,4 +23,4 @@ def needs_copy(run: RunConfig) -> bool:
         return True
     if not compares(run) or settings.precompute_ref_log_probs:
         return False
-    return run.tuner.tuner_type == "full" or settings.ref_model is not None
+    return run.tuner.tuner_type == "full" or settings.ref_model is not None or bool(settings.ref_adapters)

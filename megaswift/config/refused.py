@@ -303,9 +303,8 @@ REFUSED: dict[str, Refused] = {
         group_size="128",
     ),
     **_refuse(
-        "a reference with an adapter, or from a Megatron-Core checkpoint",
-        "Give a Hugging Face folder as --ref_model; `megaswift export --merge_lora true` merges an adapter.",
-        ref_adapters="",
+        "a reference from a Megatron-Core checkpoint",
+        "Give a Hugging Face folder as --ref_model, or a PEFT folder as --ref_adapters.",
         ref_load="none",
         ref_adapter_load="none",
         mcore_ref_model="none",

@@ -61,9 +61,10 @@ class Preference:
         return means
 
     def _reference_logps(self, batches: list[MicroBatch], chunks: Sequence[Any]) -> list[torch.Tensor]:
-        chunks = chunks if self._reference is None else self._reference
+        keep = partial(answer_logps, ld_alpha=self._settings.ld_alpha)
+        if self._reference is not None:
+            return look(self._reference, batches, keep, run=self._run)
         with adapters_off(chunks):
-            keep = partial(answer_logps, ld_alpha=self._settings.ld_alpha)
             return look(chunks, batches, keep, run=self._run)
 
     def _rows_loss(self, batch: MicroBatch, losses_BS: torch.Tensor) -> Loss:

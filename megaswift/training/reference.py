@@ -17,14 +17,13 @@ from megaswift.config.reference import distils
 from megaswift.config.rules import resolve
 from megaswift.config.run import RunConfig
 from megaswift.config.tuner import TunerConfig
-from megaswift.converters.load import load_weights
+from megaswift.converters.peft_folder import read_adapter
 from megaswift.data.batches import BatchSettings, MicroBatch, ValidationData
 from megaswift.data.encode import EncodedSet
 from megaswift.errors import ConfigError
 from megaswift.logs import get_logger
 from megaswift.metadata.meta import ModelMeta
 from megaswift.metadata.read import get_model_meta
-from megaswift.models.build import build_model
 from megaswift.parallel.agreement import agree, agree_on_first, alike
 from megaswift.parallel.layout import Layout
 from megaswift.platforms.platform import Platform
@@ -32,6 +31,7 @@ from megaswift.tasks.catalogue import trained_model
 from megaswift.tasks.preference import answer_logps
 from megaswift.tasks.task import look, run_model
 from megaswift.training.context import context_share
+from megaswift.training.model import load_model
 
 logger = get_logger(__name__)
 
@@ -49,20 +49,24 @@ def frozen_copy(
 ) -> list[Any]:
     """Return this rank's chunks of the reference model, without gradients; every rank of the world calls it.
 
-    `group` holds all ranks and is patient; `kept` is where its weights are if they have changed. Raises UserError where --ref_model or --teacher_model does not fit.
+    `group` holds all ranks and is patient; `kept` is where its weights are if they have changed. Raises UserError where --ref_model,
+    --ref_adapters or --teacher_model does not fit.
     """
     reference = alike(lambda: reference_meta(run, meta))
     if distils(run):  # a model of another size, under the same layout
         alike(lambda: resolve(run, reference, layout.world, platform.name))
-    plain = replace(run, tuner=TunerConfig())  # neither adapted nor in four bits
-    chunks = alike(lambda: build_model(reference, plain, layout, platform))
-    agree(
-        lambda: load_weights(chunks, reference, layout, dist.get_rank(), kept or Path(str(reference.folder))),
-        group=group,
+    adapter = None
+    tuner = TunerConfig()  # neither adapted nor in four bits
+    if run.preference.ref_adapters:
+        adapter = alike(lambda: read_adapter(run.preference.ref_adapters[0], reference))
+        tuner = adapter.adopt(replace(tuner, tuner_type="lora"), reference)
+    plain = replace(run, tuner=tuner)
+    chunks = load_model(
+        plain, reference, layout, platform, adapter=adapter, fresh=True, group=group, weights=kept
     )
     for chunk in chunks:
         chunk.requires_grad_(False)
-    return list(chunks)
+    return chunks
 
 
 def reference_meta(run: RunConfig, meta: ModelMeta) -> ModelMeta:
@@ -138,10 +142,12 @@ class References:
 
     def _key(self, encoded: EncodedSet) -> str:
         """Return what the log-probabilities depend on: the tokens, and the weights as far as their files tell."""
-        folder = Path(str(reference_meta(self.run, self.meta).folder))
-        files = sorted(
-            (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.glob("*.safetensors")
-        )
+        folders = [str(reference_meta(self.run, self.meta).folder), *self.run.preference.ref_adapters]
+        files = [
+            (path.name, path.stat().st_size, path.stat().st_mtime_ns)
+            for folder in folders
+            for path in sorted(Path(folder).glob("*.safetensors"))
+        ]
         weighs = (files, self.run.model.torch_dtype, self.run.preference.ld_alpha)
         digest = hashlib.sha256(repr(weighs).encode())
         for values in (encoded.input_ids, encoded.loss_weights, encoded.starts):

@@ -5,7 +5,6 @@ import shutil
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -15,9 +14,7 @@ from megaswift.checkpoint.store import Checkpoint, Store
 from megaswift.config.reference import compares, needs_copy
 from megaswift.config.rules import ResolvedRun, resolve
 from megaswift.config.run import RunConfig
-from megaswift.converters.adapters import load_peft
-from megaswift.converters.load import load_weights
-from megaswift.converters.peft_folder import PeftAdapter, read_adapter
+from megaswift.converters.peft_folder import read_adapter
 from megaswift.data.batches import TrainData
 from megaswift.launch.environment import RankEnv
 from megaswift.launch.heartbeat import Heartbeat, empty_folder
@@ -28,9 +25,6 @@ from megaswift.logs import get_logger, setup_logging
 from megaswift.mcore import process_groups
 from megaswift.metadata.meta import ModelMeta
 from megaswift.metadata.read import get_model_meta
-from megaswift.models.build import build_model
-from megaswift.models.lora import apply_lora
-from megaswift.models.tuner import finish_tuner
 from megaswift.parallel.agreement import agree, agree_on_first, alike
 from megaswift.parallel.layout import Layout
 from megaswift.platforms.fp8 import check_fp8, format_for, software_here
@@ -44,6 +38,7 @@ from megaswift.training.engine import Engine
 from megaswift.training.feed import TrainFeed, ValidationFeed
 from megaswift.training.following import FollowReference, kept_reference, reference_writers
 from megaswift.training.loop import Progress, train_loop
+from megaswift.training.model import load_model
 from megaswift.training.optimizer import build_optimizer, shards_optimizer, wrap_chunks
 from megaswift.training.reference import References, frozen_copy
 from megaswift.training.schedule import build_schedule
@@ -160,7 +155,8 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
     if needs_copy(run):
         kept = alike(lambda: kept_reference(run, checkpoint))
         reference = frozen_copy(run, meta, layout, platform, group=patient, kept=kept)
-    chunks = _model(run, meta, layout, platform, adapter=adapter, checkpoint=checkpoint, group=patient)
+    fresh = checkpoint is None
+    chunks = load_model(run, meta, layout, platform, adapter=adapter, fresh=fresh, group=patient)
     wrapped = wrap_chunks(chunks, run)
     optimizer = build_optimizer(wrapped, run)
     start = _progress(checkpoint)
@@ -300,30 +296,6 @@ def _checkpoint_to_resume(store: Store, run: RunConfig, meta: ModelMeta) -> Chec
     if checkpoint is not None:
         check_identity(checkpoint, identity_of(run, meta))
     return checkpoint
-
-
-def _model(
-    run: RunConfig,
-    meta: ModelMeta,
-    layout: Layout,
-    platform: Platform,
-    *,
-    adapter: PeftAdapter | None,
-    checkpoint: Checkpoint | None,
-    group: Any,
-) -> list[Any]:
-    chunks, rank = alike(lambda: build_model(meta, run, layout, platform)), dist.get_rank()
-    adapted = run.tuner.tuner_type == "lora"
-    if adapted:
-        ranks = adapter.ranks(meta) if adapter else None
-        alike(lambda: apply_lora(chunks, run.tuner, meta, seed=run.training.seed, ranks=ranks))
-    if not run.model.random_init and (checkpoint is None or adapted):
-        agree(lambda: load_weights(chunks, meta, layout, rank, Path(str(meta.folder))), group=group)
-    seed, fresh = run.training.seed, checkpoint is None
-    alike(lambda: finish_tuner(chunks, run.tuner, device=platform.device, seed=seed, fresh=fresh))
-    if adapter is not None and checkpoint is None:
-        agree(lambda: load_peft(chunks, meta, layout, rank, adapter), group=group)
-    return list(chunks)
 
 
 def _progress(checkpoint: Checkpoint | None) -> Progress:

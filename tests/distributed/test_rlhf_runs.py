@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -52,6 +52,10 @@ RUNS: dict[str, tuple[int, tuple[str, ...]]] = {
     "labels": (2, (*LABELS, "--packing", "true", "--max_length", "64", *TP2)),
     "labels lora": (1, (*LABELS, *LORA)),
     "gkd lora": (1, ("--rlhf_type", "gkd", "--lmbda", "0", "--beta", "0.3", *LORA)),
+    "dpo after merged": (1, ("--rlhf_type", "dpo")),
+    "dpo after adapter": (1, ("--rlhf_type", "dpo")),
+    "dpo after adapter precomputed": (1, ("--rlhf_type", "dpo", "--precompute_ref_log_probs", "true")),
+    "dpo after adapter spread": (2, ("--rlhf_type", "dpo", *TP2)),
     "texts": (2, ("--task_type", "embedding", "--infonce_hard_negatives", "1", "--micro_batch_size", "2")),
 }
 
@@ -60,7 +64,8 @@ RUNS: dict[str, tuple[int, tuple[str, ...]]] = {
 def folder() -> Path:
     """A model, and rows that are pairs, judged answers, or questions with labels."""
     folder = temporary_folder()
-    _, rows = make_tiny_run(folder, rows=24)
+    model, rows = make_tiny_run(folder, rows=24)
+    save_references(model, folder)
     make_tiny_run(folder / "teacher", rows=1, name="llama-tied")
     more: dict[str, list[dict[str, Any]]] = {"judged": [], "pairs": [], "labelled": [], "texts": []}
     for number, line in enumerate(rows.read_text().splitlines()):
@@ -78,13 +83,33 @@ def folder() -> Path:
     return folder
 
 
+def save_references(model: Path, folder: Path) -> None:
+    """Write an adapter of some modules to "adapter", and the model with it inside to "merged"."""
+    torch.manual_seed(3)
+    chosen = LoraConfig(
+        r=3, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False
+    )
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), chosen)
+    adapted.save_pretrained(folder / "adapter")
+    adapted.merge_and_unload().save_pretrained(folder / "merged")
+
+
+def references(name: str) -> tuple[str, ...]:
+    """Return the flags that say what the model of a run is compared with."""
+    if "gkd" in name:
+        return "--teacher_model", str(folder() / "teacher" / "model")
+    if "merged" in name:
+        return "--ref_model", str(folder() / "merged")
+    return ("--ref_adapters", str(folder() / "adapter")) if "adapter" in name else ()
+
+
 def flags(name: str, output: str) -> list[str]:
     rows = {"kto": "judged", "labels": "labelled", "texts": "texts"}.get(name.split()[0], "pairs")
     return [
         "--model", str(folder() / "model"), "--dataset", str(folder() / f"{rows}.jsonl"), "--split_dataset_ratio", "0.25",
         "--output_dir", str(folder() / output), "--train_iters", str(STEPS), "--global_batch_size", "4", "--learning_rate", "1e-2",
         "--lr_decay_style", "constant", "--save_steps", "2", "--save_total_limit", "2", "--logging_steps", "1", "--report_to", "none",
-        *RUNS[name][1], *(("--teacher_model", str(folder() / "teacher" / "model")) if "gkd" in name else ()),
+        *RUNS[name][1], *references(name),
     ]  # fmt: skip
 
 
@@ -341,6 +366,19 @@ def test_references_computed_once_train_as_those_at_hand(computed: str, at_hand:
         assert {name: found[name] for name in shared} == pytest.approx(
             {name: expected[name] for name in shared}, abs=TOLERANCE, rel=rel
         )
+
+
+@pytest.mark.slow
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("name", [name for name in RUNS if name.startswith("dpo after adapter")])
+def test_reference_with_an_adapter_is_that_with_the_adapter_inside(name: str) -> None:
+    assert output_of("dpo after merged") and output_of(name)
+    first, plain = lines("dpo after merged")[0], lines("dpo copied")[0]
+    assert abs(first["rewards/chosen"] - plain["rewards/chosen"]) > 1e-2, "the adapter must say something"
+    for found, expected in zip(lines(name), lines("dpo after merged"), strict=True):
+        for figure in expected:
+            if figure.startswith(("loss", "rewards", "logps", "eval_")):
+                assert found[figure] == pytest.approx(expected[figure], abs=TOLERANCE, rel=TOLERANCE), figure
 
 
 @pytest.mark.slow

@@ -1,0 +1,50 @@
+"""The model of a run on this rank: built, adapted, and filled from files."""
+
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megaswift.config.run import RunConfig
+from megaswift.converters.adapters import load_peft
+from megaswift.converters.load import load_weights
+from megaswift.converters.peft_folder import PeftAdapter
+from megaswift.metadata.meta import ModelMeta
+from megaswift.models.build import build_model
+from megaswift.models.lora import apply_lora
+from megaswift.models.tuner import finish_tuner
+from megaswift.parallel.agreement import agree, alike
+from megaswift.parallel.layout import Layout
+from megaswift.platforms.platform import Platform
+
+
+def load_model(
+    run: RunConfig,
+    meta: ModelMeta,
+    layout: Layout,
+    platform: Platform,
+    *,
+    adapter: PeftAdapter | None,
+    fresh: bool,
+    group: Any,
+    weights: Path | None = None,
+) -> list[Any]:
+    """Return this rank's chunks; every rank of the world calls it. Raises UserError.
+
+    `fresh` says that no checkpoint is read into them afterwards, which leaves adapters' frozen weights out. `weights` is
+    where those of the model are if not in its own folder. `adapter` must have been adopted by the run's tuner. `group`
+    holds all ranks and is patient.
+    """
+    chunks, rank = alike(lambda: build_model(meta, run, layout, platform)), dist.get_rank()
+    adapted = run.tuner.tuner_type == "lora"
+    if adapted:
+        ranks = adapter.ranks(meta) if adapter else None
+        alike(lambda: apply_lora(chunks, run.tuner, meta, seed=run.training.seed, ranks=ranks))
+    if not run.model.random_init and (fresh or adapted):
+        folder = weights or Path(str(meta.folder))
+        agree(lambda: load_weights(chunks, meta, layout, rank, folder), group=group)
+    seed = run.training.seed
+    alike(lambda: finish_tuner(chunks, run.tuner, device=platform.device, seed=seed, fresh=fresh))
+    if adapter is not None and fresh:
+        agree(lambda: load_peft(chunks, meta, layout, rank, adapter), group=group)
+    return list(chunks)
