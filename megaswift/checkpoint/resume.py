@@ -38,12 +38,22 @@ def find_checkpoint(store: Store, resume: str) -> Checkpoint | None:
             )
         return None
     chosen = newest if resume == "auto" else read_checkpoint(Path(resume))
+    named = named_folder(resume)
+    if named is not None and newest is not None and newest.manifest.resumed_from == named:
+        # The same command again, of a later slice of the job: not back to where the first one began.
+        logger.info("going on from %s, which came from resume=%s", newest.folder.name, resume)
+        chosen = newest
     if chosen is not None and not chosen.manifest.resumable:
         raise CheckpointError(
             f"{chosen.folder} holds no optimizer state: it was saved with --save_optim false. "
             "Start a new run from its export in another --output_dir."
         )
     return chosen
+
+
+def named_folder(resume: str) -> str | None:
+    """Return the folder that --resume names, if it names one."""
+    return None if resume in ("auto", "never") else str(Path(resume).resolve())
 
 
 def check_identity(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:

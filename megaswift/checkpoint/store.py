@@ -43,6 +43,7 @@ class Manifest:
     seed: int
     versions: dict[str, str] = field(default_factory=dict)
     loss_scale: dict[str, float] | None = None  # of float16, and its counters
+    resumed_from: str | None = None  # the folder that --resume named, if it named one
     validations: dict[str, Any] | None = None  # training/validations.py
     sequence: int = 0  # saves so far in this folder: the newest checkpoint has the highest
     files: dict[str, int] = field(default_factory=dict)  # path below the folder -> bytes
@@ -117,11 +118,11 @@ class Store:
         """Remove what an interrupted save left behind, and undo an interrupted replacement."""
         for folder in sorted(self.output_dir.glob("checkpoint-*.partial")):
             logger.info("removing the incomplete save %s", folder.name)
-            shutil.rmtree(folder)
+            _remove(folder)
         for old in sorted(self.output_dir.glob("checkpoint-*.replaced")):
             current = old.with_suffix("")
             if current.exists():
-                shutil.rmtree(old)
+                _remove(old)
             else:
                 os.replace(old, current)
 
@@ -187,8 +188,8 @@ class Store:
             # Renamed first: a deletion that is cut short must not leave half a checkpoint under a whole one's name.
             leaving = checkpoint.folder.with_suffix(".partial")
             os.replace(checkpoint.folder, leaving)
-            shutil.rmtree(leaving)
-            logger.info("deleted %s: save_total_limit=%d", checkpoint.folder.name, keep)
+            if _remove(leaving):
+                logger.info("deleted %s: save_total_limit=%d", checkpoint.folder.name, keep)
 
     def _folders(self) -> list[Path]:
         if not self.output_dir.is_dir():
@@ -209,6 +210,16 @@ class Store:
         )
         os.replace(folder, aside)
         logger.warning("%s was not written by megaswift: it is kept as %s", folder.name, aside.name)
+
+
+def _remove(folder: Path) -> bool:
+    """Remove a folder that nobody needs; where that fails, as on NFS while another program reads it, say so and go on."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        logger.warning("%s cannot be removed now, and will be tried again: %s", folder, error)
+        return False
+    return True
 
 
 def _write_synced(path: Path, text: str) -> None:

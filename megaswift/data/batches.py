@@ -121,6 +121,10 @@ class TrainData:
         """Return how often the items were seen."""
         return consumed / self.num_items
 
+    def epochs_done(self, consumed: int) -> int:
+        """Return how many epochs ended with the items before."""
+        return consumed // self.num_items
+
     def sample_ids(self, consumed: int) -> list[int]:
         """Return the rows of the global batch that follows `consumed` items, over all ranks."""
         items, packs = self.items(consumed), self.packs

@@ -142,7 +142,7 @@ def _json(path: Path) -> Iterator[Row]:
 
 
 def _concatenated_objects(path: Path, text: str) -> Iterator[Row]:
-    lines = text.splitlines()
+    lines = text.split("\n")  # splitlines() would break texts at Unicode's own line ends
     try:
         json.loads(text)
     except json.JSONDecodeError:

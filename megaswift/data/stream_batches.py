@@ -94,6 +94,10 @@ class StreamData:
         """Return how many epochs were begun and left behind; how long one is, nobody knows."""
         return float(self._beginnings[self._begin_of(consumed)]["epoch"])
 
+    def epochs_done(self, consumed: int) -> int:
+        """Return how many epochs the last of the items before has left behind: what follows it may not be read yet."""
+        return int(self.epoch(consumed - 1)) if consumed else 0
+
     def sample_ids(self, consumed: int) -> list[int]:
         """Return the rows of the global batch that follows `consumed` items, counted from the first row that was read."""
         found: list[int] = []

@@ -195,7 +195,9 @@ class Template:
             raise RowError("media", "the row has images, videos or audios, and the model reads text only")
         plain = [_for_template(message) for message in self.messages(sample)]
         if not self.uses_chat_template:
-            return "".join(message["content"] for message in plain)
+            return "".join(
+                message["content"] + self.eos_token * (message["role"] == "assistant") for message in plain
+            )
         variables = {**self.variables, **sample.template_kwargs}
         return self._apply(plain, list(sample.tools) or None, variables, plain[-1]["role"] != "assistant")
 

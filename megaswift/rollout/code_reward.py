@@ -8,6 +8,7 @@ and prints. How far the code is kept in check stands in rollout/run_code.py: it 
 import json
 import os
 import re
+import textwrap
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -68,7 +69,7 @@ def python_of(text: str) -> str | None:
     for languages in (PYTHON, ("",)):
         codes: list[str] = [code for language, code in blocks if language.lower() in languages]
         if codes:
-            return codes[-1]
+            return textwrap.dedent(codes[-1])  # fenced inside a list, it is indented as a whole
     return None
 
 
@@ -88,6 +89,12 @@ def cases_of(given: Any) -> list[Case]:
 def _case(one: Any) -> Case:
     if isinstance(one, str):
         return one
+    if isinstance(one, dict) and (
+        one.get("fn_name") or (one.get("type") or "stdin_stdout") != "stdin_stdout"
+    ):
+        raise DataError(
+            f'a test case calls a function ({one!r}), which is not built. Write it as statements: "assert add(1, 2) == 3".'
+        )
     if isinstance(one, dict) and isinstance(one.get("input"), str) and isinstance(one.get("output"), str):
         return one["input"], one["output"]
     raise DataError(

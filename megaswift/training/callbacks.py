@@ -123,7 +123,7 @@ class Save:
         if self._every_steps is not None:
             due |= step.progress.step % self._every_steps == 0
         if self._every_epoch:
-            due |= int(self._feed.epoch(consumed)) > int(self._feed.epoch(before))
+            due |= self._feed.epochs_done(consumed) > self._feed.epochs_done(before)
         if due:
             self._save(step.progress)
         return due and self._stop

@@ -170,7 +170,8 @@ class Engine:
             else:
                 tokens_of_means = torch.stack([output["mean_of"] for output in outputs])
                 values[0] = (sums[:, 0] / tokens_of_means.clamp(min=1)).sum()
-                values[1] = len(outputs) / parallel_state.get_context_parallel_world_size()
+                # The last global batch of a validation is filled up with micro batches without a token.
+                values[1] = (tokens_of_means > 0).sum() / parallel_state.get_context_parallel_world_size()
             for number, name in enumerate(names):
                 found = [output[name] for output in outputs if name in output]
                 if found:

@@ -37,6 +37,10 @@ class TrainFeed:
         """Return how often the data was seen."""
         return self.data.epoch(consumed)
 
+    def epochs_done(self, consumed: int) -> int:
+        """Return how many epochs ended with the items before; the same on every rank."""
+        return self.data.epochs_done(consumed)
+
     def sample_ids(self, consumed: int) -> list[int]:
         """Return the rows of the whole global batch that follows `consumed` items, over all ranks."""
         return self.data.sample_ids(consumed)

@@ -146,7 +146,7 @@ class References:
         files = [
             (path.name, path.stat().st_size, path.stat().st_mtime_ns)
             for folder in folders
-            for path in sorted(Path(folder).glob("*.safetensors"))
+            for path in sorted([*Path(folder).glob("*.safetensors"), *Path(folder).glob("adapter_config.json")])
         ]
         weighs = (files, self.run.model.torch_dtype, self.run.preference.ld_alpha)
         digest = hashlib.sha256(repr(weighs).encode())

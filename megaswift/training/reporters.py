@@ -132,7 +132,7 @@ def readable(line: Mapping[str, Any]) -> str:
 def _cut_back(path: Path, step: int) -> None:
     if not path.exists():
         return
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+    kept = [line for line in path.read_text(encoding="utf-8").split("\n") if _step_of(line) <= step]
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
     os.replace(temporary, path)

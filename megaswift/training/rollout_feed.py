@@ -74,6 +74,10 @@ class RolloutFeed(TrainFeed):
         """Return how often the prompts were seen."""
         return super().epoch(consumed) / self._iterations
 
+    def epochs_done(self, consumed: int) -> int:
+        """Return how many epochs of prompts ended with the items before."""
+        return super().epochs_done(consumed) // self._iterations
+
     def sample_ids(self, consumed: int) -> list[int]:
         """Return the prompts of the step that follows `consumed`."""
         position, part = self._place(consumed)

@@ -234,7 +234,7 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
         following = [alike(lambda: FollowReference(engine, reference, every_steps=steps, alpha=alpha))]
 
     validation = None
-    if sets.val is not None:
+    if sets.val is not None and run.logging.eval_iters:
         validation = ValidationFeed(sets.val, dp_rank=dp_rank, dp=layout.dp, limit=run.logging.eval_iters)
     interrupt = Interrupt()
     wall_time = wall_time_of(run, interrupt, step=start.step, validates=validation is not None)

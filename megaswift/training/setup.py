@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megaswift.checkpoint.resume import named_folder
 from megaswift.checkpoint.save import Writer, save_checkpoint
 from megaswift.checkpoint.state import loss_scale, model_tensors, optimizer_tensors, states_of_the_rank
 from megaswift.checkpoint.store import Checkpoint, Manifest, Store
@@ -323,6 +324,7 @@ class Saver:
             seed=self.run.training.seed,
             versions=versions(),
             loss_scale=loss_scale(self.engine.optimizer),
+            resumed_from=named_folder(self.run.checkpoint.resume),
             validations=None if self.validations.step is None else asdict(self.validations),
         )
 

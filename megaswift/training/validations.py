@@ -1,5 +1,6 @@
 """What the validations of a run found so far."""
 
+import math
 from dataclasses import dataclass
 
 
@@ -15,7 +16,7 @@ class Validations:
     def add(self, step: int, loss: float) -> None:
         """Take the loss after a step."""
         self.step, self.loss = step, loss
-        if self.lowest is None or loss < self.lowest:
+        if math.isfinite(loss) and (self.lowest is None or loss < self.lowest):
             self.lowest, self.since = loss, 0
         else:
             self.since += 1

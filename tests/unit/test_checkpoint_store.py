@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megaswift.checkpoint import store as store_module
-from megaswift.checkpoint.resume import check_identity, find_checkpoint
+from megaswift.checkpoint.resume import check_identity, find_checkpoint, named_folder
 from megaswift.checkpoint.store import Checkpoint, Manifest, Store, read_checkpoint
 from megaswift.errors import CheckpointError
 
@@ -159,6 +159,37 @@ def test_the_best_checkpoint_is_named_and_kept(tmp_path: Path) -> None:
     store.rotate(1)
     assert names(tmp_path) == {"checkpoint-7", "latest", "best"}
     assert (tmp_path / "best").read_text() == "checkpoint-7\n"
+
+
+def test_a_named_checkpoint_is_gone_back_to_once(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    save(store, 5)
+    save(store, 9)
+    named = str(tmp_path / "checkpoint-5")
+    assert find_checkpoint(store, named) == read_checkpoint(tmp_path / "checkpoint-5")
+    newest = save(store, 6, resumed_from=named_folder(named))
+    assert find_checkpoint(store, named) == newest
+    assert find_checkpoint(store, str(tmp_path / "checkpoint-9")).manifest.step == 9  # type: ignore[union-attr]
+    assert find_checkpoint(store, "auto") == newest
+
+
+def test_a_checkpoint_that_cannot_be_removed_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(folder: Path, **options: Any) -> None:
+        raise OSError(39, "Directory not empty", str(folder))
+
+    store = Store(tmp_path)
+    for step in (1, 2):
+        save(store, step)
+    with monkeypatch.context() as patched:
+        patched.setattr(store_module.shutil, "rmtree", busy)
+        store.rotate(1)
+        store.clean()
+    assert [checkpoint.manifest.step for checkpoint in store.complete()] == [2]
+    assert (tmp_path / "checkpoint-1.partial").exists()
+    store.clean()
+    assert names(tmp_path) == {"checkpoint-2", "latest"}
 
 
 def test_a_folder_of_another_program_is_kept_aside(tmp_path: Path) -> None:

@@ -153,6 +153,16 @@ def test_keys_that_a_table_fills_with_nothing_do_not_matter() -> None:
     assert cases_of([{"input": "a", "output": "b", "type": None, "fn_name": None}]) == [("a", "b")]
 
 
+def test_cases_that_call_a_function_are_refused() -> None:
+    with pytest.raises(DataError, match="calls a function"):
+        cases_of([{"fn_name": "add", "type": "function_call", "input": "1\n2", "output": "3"}])
+
+
+def test_code_in_a_list_is_read_without_its_indent() -> None:
+    text = "1. So:\n   ```python\n   def one():\n       return 1\n   ```\n"
+    assert python_of(text) == "def one():\n    return 1\n"
+
+
 def test_limits_under_which_nothing_runs_are_said_at_the_start() -> None:
     with pytest.raises(
         ConfigError, match=r"reward_funcs=code: Python does not start within .*code_memory_gib=0.001"

@@ -92,7 +92,7 @@ def test_a_flag_that_asks_for_nothing_is_accepted(words: str) -> None:
         "--mcore_model d",
         "--finetune maybe",
         "--new_special_tokens <x>",
-        "--ref_adapters x",
+        "--mcore_ref_model x",
         "--vllm_enable_lora true",
         "--teacher_tag_key x",
         "--lr_scheduler_type polynomial",

@@ -137,11 +137,14 @@ def test_global_batches_are_the_same_for_every_dp_and_after_a_resume_with_anothe
     config = config_of(folder, **MIXTURES[mixture])
     kitchen = kitchen_of(folder, config, mode)
     whole = data_of(folder, tmp_path / "whole", config, mode, kitchen=kitchen)
-    expected, rows, epochs = [], [], []
+    expected, rows, epochs, done = [], [], [], 0
     for step in range(STEPS):
         expected.append(global_batch(whole, 4 * step, dp=1))
+        assert whole.epochs_done(4 * step) == done, "whatever was read since"
         rows.append(whole.sample_ids(4 * step))
         epochs.append(whole.epoch(4 * step + 4))
+        done = whole.epochs_done(4 * step + 4)
+    assert done >= 1
     assert epochs == sorted(epochs) and epochs[-1] >= 1
     for dp in (2, 4):
         other = data_of(folder, tmp_path / str(dp), config, mode, kitchen=kitchen)

@@ -119,14 +119,14 @@ def test_floats_in_the_log_keep_every_bit(tmp_path: Path) -> None:
 def test_lines_of_steps_that_are_made_again_are_cut_off(tmp_path: Path) -> None:
     log = JsonLines(tmp_path, resumed_step=0)
     for number in (1, 2, 2, 3):  # a training and a validation line of step 2
-        log.report({"step": number})
+        log.report({"step": number, "text": "two\u2028lines"})
     log.close()
     with (tmp_path / "logging.jsonl").open("a") as torn:
         torn.write('{"step": 4, "lo')  # killed in the middle of a line
     log = JsonLines(tmp_path, resumed_step=2)
     log.report({"step": 3})
     log.close()
-    lines = [json.loads(line) for line in (tmp_path / "logging.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "logging.jsonl").read_text().split("\n") if line]
     assert [line["step"] for line in lines] == [1, 2, 2, 3]
 
 

@@ -51,7 +51,17 @@ def test_accuracy_reads_the_marked_answer_or_else_the_last_number() -> None:
 
 @pytest.mark.parametrize(
     ("given", "truth", "same"),
-    [("1,024", "1024", True), ("0.5", "1/2", True), ("Paris", "paris", True), ("Rome", "Paris", False), ("1/0", "1", False)],
+    [
+        ("1,024", "1024", True), ("0.5", "1/2", True), ("Paris", "paris", True), ("Rome", "Paris", False), ("1/0", "1", False),
+        ("#### 1,072", "1072", True), ("It costs $18.", "18", True), (r"\(x = 12\)", "12", True), ("1e-3", "5e-3", False),
+        # A fraction of two numbers is one; of other expressions no number is the answer.
+        (r"\boxed{-\frac{1}{2}}", "-0.5", True), (r"it is $\frac{1}{2}$.", "1/2", True), (r"\boxed{2}", r"\frac{1}{2}", False),
+        (r"\boxed{\frac{5}{4}}", r"\boxed{\frac{3}{4}}", False), (r"\boxed{3}", r"2\sqrt{3}", False), ("2^10", "10", False),
+        (r"\boxed{x^2-5x+1}", "1", False), (r"\boxed{ x ^ 2}", "x^2", True), (r"\boxed{B2}", "A2", False), ("H2O", "2", False),
+        (r"\boxed{\frac{\sqrt{3}}{2}} as in problem 9", "9", False), ("in 2020, H2O", "2020", False),
+        (r"\boxed{72\text{ km}}", "72", True), (r"\boxed{5\%}", "5", True), (r"<answer>\boxed{4}</answer>", "4", True),
+        ("<answer>Paris</answer>", "paris", True), ("1,2,3", "123", False),
+    ],
 )  # fmt: skip
 def test_answers_are_compared_as_numbers_or_as_words(given: str, truth: str, same: bool) -> None:
     assert same_answer(final_answer(given), final_answer(truth)) is same

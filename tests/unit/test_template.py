@@ -163,6 +163,9 @@ def test_without_chat_template_turns_are_joined_and_answers_end_with_eos():
     template = Template(tokenizer(), use_chat_template=False)
     assert template.render(chat()).text == "one?First<|im_end|>two?Second<|im_end|>"
     assert trained(template, chat()) == "First<|im_end|>Second<|im_end|>"
+    asked = Sample(source="row", messages=chat().messages[:3])
+    assert template.prompt(asked) == "one?First<|im_end|>two?", "a prompt must be what was trained on"
+    assert template.prompt(chat()) == template.render(chat()).text
 
 
 def test_enable_thinking_and_the_rows_own_variables_reach_the_template():
