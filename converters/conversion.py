@@ -57,6 +57,7 @@ class Conversion:
     parts: tuple[Part, ...]
     facts: Mapping[str, Any]  # for the report; equal facts, parts and sources mean an equal output
     begin: Callable[[Path], object]  # puts the small files into the growing folder
+    small: tuple[Path, ...] = ()  # files that they are made of
 
     def fingerprint(self) -> int:
         """Return a number that changes with the plan and with every source file."""
@@ -70,7 +71,8 @@ class Conversion:
                 for source in span.sources
             }
         )
-        stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sources]
+        every = [*sources, *sorted(self.small)]
+        stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in every]
         text = repr(
             (dict(self.facts), [(part.name, part.num_bytes, part.stretches) for part in self.parts], stats)
         )
@@ -87,14 +89,18 @@ def carry_out(conversion: Conversion, output: Path, *, source: Path, rank: int =
     output = output.absolute()
     growing = growing_name(output)
     fingerprint = conversion.fingerprint()
-    if _read_json(output / REPORT).get("fingerprint") == fingerprint:
+
+    def is_complete() -> bool:
+        return bool(_read_json(output / REPORT).get("fingerprint") == fingerprint)
+
+    if is_complete():
         logger.info("%s is complete already", output)
         return output
     try:
         if rank == 0:
             _prepare(conversion, output, growing, source, fingerprint)
         _wait(
-            lambda: _read_json(growing / _PLAN).get("fingerprint") == fingerprint,
+            lambda: _read_json(growing / _PLAN).get("fingerprint") == fingerprint or is_complete(),
             growing,
             "process 0 to begin",
         )
@@ -106,6 +112,8 @@ def carry_out(conversion: Conversion, output: Path, *, source: Path, rank: int =
             )
             _finish(conversion, output, growing, fingerprint)
     except OSError as error:
+        if rank and is_complete():  # process 0 found all parts there
+            return output
         where = f" ({error.filename})" if error.filename else ""
         raise CheckpointError(
             f"Writing {output} failed: {error.strerror or error}{where}. Make room or choose another folder, and run the "
@@ -119,7 +127,7 @@ def _prepare(conversion: Conversion, output: Path, growing: Path, source: Path, 
     if _read_json(growing / _PLAN).get("fingerprint") != fingerprint:
         shutil.rmtree(growing, ignore_errors=True)
         growing.mkdir(parents=True)
-    missing = [part for part in conversion.parts if not (growing / part.name).exists()]
+    missing = [part for part in conversion.parts if not _is_there(growing / part.name)]
     check_space(growing, sum(part.num_bytes for part in missing))
     if len(missing) < len(conversion.parts):
         logger.info(
@@ -141,7 +149,7 @@ def _write_parts(parts: tuple[Part, ...], growing: Path) -> None:
         writing = [
             writers.submit(_write, part, growing / part.name, disk)
             for part in parts
-            if not (growing / part.name).exists()
+            if not _is_there(growing / part.name)
         ]
         try:
             for sealing in [one.result() for one in writing]:
@@ -149,6 +157,11 @@ def _write_parts(parts: tuple[Part, ...], growing: Path) -> None:
         except BaseException:
             writers.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _is_there(path: Path) -> bool:
+    """Whether a part is complete: its checksums may be lost where the power was."""
+    return path.exists() and path.with_name(path.name + _SUMS).exists()
 
 
 def _write(part: Part, path: Path, disk: ThreadPoolExecutor) -> Future[None]:

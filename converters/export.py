@@ -193,11 +193,18 @@ def raw_bytes(rows: torch.Tensor, dtype: str) -> memoryview:
     return rows.view(-1).view(torch.uint8).numpy().data
 
 
-def merged_weight(parameter: LiveParameter) -> torch.Tensor:
+@torch.no_grad()
+def row_factors(parameter: LiveParameter) -> torch.Tensor | None:
+    """Return what DoRA multiplies the rows of a merged weight by; every rank of the tensor-parallel group calls it."""
+    module = parameter.adapted_module
+    return None if module is None or module.lora_magnitude is None else module.row_factors()
+
+
+def merged_weight(parameter: LiveParameter, factors_N: torch.Tensor | None = None) -> torch.Tensor:
     """Return W + scale * B @ A of this rank's shard, computed in float32; W itself where the module has no adapter.
 
     Column-parallel: B [N/tp, r], A [r, C]; row-parallel: B [N, r], A [r, C/tp]. Both give the shard's own rows and columns.
-    With DoRA its rows have the trained norms. Every rank of the tensor-parallel group calls it.
+    With DoRA its rows have the trained norms: by `factors_N`, or else every rank of the tensor-parallel group calls it.
     """
     module, weight_NC = parameter.adapted_module, parameter.weight
     if module is None:
@@ -205,5 +212,7 @@ def merged_weight(parameter: LiveParameter) -> torch.Tensor:
     update = module.lora_b().detach().float() @ module.lora_a().detach().float()
     merged_NC = weight_NC.float() + float(module.lora_scale) * update
     if module.lora_magnitude is not None:
-        merged_NC *= module.row_factors().detach()[:, None]
+        factors_N = row_factors(parameter) if factors_N is None else factors_N
+        assert factors_N is not None, "DoRA"
+        merged_NC *= factors_N[:, None]
     return merged_NC.to(weight_NC.dtype)

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megaswift.converters.export import merged_weight
+from megaswift.converters.export import merged_weight, row_factors
 from megaswift.converters.live import as_matrix, live_parameters, rows_of
 from megaswift.converters.plan import Parameter, Piece, file_tensors, float32_tensors, plan_chunk
+from megaswift.converters.tensor_files import matrix_size
 from megaswift.metadata.meta import ModelMeta
 from megaswift.parallel.layout import Layout, coordinates
 
@@ -36,6 +37,8 @@ def stream_model(
     merged in. Tensors have `dtype`, or float32 where files always do.
     """
     live = live_parameters(chunks, meta, layout, rank=rank)
+    # DoRA's are found together by the ranks of tp, who each send their shards when it is their turn.
+    factors = [row_factors(one) for one in live]
     device = next(chunks[0].parameters()).device
     members = dist.get_process_group_ranks(group)
     shapes, in_float32 = file_tensors(meta), float32_tensors(meta)
@@ -50,7 +53,7 @@ def stream_model(
             seen.add(planned.pieces)
             sent = torch.float32 if planned.pieces[0].tensor in in_float32 else dtype
             if member == rank:
-                matrix_NC = as_matrix(merged_weight(live[number]).to(sent).contiguous())
+                matrix_NC = as_matrix(merged_weight(live[number], factors[number]).to(sent).contiguous())
             else:
                 matrix_NC = as_matrix(torch.empty(planned.shape, dtype=sent, device=device))
             if len(members) > 1:
@@ -79,7 +82,7 @@ def _place(tensor: torch.Tensor, piece: Piece, matrix_NC: torch.Tensor) -> None:
     """Copy a piece of a shard to where the file has it."""
     first, end = piece.cols
     if piece.slab is None:
-        in_file_NC = tensor.view(tensor.shape[0] if tensor.dim() else 1, -1)
+        in_file_NC = tensor.view(matrix_size(tensor.shape))
     else:  # one of the matrices that the file packs transposed
         packed = tensor[piece.slab]
         in_file_NC = packed.T if packed.dim() == 2 else packed[:, None]

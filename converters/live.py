@@ -39,6 +39,11 @@ class LiveParameter:
         """Quantise what was written to `weight` where the model keeps the parameter in FP8."""
         if self.in_fp8 is not None:
             self.in_fp8.copy_(self.weight.view(self.in_fp8.shape))
+            parameter: Any = self.chunk.get_parameter(self.name)
+            if hasattr(parameter, "get_high_precision_init_val"):
+                # Megatron's optimizer begins with what Transformer Engine kept of the initial values, not with the codes
+                # (distrib_optimizer.py, 0.16.1; transformer_engine/pytorch/module/base.py).
+                parameter._high_precision_init_val = self.weight.detach().view(parameter.shape).cpu()
 
     @property
     def weight(self) -> torch.Tensor:

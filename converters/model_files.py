@@ -14,17 +14,25 @@ WRITTEN_ANEW = frozenset({"config.json", "README.md"})
 MAX_COPIED_BYTES = 200_000_000  # the largest tokenizer files are some tens of megabytes
 
 
+def model_files(source: Path) -> list[Path]:
+    """Return every small file that belongs to the model but holds no weights, but for those that are written anew."""
+    return [
+        path
+        for path in sorted(source.iterdir())
+        if path.suffix in COPIED_SUFFIXES
+        and path.is_file()
+        and path.stat().st_size <= MAX_COPIED_BYTES
+        and path.name not in WRITTEN_ANEW
+        and not path.name.endswith(".index.json")
+    ]
+
+
 def copy_model_files(source: Path, target: Path) -> list[str]:
-    """Copy every small file that belongs to the model but holds no weights; return their names."""
-    copied = []
-    for path in sorted(source.iterdir()):
-        is_small = (
-            path.suffix in COPIED_SUFFIXES and path.is_file() and path.stat().st_size <= MAX_COPIED_BYTES
-        )
-        if is_small and path.name not in WRITTEN_ANEW and not path.name.endswith(".index.json"):
-            shutil.copyfile(path, target / path.name)
-            copied.append(path.name)
-    return copied
+    """Copy model_files(); return their names."""
+    files = model_files(source)
+    for path in files:
+        shutil.copyfile(path, target / path.name)
+    return [path.name for path in files]
 
 
 def config_json(meta: ModelMeta, *, dtype: str, quantization: Mapping[str, Any] | None = None) -> str:

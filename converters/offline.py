@@ -25,7 +25,7 @@ from megaswift.converters.dcp_names import Address, addresses, find, stacks_laye
 from megaswift.converters.dcp_reader import DataFinder, check_shape, copies_from
 from megaswift.converters.dcp_writer import DcpWriter, into_parameter
 from megaswift.converters.fp8_output import fp8_tensors, quantisation_config, scale_name, with_scales
-from megaswift.converters.model_files import config_json, copy_model_files
+from megaswift.converters.model_files import config_json, copy_model_files, model_files
 from megaswift.converters.plan import (
     EMBEDDING,
     TIED_OUTPUT,
@@ -90,7 +90,8 @@ def to_mcore(
         )
 
     parts = (*writer.parts(), *_carried_part(carried_tensors(meta, tensors)))
-    return Conversion(parts=parts, facts=_facts(meta, "hf to mcore"), begin=begin)
+    small = (*model_files(folder), folder / "config.json")
+    return Conversion(parts=parts, facts=_facts(meta, "hf to mcore"), begin=begin, small=small)
 
 
 def _carried_part(carried: Mapping[str, TensorInfo]) -> Iterator[Part]:
@@ -167,7 +168,8 @@ def to_hf(
         text = config_json(meta, dtype=dtype or meta.dtype, quantization=config)
         (growing / "config.json").write_text(text, encoding="utf-8")
 
-    return Conversion(parts=tuple(parts), facts=_facts(meta, "mcore to hf"), begin=begin)
+    small = () if meta.folder is None else (*model_files(meta.folder), meta.folder / "config.json")
+    return Conversion(parts=tuple(parts), facts=_facts(meta, "mcore to hf"), begin=begin, small=small)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,13 +249,25 @@ class _Sources:
 
 
 def find_checkpoint(folder: Path) -> Path:
-    """Return the folder with .metadata at or below `folder`, as Megatron-LM and this project lay them out; raises CheckpointError."""
+    """Return the folder with .metadata at or below `folder`, as Megatron-LM and this project lay them out; raises CheckpointError.
+
+    Without a tracker file it is the only one there is, or Megatron-LM's of the highest iteration.
+    """
     tracked = [folder / RELEASE]
     if (folder / TRACKER).is_file() and (text := (folder / TRACKER).read_text().strip()).isdigit():
         tracked = [folder / f"iter_{int(text):07d}"]  # checkpointing.py of Megatron-LM, get_checkpoint_name
-    for candidate in (folder, *tracked, *sorted(path for path in folder.glob("*") if path.is_dir())):
+    for candidate in (folder, *tracked):
         if (candidate / METADATA).is_file():
             return candidate
+    below = sorted(path.parent for path in folder.glob(f"*/{METADATA}"))  # iter_0000100: digits stand in line
+    if below and all(path.name.startswith("iter_") for path in below):
+        below = below[-1:]
+    if len(below) > 1:
+        raise CheckpointError(
+            f"{folder} holds several checkpoints: {', '.join(path.name for path in below)}. Choose one of them."
+        )
+    if below:
+        return below[0]
     raise CheckpointError(
         f"{folder} holds no torch_dist checkpoint: no {METADATA} in it. Choose the folder that has one."
     )

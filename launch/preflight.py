@@ -22,6 +22,7 @@ log = get_logger("preflight")
 
 GIB = 2**30
 ENCODING_S = 300  # transformers from a cold file system, and a set in one large JSON file
+ROW_FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -50,7 +51,11 @@ def check_rows(run: RunConfig) -> None:
     """Raise DataError for a data set that is a path (not an id) and is not there."""
     for entry in (*run.data.dataset, *run.data.val_dataset):
         path = Path(entry.rpartition("#")[0] if entry.rpartition("#")[2].isdigit() else entry).expanduser()
-        looks_like_a_path = path.is_absolute() or entry.startswith(("./", "../", "~")) or path.suffix != ""
+        looks_like_a_path = (
+            path.is_absolute()
+            or entry.startswith(("./", "../", "~"))
+            or path.suffix in ROW_FILES  # a hub id may have a dot, too: teknium/OpenHermes-2.5
+        )
         if looks_like_a_path and not path.exists():
             raise DataError(f"dataset={entry} is not there. Give the path as the compute nodes see it.")
 

@@ -56,6 +56,8 @@ def shrink(config: dict[str, Any], layout: Layout) -> dict[str, Any]:
             small[name] = value[:few]
     if "max_window_layers" in config:
         small["max_window_layers"] = min(few, config["max_window_layers"])
+    if config.get("num_kv_shared_layers"):  # as many first layers have keys of their own as in the model
+        small["num_kv_shared_layers"] = max(0, few - (layers - config["num_kv_shared_layers"]))
     small.update(dtype="float32", torch_dtype="float32")
     return small
 
@@ -87,7 +89,6 @@ def rehearsal_of(run: RunConfig, layout: Layout, *, model: str, output_dir: str)
             global_batch_size=training.micro_batch_size * layout.dp * max(2, layout.pp),
             gradient_accumulation_fusion=None,
         ),
-        parallel=replace(run.parallel, tp_comm_overlap=False),
         checkpoint=replace(run.checkpoint, output_dir=output_dir, save_strategy="no", resume="never"),
         launch=replace(run.launch, platform="cpu", nproc_per_node=layout.world),
     )

@@ -23,6 +23,24 @@ def spread_attention_has_what_the_model_needs(case: Case) -> None:
         )
 
 
+def attention_kernels_of_gpus_take_the_heads(case: Case) -> None:
+    """torch's flash attention, which spread attention is made of on GPUs, has limits (flash_attn/flash_api.cpp, torch 2.13)."""
+    if case.run.parallel.cp == 1 or case.platform != "cuda":
+        return
+    asked = f"context_parallel_size={case.run.parallel.cp}"
+    if case.run.model.torch_dtype == "float32":
+        raise ConfigError(
+            f"{asked} and torch_dtype=float32 do not go together on GPUs, whose kernels take 16 bits. Use --torch_dtype bfloat16."
+        )
+    sizes = {case.meta.of_layer(layer).head_dim for layer in range(case.meta.num_layers)}
+    strange = sorted(size for size in sizes if size > 256 or size % 8)
+    if strange:
+        raise ConfigError(
+            f"{asked}: {case.model_name} has heads of {strange[0]}, and kernels on GPUs take multiples of 8 up to 256. "
+            "Use --tensor_model_parallel_size with --sequence_parallel true for long sequences."
+        )
+
+
 def _needs_whole_sequences(meta: ModelMeta) -> str | None:
     """Return what of a model spread attention lacks."""
     if meta.linear_attention is not None:

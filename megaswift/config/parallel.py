@@ -55,9 +55,6 @@ class ParallelConfig:
     use_distributed_optimizer: bool = setting(True, "shard optimizer state over data-parallel ranks (ZeRO-1)")
     overlap_grad_reduce: bool = setting(False, "reduce gradients while the backward pass runs")
     overlap_param_gather: bool = setting(False, "gather parameters while the forward pass runs")
-    tp_comm_overlap: bool = setting(
-        False, "overlap tensor-parallel communication with GEMMs (Transformer Engine)"
-    )
     ddp_timeout_min: float = setting(
         10.0, "minutes after which a stuck collective fails", flag="ddp_timeout_minutes"
     )

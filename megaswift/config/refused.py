@@ -116,6 +116,7 @@ REFUSED: dict[str, Refused] = {
     **_refuse(
         "groups of micro batches in the interleaved schedule", microbatch_group_size_per_vp_stage="none"
     ),
+    **_refuse("sending parts of products while others are computed", tp_comm_overlap="false"),
     **_refuse("another split of the sequence", cp_partition_mode="zigzag"),
     **_refuse(
         "FSDP and other ways of sharding weights",

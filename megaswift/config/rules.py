@@ -52,6 +52,7 @@ REQUEST_RULES = (
 RULES: tuple[Rule, ...] = (
     layout.axes_are_positive,
     context.spread_attention_has_what_the_model_needs,
+    context.attention_kernels_of_gpus_take_the_heads,
     layout.expert_axes_need_experts,
     layout.expert_settings_need_experts,
     layout.tp_divides_the_feed_forward_part,

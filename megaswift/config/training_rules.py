@@ -106,7 +106,6 @@ def fused_kernels_need_a_gpu(case: Case) -> Case | None:
     for section, name in (
         ("training", "gradient_accumulation_fusion"),
         ("moe", "moe_permute_fusion"),
-        ("parallel", "tp_comm_overlap"),
     ):
         if getattr(getattr(case.run, section), name):
             case = case.change(section, f"{name} needs a GPU; it is off on the CPU.", **{name: False})

@@ -180,7 +180,6 @@ def _parallel(layout: Layout, run: RunConfig, platform: Platform) -> dict[str, A
         # An output's memory goes once it is sent. The interleaved schedule does not wait for that: NCCL keeps the memory of a
         # send that is under way, gloo does not, and the next stage then reads what was written there since.
         "deallocate_pipeline_outputs": platform.backend == "nccl" or not interleaved,
-        "tp_comm_overlap": run.parallel.tp_comm_overlap,
         "deterministic_mode": run.training.deterministic and platform.name == "cuda",
     }
 
@@ -207,9 +206,8 @@ def _precision(meta: ModelMeta, run: RunConfig, platform: Platform) -> dict[str,
         and meta.clamped_swiglu is None,
         "bias_dropout_fusion": fused,
         "masked_softmax_fusion": False,  # only Megatron's local attention has it, which is not used
-        "gradient_accumulation_fusion": (platform.apex or platform.transformer_engine)
-        if wgrad_fusion is None
-        else wgrad_fusion,
+        # The output layer is Megatron's own in every spec, and needs apex's extension for it.
+        "gradient_accumulation_fusion": platform.apex if wgrad_fusion is None else wgrad_fusion,
         # The weights are about to be loaded: an initialiser that does nothing keeps the attributes that initialising sets
         # (grad-norm and checkpointing read tensor_model_parallel), at no cost.
         "perform_initialization": True,

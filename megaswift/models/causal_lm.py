@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel import (
 
 from megaswift.kernels.linear_cross_entropy.ops import linear_cross_entropy
 from megaswift.metadata.meta import Multipliers
+from megaswift.models.gathered import gathered
 from megaswift.models.layer_inputs import Carried, PerLayerEmbedding
 
 
@@ -75,8 +76,10 @@ class CausalLM(GPTModel):
     def output_weight(self) -> torch.Tensor:
         """The rows of the output layer that this rank holds [V/tp, D]."""
         if self.share_embeddings_and_output_weights:
+            gathered(self.output_layer)  # has weights of its own where the embedding is on another stage
             return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight
+        weight: torch.Tensor = gathered(self.output_layer).weight
+        return weight
 
     def _of_all_tokens(self, hidden_SBD: torch.Tensor) -> torch.Tensor:
         if self.config.sequence_parallel:

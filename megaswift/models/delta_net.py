@@ -27,6 +27,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megaswift.errors import ModelError
 from megaswift.kernels.gated_delta_rule.ops import document_ids, gated_delta_rule
 from megaswift.metadata.meta import ModelMeta
+from megaswift.models.gathered import gathered
 
 NORM_EPS = 1e-6  # of the length of q and k (transformers 5.23, modeling_qwen3_next.py, l2norm)
 SLOWEST, FASTEST = 0.01, 16.0  # decays of a new model (the same file, _init_weights)
@@ -109,7 +110,7 @@ class GatedDeltaNet(MegatronModule):
         cu_seqlens = None if packed_seq_params is None else packed_seq_params.cu_seqlens_q
         documents_BS = document_ids(cu_seqlens, batch, length, qkvz.device)
         qkv, z = qkvz.split([2 * self.key_size + self.values, self.values], dim=-1)
-        mixed = F.silu(causal_convolution(qkv.flatten(2), self.conv1d.weight[:, 0], documents_BS))
+        mixed = F.silu(causal_convolution(qkv.flatten(2), gathered(self.conv1d).weight[:, 0], documents_BS))
         query, key, value = mixed.unflatten(-1, (self.key_heads, -1)).split(
             [self.key_size, self.key_size, self.values], dim=-1
         )
@@ -134,7 +135,7 @@ class GatedDeltaNet(MegatronModule):
     def _gated_norm(self, x_BSXY: torch.Tensor, z_BSXY: torch.Tensor) -> torch.Tensor:
         """Return the root-mean-square norm of each value head, scaled by silu(z)."""
         # Each rank sees its own heads only: the gradient of the weight is summed over tp.
-        weight = copy_to_tensor_model_parallel_region(self.out_norm.weight, group=self.group)
+        weight = copy_to_tensor_model_parallel_region(gathered(self.out_norm).weight, group=self.group)
         x32 = x_BSXY.float()
         normal = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         return (weight * normal.to(x_BSXY.dtype) * F.silu(z_BSXY.float())).to(x_BSXY.dtype)

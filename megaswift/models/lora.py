@@ -29,6 +29,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megaswift.config.tuner import TunerConfig
 from megaswift.errors import ConfigError, nearest
 from megaswift.metadata.meta import ModelMeta
+from megaswift.models.add_product import AddProduct
 from megaswift.models.causal_lm import CausalLM
 from megaswift.models.nf4 import whole_weight
 
@@ -176,11 +177,16 @@ def _is_row_parallel(module: Any) -> bool:
     return isinstance(module, RowParallelLinear) or type(module).__name__.startswith("TERowParallel")
 
 
+def _group_of(module: Any) -> Any:
+    """Return the ranks that a linear is cut over: Transformer Engine's wrappers give their own to nobody where experts talk for them."""
+    return getattr(module, "_tp_group", None) or module.tp_group
+
+
 def _inputs(name: str, module: Any, meta: ModelMeta) -> int:
     """Return the input size of the file's matrix: padded heads are not in it."""
     if name.endswith("self_attention.linear_proj"):
         return meta.num_heads * meta.of_layer(int(name.split(".")[2])).head_dim
-    return int(module.weight.shape[1]) * (module.tp_group.size() if _is_row_parallel(module) else 1)
+    return int(module.weight.shape[1]) * (_group_of(module).size() if _is_row_parallel(module) else 1)
 
 
 def _initial_a(rank: int, inputs: int, generator: torch.Generator) -> torch.Tensor:
@@ -193,7 +199,7 @@ def _adapt(module: Any, a_RD: torch.Tensor, *, scale: float, dropout: float, is_
 
     `a_RD` is the whole A; columns that only padded heads feed are absent and become zero.
     """
-    weight, group = module.weight, module.tp_group
+    weight, group = module.weight, _group_of(module)
     is_row = _is_row_parallel(module)
     out_features, in_features = weight.shape
     rank = a_RD.shape[0]
@@ -202,7 +208,7 @@ def _adapt(module: Any, a_RD: torch.Tensor, *, scale: float, dropout: float, is_
             group.rank()
         ]
     module.__class__ = type(f"LoRA{type(module).__name__}", (AdaptedLinear, type(module)), {})
-    module.lora_is_row, module.lora_is_expert = is_row, is_expert
+    module.lora_group, module.lora_is_row, module.lora_is_expert = group, is_row, is_expert
     module.lora_scale, module.lora_dropout, module.lora_magnitude = scale, dropout, None
     module.lora_a = _Matrix(a_RD.to(weight.dtype).to(weight.device).clone())
     module.lora_b = _Matrix(torch.zeros(out_features, rank, dtype=weight.dtype, device=weight.device))
@@ -257,35 +263,10 @@ class _Matrix(torch.nn.Module):
         return self.weight if self.start is None else torch.cat([self.weight, self.start], dim=self.dim)
 
 
-class _AddProduct(torch.autograd.Function):
-    """output + scale * low B^T, in the storage of `output`, which no linear keeps for its backward pass.
-
-    Both gradients are formed with the R rows first: on processors [R, T] x [T, F] takes a third of [F, T] x [T, R].
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, output: torch.Tensor, low: torch.Tensor, b_FR: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        ctx.save_for_backward(low, b_FR)
-        ctx.scale = scale
-        ctx.mark_dirty(output)
-        output.view(-1, b_FR.shape[0]).addmm_(low.flatten(0, -2), b_FR.t(), alpha=scale)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:  # type: ignore[override]  # one gradient
-        low, b_FR = ctx.saved_tensors
-        grad_TF, low_TR = grad.flatten(0, -2), low.flatten(0, -2)
-        grad_low_RT = torch.mm(b_FR.t(), grad_TF.t()).mul_(ctx.scale)
-        grad_b_RF = torch.mm(low_TR.t(), grad_TF).mul_(ctx.scale)
-        # Contiguous, both of them: Megatron's sum over tp forgets its result otherwise (mappings.py, _reduce, 0.16.1).
-        return grad, grad_low_RT.t().contiguous().view(low.shape), grad_b_RF.t().contiguous(), None
-
-
 class AdaptedLinear:
     """A mixin in front of one of Megatron's parallel linears; see _adapt."""
 
+    lora_group: Any  # over which the linear is cut
     lora_is_row: bool
     lora_is_expert: bool
     lora_scale: float
@@ -300,13 +281,24 @@ class AdaptedLinear:
         output, bias = super().forward(x, *args, **kwargs)  # type: ignore[misc]  # of the linear behind this mixin
         if self.lora_off:
             return output, bias
+        x = self._multiplied(x)
         low, b_FR = self._row_delta(x) if self.lora_is_row else self._column_delta(x)
         if (
             output._is_view()
         ):  # so a reduction over one rank returns its input, and autograd forbids changing that
             output = output.clone()
-        output = _AddProduct.apply(output, low, b_FR, self.lora_scale)
+        output = AddProduct.apply(output, low, b_FR, self.lora_scale)
         return (output if self.lora_magnitude is None else self._rescaled(output, bias)), bias
+
+    def _multiplied(self: Any, x: torch.Tensor) -> torch.Tensor:
+        """Return what the base weight multiplies: Transformer Engine's linears may hold the norm before them (layernorm_linear.py)."""
+        scale = getattr(self, "layer_norm_weight", None)
+        if scale is None:
+            return x
+        scale = scale.float() + 1 if self.zero_centered_gamma else scale.float()
+        if self.normalization == "RMSNorm":
+            return F.rms_norm(x.float(), scale.shape, scale, self.eps).to(x.dtype)
+        return F.layer_norm(x.float(), scale.shape, scale, self.layer_norm_bias.float(), self.eps).to(x.dtype)
 
     def _rescaled(self: Any, output: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Return what rows with the trained norms give: m / |W + s B A| times the output (DoRA, eq. 5; the norm has no gradient, eq. 11).
@@ -332,8 +324,8 @@ class AdaptedLinear:
             whole_weight(self).float(), self.lora_b().float(), self.lora_a().float(), alpha=self.lora_scale
         )
         squares_F = adapted_FD.square().sum(1)
-        if self.lora_is_row and self.tp_group.size() > 1:
-            dist.all_reduce(squares_F, group=self.tp_group)
+        if self.lora_is_row and self.lora_group.size() > 1:
+            dist.all_reduce(squares_F, group=self.lora_group)
         return squares_F.sqrt()
 
     def _column_delta(self: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -341,15 +333,15 @@ class AdaptedLinear:
         sharded = self.config.sequence_parallel and not self.lora_is_expert
         x = self._drop(x, per_rank=sharded)
         if self.lora_is_expert:  # the dispatcher sums the input's gradient over etp, but not that of A
-            a_RD = copy_to_tensor_model_parallel_region(self.lora_a(), group=self.tp_group)
+            a_RD = copy_to_tensor_model_parallel_region(self.lora_a(), group=self.lora_group)
             return F.linear(x, a_RD), self.lora_b()
         low = F.linear(x, self.lora_a())
         if sharded:
             low = gather_from_sequence_parallel_region(
-                low, tensor_parallel_output_grad=True, group=self.tp_group
+                low, tensor_parallel_output_grad=True, group=self.lora_group
             )
         else:
-            low = copy_to_tensor_model_parallel_region(low, group=self.tp_group)
+            low = copy_to_tensor_model_parallel_region(low, group=self.lora_group)
         return low, self.lora_b()
 
     def _row_delta(self: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -357,11 +349,11 @@ class AdaptedLinear:
         if (
             self.lora_is_expert
         ):  # the output is partial and the dispatcher sums it over etp; B's gradient is partial too
-            return low, copy_to_tensor_model_parallel_region(self.lora_b(), group=self.tp_group)
+            return low, copy_to_tensor_model_parallel_region(self.lora_b(), group=self.lora_group)
         reduce: Callable[..., torch.Tensor] = reduce_from_tensor_model_parallel_region
         if self.config.sequence_parallel:
             reduce = reduce_scatter_to_sequence_parallel_region
-        return reduce(low, group=self.tp_group), self.lora_b()
+        return reduce(low, group=self.lora_group), self.lora_b()
 
     def _drop(self: Any, x: torch.Tensor, *, per_rank: bool) -> torch.Tensor:
         if not (self.training and self.lora_dropout):
@@ -391,7 +383,7 @@ class AdaptedLinear:
             prefix,
             axes,
             sharded_offsets,
-            tp_group=self.tp_group,
+            tp_group=self.lora_group,
             dp_cp_group=(metadata or {}).get("dp_cp_group")
             or parallel_state.get_data_parallel_group(with_context_parallel=True),
         )

@@ -33,7 +33,7 @@ def start_from_principal_parts(chunks: Sequence[torch.nn.Module], tuner: TunerCo
 
 
 def _start(module: Any, tuner: TunerConfig, seed: int) -> None:
-    group, dim = module.tp_group, 1 if module.lora_is_row else 0
+    group, dim = module.lora_group, 1 if module.lora_is_row else 0
     shard_FD = whole_weight(module).float().contiguous()
     shards = [torch.empty_like(shard_FD) for _ in range(group.size())]
     dist.all_gather(shards, shard_FD, group=group)

@@ -19,7 +19,7 @@ class Platform:
     backend: str  # "nccl" or "gloo"
     device: torch.device
     transformer_engine: bool  # layers come from Transformer Engine's spec
-    apex: bool  # fused gradient accumulation and optimizers
+    apex: bool  # apex's extension for fused gradient accumulation is there: apex itself may be built without
     fp8: bool  # compute capability 8.9 or newer, and Transformer Engine
 
 
@@ -65,7 +65,7 @@ def _cuda(local_rank: int) -> Platform:
         backend="nccl",
         device=torch.device("cuda", local_rank),
         transformer_engine=transformer_engine,
-        apex=importlib.util.find_spec("apex") is not None,
+        apex=importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
         fp8=transformer_engine and torch.cuda.get_device_capability(local_rank) >= (8, 9),
     )
 

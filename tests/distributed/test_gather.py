@@ -19,7 +19,7 @@ from tests.harness.tiny import save_tiny
 from tests.harness.training import Case, prepared, temporary_folder
 
 # model, parallel settings; tp=2 pads the vocabulary of all, and the heads of one
-ONE = [("llama", {}), ("gpt_oss", {})]
+ONE = [("llama", {}), ("gpt_oss", {}), ("granitemoe", {}), ("gemma4_text", {})]
 TWO = [
     ("llama", {"tp": 2}),
     ("llama", {"pp": 2, "vpp": 2}),
@@ -65,6 +65,30 @@ def test_gathered_tensors_are_those_of_the_file(cases: list[tuple[str, dict[str,
         for (model, parallel), faults in zip(cases, found, strict=True):
             assert not faults, f"{model} {parallel}"
             assert (faults is None) == (rank > 0 and "ep" not in parallel)
+
+
+def with_trained_norms(rank: int, world_size: int, model: Path) -> dict[str, torch.Tensor]:
+    """Return the gathered tensors of a model whose adapters (DoRA) have made every row half as long again."""
+    settings = {"parallel": {"tp": 2}, "tuner": {"tuner_type": "lora", "use_dora": True}}
+    with prepared(model, Case(name="gather", settings=settings)) as trained:
+        chunks = [chunk.module for chunk in trained.engine.chunks]
+        for name, weight in chunks[0].named_parameters():
+            if "lora_magnitude" in name:
+                weight.data.mul_(1.5)
+        group = parallel_state.get_model_parallel_group()
+        return dict(
+            stream_model(
+                chunks, trained.meta, trained.layout, rank, group=group, dtype=torch.float32, keep=rank == 0
+            )
+        )
+
+
+def test_gathered_rows_have_the_norms_that_were_trained() -> None:
+    found, nothing = run_distributed(with_trained_norms, 2, folder("llama"))
+    assert not nothing
+    for name, weight in load_file(folder("llama") / "model.safetensors").items():
+        longer = 1.5 if "_proj" in name else 1.0
+        torch.testing.assert_close(found[name], longer * weight, rtol=1e-5, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("model", ["qwen3_moe", "gpt_oss", "llama-tied"])

@@ -1,5 +1,6 @@
 """Every rule between settings, a model's facts and the ranks there are."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -276,11 +277,37 @@ def test_full_recomputation_is_filled_and_selective_names_the_attention() -> Non
     assert selective.recompute_modules == ["core_attn"]
 
 
+@pytest.mark.parametrize(
+    ("words", "head_dim", "message"),
+    [
+        ("--torch_dtype float32", 128, "torch_dtype=float32 do not go together on GPUs"),
+        (
+            "--torch_dtype bfloat16",
+            512,
+            "has heads of 512, and kernels on GPUs take multiples of 8 up to 256",
+        ),
+        ("--torch_dtype bfloat16", 36, "has heads of 36"),
+        ("--torch_dtype bfloat16", 128, ""),
+    ],
+)
+def test_spread_attention_on_gpus_has_the_limits_of_its_kernels(
+    words: str, head_dim: int, message: str
+) -> None:
+    meta = replace(dense(), head_dim=head_dim)
+    asked = f"--cp 2 --cp_comm_type all_gather {words}"
+    if not message:
+        assert resolved(asked, meta, world=2, platform="cuda").layout.cp == 2
+        return
+    with pytest.raises(ConfigError, match=message):
+        resolved(asked, meta, world=2, platform="cuda")
+    assert resolved(asked, meta, world=2).layout.cp == 2
+
+
 def test_fused_kernels_are_off_on_a_cpu_and_said_so() -> None:
-    words = "--attention_backend flash --gradient_accumulation_fusion --moe_permute_fusion --tp_comm_overlap"
+    words = "--attention_backend flash --gradient_accumulation_fusion --moe_permute_fusion"
     on_cpu = resolved(words, moe())
-    assert on_cpu.config.model.attention_backend == "auto" and not on_cpu.config.parallel.tp_comm_overlap
-    assert len(on_cpu.notes) == 4
+    assert on_cpu.config.model.attention_backend == "auto"
+    assert len(on_cpu.notes) == 3
     assert resolved(words, moe(), platform="cuda").config.model.attention_backend == "flash"
 
 

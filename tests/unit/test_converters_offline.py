@@ -372,6 +372,46 @@ def test_megatron_tracker_is_followed(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path).name == "iter_0000100"
 
 
+def test_without_a_tracker_the_highest_iteration_is_meant_or_nothing(tmp_path: Path) -> None:
+    for name in ("iter_0000100", "iter_0002000"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ".metadata").touch()
+    assert find_checkpoint(tmp_path).name == "iter_0002000"
+    (tmp_path / "iter_0000100").rename(tmp_path / "best")
+    with pytest.raises(CheckpointError, match="several checkpoints: best, iter_0002000"):
+        find_checkpoint(tmp_path)
+
+
+def test_edited_settings_are_written_though_the_weights_are_the_same(
+    saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(saved("qwen2"), source)
+    there(source, tmp_path / "out")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "rope_theta": 5e5}))
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    there(source, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "hf" / "config.json").read_text())["rope_theta"] == 5e5
+    assert (tmp_path / "out" / "hf" / "chat_template.jinja").exists()
+
+
+def test_process_that_comes_when_all_is_done_is_done_too(
+    saved: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meta, output = get_model_meta(saved("qwen2")), tmp_path / "out"
+    plan = to_mcore(meta, saved("qwen2"), dtype=None, vocab_multiple=1, max_bytes=10**9)
+
+    def meanwhile(*arguments: object) -> None:
+        """Process 0 finishes between this process's first look and its next."""
+        monkeypatch.undo()
+        monkeypatch.setattr(conversion_module, "STALL_S", 1.0)
+        carry_out(plan, output, source=saved("qwen2"))
+
+    monkeypatch.setattr(conversion_module.time, "sleep", meanwhile)
+    assert carry_out(plan, output, source=saved("qwen2"), rank=1, world=2) == output
+
+
 def test_vocabulary_is_padded_with_zero_rows_and_comes_back_without(
     saved: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -13,7 +13,13 @@ from megaswift.config.run import RunConfig
 from megaswift.data.first_rows import check_first_rows as encode_first_rows
 from megaswift.errors import DataError, LaunchError
 from megaswift.launch import preflight
-from megaswift.launch.preflight import check_first_rows, check_output, checkpoint_bytes, planned_checkpoints
+from megaswift.launch.preflight import (
+    check_first_rows,
+    check_output,
+    check_rows,
+    checkpoint_bytes,
+    planned_checkpoints,
+)
 from megaswift.launch.quota import Mount, mount_of, quota_left, writable_bytes
 from megaswift.metadata.meta import ModelMeta
 from megaswift.metadata.read import get_model_meta
@@ -174,3 +180,14 @@ def test_a_quota_counts_where_there_is_one(tmp_path: Path) -> None:
     assert quota_left("/lustre 5 0 0 - 5 0 0 -\n", work) is None  # no limit
     assert quota_left(QUOTA, work) is None and quota_left("lfs: error\n", work) is None
     assert 0 < writable_bytes(tmp_path)
+
+
+def test_a_hub_id_may_have_a_dot_and_a_file_must_be_there(tmp_path: Path) -> None:
+    def asked(name: str) -> RunConfig:
+        return make_run("sft", model="m", dataset=[name])
+
+    check_rows(asked("teknium/OpenHermes-2.5"))
+    check_rows(asked("teknium/OpenHermes-2.5#500"))
+    for name in ("rows.jsonl", "rows.jsonl#500", "./OpenHermes-2.5", str(tmp_path / "none")):
+        with pytest.raises(DataError, match="is not there"):
+            check_rows(asked(name))

@@ -1,6 +1,7 @@
 """Shrunken models of rehearsals: of the same family, and with a layout that every axis still divides."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,7 @@ from megaswift.launch.rehearsal import rehearsal_of, shrink
 from megaswift.metadata.read import meta_from_config
 from megaswift.parallel.layout import Layout
 from tests.harness.planning import CONFIGS, MODELS
+from tests.harness.tiny import save_tiny
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -31,6 +33,19 @@ def test_a_published_model_shrinks_to_one_that_takes_the_same_layout(name: str) 
     assert rehearsed.data.dataset == ["rows.jsonl#64"] and rehearsed.checkpoint.resume == "never"
     resolved = resolve(rehearsed, after, 4, "cpu")
     assert (resolved.layout.tp, resolved.layout.pp, resolved.layout.dp) == (2, 2, 1)
+
+
+def test_late_layers_of_a_small_model_take_keys_of_earlier_ones_too(tmp_path: Path) -> None:
+    config = json.loads((save_tiny("gemma4_text-small", tmp_path) / "config.json").read_text())
+    deeper = {
+        **config,
+        "num_hidden_layers": 35,
+        "num_kv_shared_layers": 20,
+        "layer_types": ["sliding_attention"] * 4 + ["full_attention"],
+    }
+    deeper["layer_types"] *= 7
+    after = meta_from_config(shrink(deeper, Layout()))
+    assert after.num_layers < 35
 
 
 def test_uneven_stages_keep_all_layers() -> None:
