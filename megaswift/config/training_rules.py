@@ -72,10 +72,13 @@ def sizes_are_positive(run: RunConfig) -> None:
             raise ConfigError(f"{name}={share} is not a share. Give 0 or more and less than 1.")
 
 
+def _validates(run: RunConfig) -> bool:
+    return bool((run.data.val_dataset or run.data.split_dataset_ratio) and run.logging.eval_iters)
+
+
 def an_early_end_follows_from_validations(run: RunConfig) -> None:
     """Whether a run is worth going on with is judged by held-back rows."""
-    validates = (run.data.val_dataset or run.data.split_dataset_ratio) and run.logging.eval_iters
-    if run.logging.early_stop_interval is not None and not validates:
+    if run.logging.early_stop_interval is not None and not _validates(run):
         raise ConfigError(
             f"early_stop_interval={run.logging.early_stop_interval} needs validations. Give --val_dataset or "
             "--split_dataset_ratio, or leave it out."
@@ -350,10 +353,17 @@ def reports_are_known(case: Case) -> None:
 def reports_have_a_place_and_a_time(case: Case) -> Case:
     """TensorBoard files lie in the run's folder, and validation comes with each checkpoint."""
     logging, checkpoint = case.run.logging, case.run.checkpoint
+    eval_steps = logging.eval_steps or checkpoint.save_steps
+    apart = {"epoch": True, "steps": checkpoint.save_steps % eval_steps > 0}.get(checkpoint.save_strategy)
+    note = (
+        "some checkpoints are saved at steps that are not validated, and the best one is chosen among the others. Make "
+        f"save_steps a multiple of eval_steps={eval_steps} (with --save_strategy steps) to choose among all."
+    )
     return case.change(
         "logging",
+        note if apart and _validates(case.run) else None,
         tensorboard_dir=logging.tensorboard_dir or f"{checkpoint.output_dir}/runs",
-        eval_steps=logging.eval_steps or checkpoint.save_steps,
+        eval_steps=eval_steps,
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from megaswift.config.reward import RewardConfig
 from megaswift.errors import ConfigError, DataError
+from megaswift.launch.environment import rank_env
 from megaswift.rollout.run_code import Limits, answers_input, passes_test
 
 FENCED = re.compile(r"```[ \t]*(\w*)[^\n]*\n(.*?)```", re.DOTALL)
@@ -55,12 +56,20 @@ class Code:
         jobs = [
             (code, case) for code, own in zip(codes, cases, strict=True) if code is not None for case in own
         ]
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        with ThreadPoolExecutor(_processors()) as pool:
             passed = pool.map(partial(_passes, limits=self._limits), jobs)
             return [
                 0.0 if code is None else sum(next(passed) for _ in own) / len(own)
                 for code, own in zip(codes, cases, strict=True)
             ]
+
+
+def _processors() -> int:
+    """Return how many cases run at once: as many as this rank has processors, which the ranks of a node share unless they are pinned."""
+    own, rank = len(os.sched_getaffinity(0)), rank_env(os.environ)
+    if rank is None or own < (os.cpu_count() or 1):
+        return own
+    return max(1, own // rank.local_world_size)
 
 
 def python_of(text: str) -> str | None:

@@ -303,6 +303,22 @@ def test_spread_attention_on_gpus_has_the_limits_of_its_kernels(
     assert resolved(asked, meta, world=2).layout.cp == 2
 
 
+@pytest.mark.parametrize(
+    ("words", "notes"),
+    [
+        ("--eval_steps 100 --save_steps 250", 1),
+        ("--eval_steps 100 --save_steps 300", 0),
+        ("--save_strategy epoch", 1),
+        ("--eval_steps 100 --save_strategy no", 0),
+        ("--save_strategy epoch --eval_iters 0", 0),
+    ],
+)
+def test_checkpoints_that_are_not_validated_are_told_of(words: str, notes: int) -> None:
+    found = resolved(f"--split_dataset_ratio 0.1 {words}", dense()).notes
+    assert sum("not validated" in note for note in found) == notes
+    assert not any("not validated" in note for note in resolved(words, dense()).notes)
+
+
 def test_fused_kernels_are_off_on_a_cpu_and_said_so() -> None:
     words = "--attention_backend flash --gradient_accumulation_fusion --moe_permute_fusion"
     on_cpu = resolved(words, moe())
