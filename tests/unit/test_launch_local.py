@@ -114,15 +114,15 @@ def test_children_of_a_rank_are_ended_too(tmp_path: Path) -> None:
 import subprocess
 if rank == 1:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    open("{tmp_path}/child", "w").write(str(child.pid))
+    open("{tmp_path}/part", "w").write(str(child.pid))
+    os.rename("{tmp_path}/part", "{tmp_path}/child")
     time.sleep(60)
 while not os.path.exists("{tmp_path}/child"):
     time.sleep(0.05)
 raise ConfigError("no.")
 """
     assert run(body, nproc=2) == 2
-    child = int((tmp_path / "child").read_text())
-    assert not _runs(child)
+    _wait_for_end([int((tmp_path / "child").read_text())])
 
 
 PARENT = """
@@ -184,15 +184,20 @@ time.sleep(60)
     launcher.kill()
     launcher.wait(timeout=10)
     pids = [int((tmp_path / f"pid{rank}").read_text()) for rank in (0, 1)]
-    deadline = time.monotonic() + 10
-    while any(_runs(pid) for pid in pids):
-        assert time.monotonic() < deadline, "a rank outlived its launcher"
-        time.sleep(0.05)
+    _wait_for_end(pids)
 
 
 def test_free_ports_and_threads() -> None:
     assert 1024 <= free_port() <= 65535
     assert threads_per_rank(10_000) == 1 <= threads_per_rank(1)
+
+
+def _wait_for_end(pids: list[int]) -> None:
+    """A killed process takes a moment to end."""
+    deadline = time.monotonic() + 10
+    while any(_runs(pid) for pid in pids):
+        assert time.monotonic() < deadline, "it outlived what started it"
+        time.sleep(0.05)
 
 
 def _runs(pid: int) -> bool:

@@ -53,7 +53,7 @@ def test_a_rank_that_fails_after_meeting_ends_the_others() -> None:
     done = subprocess.run(
         [str(MPIRUN), "-n", "4", sys.executable, "-c", FAIL], capture_output=True, text=True, timeout=60
     )
-    assert done.returncode == 2
+    assert done.returncode == 2, done.stderr
     assert "[rank 2] error: no." in done.stderr and "Traceback" not in done.stderr
 
 
