@@ -111,8 +111,7 @@ class Store:
 
     def best(self) -> Checkpoint | None:
         """Return the checkpoint with the lowest loss of the held-back rows, the oldest of several; None where there is none."""
-        validated = [one for one in self.complete() if one.manifest.eval_loss < math.inf]
-        return min(validated, key=lambda one: one.manifest.eval_loss, default=None)
+        return _best(self.complete())
 
     def clean(self) -> None:
         """Remove what an interrupted save left behind, and undo an interrupted replacement."""
@@ -181,8 +180,9 @@ class Store:
         """Delete the oldest complete checkpoints beyond `keep`; the newest and the best one always stay."""
         if keep is None:
             return
-        best = self.best()
-        for checkpoint in self.complete()[: -max(keep, 1)]:
+        every = self.complete()
+        best = _best(every)
+        for checkpoint in every[: -max(keep, 1)]:
             if best is not None and checkpoint.folder == best.folder:
                 continue
             # Renamed first: a deletion that is cut short must not leave half a checkpoint under a whole one's name.
@@ -210,6 +210,11 @@ class Store:
         )
         os.replace(folder, aside)
         logger.warning("%s was not written by megaswift: it is kept as %s", folder.name, aside.name)
+
+
+def _best(checkpoints: list[Checkpoint]) -> Checkpoint | None:
+    validated = [one for one in checkpoints if one.manifest.eval_loss < math.inf]
+    return min(validated, key=lambda one: one.manifest.eval_loss, default=None)
 
 
 def _remove(folder: Path) -> bool:

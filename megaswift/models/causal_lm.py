@@ -75,11 +75,12 @@ class CausalLM(GPTModel):
     @property
     def output_weight(self) -> torch.Tensor:
         """The rows of the output layer that this rank holds [V/tp, D]."""
+        layer: Any = gathered(
+            self.output_layer
+        )  # without weights where it shares those of this stage's embedding
         if self.share_embeddings_and_output_weights:
-            gathered(self.output_layer)  # has weights of its own where the embedding is on another stage
             return self.shared_embedding_or_output_weight()
-        weight: torch.Tensor = gathered(self.output_layer).weight
-        return weight
+        return layer.weight
 
     def _of_all_tokens(self, hidden_SBD: torch.Tensor) -> torch.Tensor:
         if self.config.sequence_parallel:

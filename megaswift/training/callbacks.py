@@ -78,9 +78,8 @@ class Evaluate:
         enough = self._found.are_enough(self._patience)
         if enough:
             logger.info(
-                "the run ends at step %d: eval_loss has not been below %.4f for %d validations (early_stop_interval)",
+                "the run ends at step %d: for %d validations eval_loss has not been lower than before (early_stop_interval)",
                 step.progress.step,
-                self._found.lowest,
                 self._found.since,
             )
         return enough

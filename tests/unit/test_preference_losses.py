@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from megaswift.config.loss_forms import JUDGE_ALONE
 from megaswift.config.preference import PreferenceConfig
 from megaswift.data.batches import MicroBatch
 from megaswift.tasks.answers import Answers, Outcome, answers_of
 from megaswift.tasks.catalogue import PAIR_LOSSES
+from megaswift.tasks.dpo import JUDGES_EACH
 from megaswift.tasks.kto import kto_loss, with_margin
 from megaswift.tasks.rm import METRICS as RM_METRICS
 from megaswift.tasks.rm import rm_loss
@@ -71,6 +73,10 @@ def log_odds(mean_logp: float) -> float:
 def orpo(pair: Pair, weight: float) -> float:
     lead = log_odds(pair.w / pair.len_w) - log_odds(pair.l / pair.len_l)
     return -pair.w / pair.len_w - weight * math.log(sigmoid(lead))
+
+
+def test_the_rules_know_the_forms_that_judge_each_answer_alone() -> None:
+    assert set(JUDGES_EACH) == JUDGE_ALONE
 
 
 # name -> (rlhf_type, settings, the paper's loss of one pair)
