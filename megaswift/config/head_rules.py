@@ -2,6 +2,7 @@
 
 from megaswift.config.case import Case
 from megaswift.config.embedding import LOSS_TYPES, EmbeddingConfig
+from megaswift.config.rollout_rules import distils_completions, generates
 from megaswift.config.rows import embedding_loss_of
 from megaswift.config.run import RunConfig
 from megaswift.errors import ConfigError, nearest
@@ -87,6 +88,17 @@ def token_losses_are_of_answers(run: RunConfig) -> None:
     if run.training.enable_dft_loss and (run.task == "rlhf" or run.model.task_type != "causal_lm"):
         what = "`megaswift rlhf`" if run.task == "rlhf" else f"task_type={run.model.task_type}"
         raise ConfigError(f"enable_dft_loss=true is for token losses, not for {what}. Leave it out.")
+
+
+def noise_is_on_given_answers(run: RunConfig) -> None:
+    """NEFTune is for answers that are learnt from as they are."""
+    alpha = run.training.neftune_noise_alpha
+    if alpha is not None and alpha < 0:
+        raise ConfigError(f"neftune_noise_alpha={alpha} is too small. Give 0 or more, such as 5.")
+    if alpha and (generates(run) or distils_completions(run)):
+        raise ConfigError(
+            f"neftune_noise_alpha={alpha} is for answers of the rows, not for completions that the run makes. Leave it out."
+        )
 
 
 def rows_are_whole_documents(case: Case) -> None:

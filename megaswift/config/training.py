@@ -39,6 +39,10 @@ class TrainingConfig:
     enable_dft_loss: bool = setting(
         False, "weigh each token's loss by the probability that the model gives it (dynamic fine-tuning)"
     )
+    neftune_noise_alpha: float | None = setting(
+        None,
+        "add noise of up to this over sqrt(tokens x model size) to embeddings in training (NEFTune, arXiv 2310.05914)",
+    )
     spike_factor: float | None = setting(
         None,
         "stop when ten steps in a row have a loss above this many times the median of the last hundred; default: never",

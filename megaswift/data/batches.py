@@ -70,6 +70,10 @@ class MicroBatch:
     sampler_logps: torch.Tensor | None = None
     mismatched: "MicroBatch | None" = None  # the same rows, with each prompt answered for another row
     is_own: bool = False  # whether the trained model wrote the answers itself
+    noise_keys: torch.Tensor | None = (
+        None  # int64 [B, S]: what noise on embeddings follows from (data/noise.py)
+    )
+    noise_scales: torch.Tensor | None = None  # float32 [B, S]
     prepared: object = None  # what the task found before the step (Task.prepare); no part of the data
 
 

@@ -20,6 +20,8 @@ PER_TOKEN = (
     "old_logps",
     "reference_logps",
     "sampler_logps",
+    "noise_keys",
+    "noise_scales",
 )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.parallel_state import get_tensor_model_parallel_rank
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -16,6 +17,7 @@ from megaswift.kernels.linear_cross_entropy.ops import linear_cross_entropy
 from megaswift.metadata.meta import Multipliers
 from megaswift.models.gathered import gathered
 from megaswift.models.layer_inputs import Carried, PerLayerEmbedding
+from megaswift.models.neftune import TokenNoise, with_token_noise
 
 
 class CausalLM(GPTModel):
@@ -28,6 +30,7 @@ class CausalLM(GPTModel):
     )
     layer_inputs: PerLayerEmbedding | None  # what makes the inputs of layers, where they have some
     carried: Carried
+    _noise: TokenNoise | None = None
     scores = False  # the output layer is a score_head (models/score.py): every token's scores [B, S, O] are returned
 
     def set_multipliers(self, multipliers: Multipliers) -> None:
@@ -40,15 +43,20 @@ class CausalLM(GPTModel):
 
     def _preprocess(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         made = super()._preprocess(input_ids, *args, **kwargs)
+        if self._noise is not None and self.training and self.pre_process:
+            rank = get_tensor_model_parallel_rank() if self.config.sequence_parallel else 0
+            made = (with_token_noise(made[0], self._noise, rank=rank), *made[1:])
         if self.layer_inputs is not None:
             self.carried.inputs = self.layer_inputs(input_ids, made[0])
         return made
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As Megatron's."""
+    def forward(self, *args: Any, noise: TokenNoise | None = None, **kwargs: Any) -> Any:
+        """As Megatron's; in training with `noise` on the embeddings."""
+        self._noise = noise
         try:
             return super().forward(*args, **kwargs)
         finally:
+            self._noise = None
             self.carried.clear()
 
     def _postprocess(

@@ -11,6 +11,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megaswift.data.batches import MicroBatch
 from megaswift.models.attention import documents_of
+from megaswift.models.neftune import noise_of
 
 MAXIMUM = "/max"  # ends the name of what is logged as the greatest value, which is never negative
 # What Megatron's schedule makes of a micro batch: the sum of losses to differentiate, by how many it is to be divided (int32,
@@ -62,6 +63,7 @@ def run_model(batch: MicroBatch, model: Any) -> torch.Tensor:
         labels=batch.labels.to(device, non_blocking=True),
         loss_mask=batch.loss_mask.to(device, non_blocking=True),
         packed_seq_params=documents_of(batch, device),
+        noise=noise_of(batch),
     )
     return output
 

@@ -5,6 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from megaswift.data.batches import MicroBatch, TrainData, ValidationData
+from megaswift.data.noise import with_noise
 from megaswift.data.stream_batches import StreamData
 
 
@@ -13,11 +14,20 @@ class TrainFeed:
 
     phase, patient = "reading its batch", False  # what a rank does in batch(), and whether it may take long
 
-    def __init__(self, data: TrainData | StreamData, *, dp_rank: int, dp: int, ahead: bool = False) -> None:
-        """`ahead` builds the next global batch in a thread while the current one computes."""
+    def __init__(
+        self,
+        data: TrainData | StreamData,
+        *,
+        dp_rank: int,
+        dp: int,
+        ahead: bool = False,
+        noise_alpha: float | None = None,
+    ) -> None:
+        """`ahead` builds the next global batch in a thread while the current one computes; `noise_alpha` is NEFTune's."""
         self.data = data
         self.items_per_step = data.settings.global_batch_size
         self._dp_rank, self._dp = dp_rank, dp
+        self._noise_alpha = noise_alpha
         self._pool = ThreadPoolExecutor(max_workers=1) if ahead else None
         self._next: tuple[int, Future[list[MicroBatch]]] | None = None
         self._given = 0  # items up to the end of the newest batch
@@ -60,7 +70,11 @@ class TrainFeed:
         self.data.close()
 
     def _build(self, consumed: int) -> list[MicroBatch]:
-        return list(self.data.micro_batches(consumed, dp_rank=self._dp_rank, dp=self._dp))
+        batches = self.data.micro_batches(consumed, dp_rank=self._dp_rank, dp=self._dp)
+        if not self._noise_alpha:
+            return list(batches)
+        key = (self.data.settings.seed, consumed)
+        return [with_noise(batch, alpha=self._noise_alpha, key=key) for batch in batches]
 
 
 class ValidationFeed:

@@ -194,7 +194,13 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
             run, meta, layout, engine, sets, checkpoint=checkpoint, teacher=reference, group=patient
         )
     elif sets.rows is None:
-        feed = TrainFeed(sets.train, dp_rank=dp_rank, dp=layout.dp, ahead=run.data.dataloader_num_workers > 0)
+        feed = TrainFeed(
+            sets.train,
+            dp_rank=dp_rank,
+            dp=layout.dp,
+            ahead=run.data.dataloader_num_workers > 0,
+            noise_alpha=run.training.neftune_noise_alpha,
+        )
     else:
         from megaswift.training.rollout_feed import rollout_feed  # transformers' models: seconds
 

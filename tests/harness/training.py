@@ -195,7 +195,10 @@ def _prepare(folder: Path, case: Case, encoded: EncodedSet | None) -> Trained:
         ),
     )
     feed = TrainFeed(
-        TrainData(encoded, settings), dp_rank=parallel_state.get_data_parallel_rank(), dp=layout.dp
+        TrainData(encoded, settings),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp=layout.dp,
+        noise_alpha=run.training.neftune_noise_alpha,
     )
     return Trained(run=run, meta=meta, layout=layout, engine=engine, feed=feed)
 
