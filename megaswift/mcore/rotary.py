@@ -28,12 +28,17 @@ def apply_rotary(
     cut_by_megatron = cu_seqlens is not None and cp_group is not None and cp_group.size() > 1
     if config.apply_rope_fusion or config.multi_latent_attention or freqs.shape[1] != 1 or cut_by_megatron:
         return apply_rotary_pos_emb(t, freqs, config, cu_seqlens, mscale, cp_group, **others)
-    table = _table(freqs, cu_seqlens, mscale, interleaved=config.rotary_interleaved)
+    table = _table(freqs, cu_seqlens, mscale, num_tokens=len(t), interleaved=config.rotary_interleaved)
     return rotary(t.flatten(1, -2), table, interleaved=config.rotary_interleaved).view(t.shape)
 
 
 def _table(
-    freqs: torch.Tensor, cu_seqlens: torch.Tensor | None, mscale: float, *, interleaved: bool
+    freqs: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    mscale: float,
+    *,
+    num_tokens: int,
+    interleaved: bool,
 ) -> RotaryTable:
     """Return the cosines and sines of every token, made once for all layers that are given the same tensor of angles."""
     made: dict[tuple[int, float], tuple[torch.Tensor | None, RotaryTable]] = freqs.__dict__.setdefault(
@@ -44,8 +49,10 @@ def _table(
         angles_SR = freqs[:, 0, 0, ::2] if interleaved else freqs[:, 0, 0, : freqs.shape[-1] // 2]
         cos, sin = torch.cos(angles_SR) * mscale, torch.sin(angles_SR) * mscale
         if cu_seqlens is not None:
-            lengths = cu_seqlens.diff().tolist()
-            cos, sin = (torch.cat([rows[:length] for length in lengths]) for rows in (cos, sin))
+            # Each token's place in its document, without asking the device for lengths.
+            starts_T = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff(), output_size=num_tokens)
+            positions_T = torch.arange(num_tokens, device=cu_seqlens.device) - starts_T
+            cos, sin = cos[positions_T], sin[positions_T]
         # `cu_seqlens` is kept so that its id stays its own.
         made[key] = cu_seqlens, RotaryTable(cos_TR=cos.contiguous(), sin_TR=sin.contiguous())
     return made[key][1]

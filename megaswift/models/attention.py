@@ -1,4 +1,4 @@
-"""Core attention for ranks without Transformer Engine: torch's SDPA, one call a document, no quadratic mask.
+"""Core attention for ranks without Transformer Engine: torch's SDPA, one call a document, no quadratic mask; or its flash kernel.
 
 Where a sequence is spread over ranks it is the core attention of every platform.
 
@@ -6,6 +6,7 @@ Letters: S sequence, B batch, T packed tokens, H query heads of this rank, G key
 """
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,22 +24,33 @@ from megaswift.kernels.context_attention.segments import Pattern
 from megaswift.mcore.process_groups import context_groups
 from megaswift.metadata.meta import QueryScaling
 from megaswift.models.context import SpreadDocuments, keys_of, spread_attention
+from megaswift.models.flash import flash_attention, has_flash
 
 CAPPED_QUERIES = 512  # queries whose soft-capped scores are formed at once: 512 * length * 4 bytes a head
 
 
-def packed_documents(cu_seqlens: torch.Tensor, max_seqlen: int) -> PackedSeqParams:
+@dataclass
+class PackedDocuments(PackedSeqParams):
+    """Documents that lie end to end on one rank."""
+
+    lengths: tuple[int, ...] = ()  # so that no layer waits for the device to tell them
+
+
+def packed_documents(cu_seqlens: torch.Tensor, max_seqlen: int, *, device: torch.device) -> PackedDocuments:
     """Return Megatron's description of documents that lie end to end on one rank.
 
-    `cu_seqlens` is int32 [documents + 1]; `max_seqlen` must be the true longest length: Megatron's rotary embedding reads
-    a table of that many rows and takes one of exactly T rows for a table by packed position (rope_utils.py, 0.16.1).
+    `cu_seqlens` is int32 [documents + 1], on the CPU; `max_seqlen` must be the true longest length: Megatron's rotary
+    embedding reads a table of that many rows and takes one of exactly T rows for a table by packed position (rope_utils.py,
+    0.16.1).
     """
-    return PackedSeqParams(
+    on_device = cu_seqlens.to(device, non_blocking=True)
+    return PackedDocuments(
         qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q=on_device,
+        cu_seqlens_kv=on_device,
         max_seqlen_q=max_seqlen,
         max_seqlen_kv=max_seqlen,
+        lengths=tuple(cu_seqlens.diff().tolist()),
     )
 
 
@@ -49,7 +61,7 @@ def documents_of(batch: MicroBatch, device: torch.device) -> PackedSeqParams | N
         return SpreadDocuments(plan=batch.plan, position_ids_T=positions_T, longest=batch.max_seqlen)
     if batch.cu_seqlens is None:
         return None
-    return packed_documents(batch.cu_seqlens.to(device, non_blocking=True), batch.max_seqlen)
+    return packed_documents(batch.cu_seqlens, batch.max_seqlen, device=device)
 
 
 class CoreAttention(torch.nn.Module):
@@ -119,7 +131,14 @@ class CoreAttention(torch.nn.Module):
         if packed_seq_params is None:
             out_BHSK = self._attend(*(x_SBHK.permute(1, 2, 0, 3) for x_SBHK in (query, key, value)))
             return out_BHSK.permute(2, 0, 1, 3).flatten(2)
-        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        assert isinstance(packed_seq_params, PackedDocuments)
+        if self._is_plain and has_flash(query, value):
+            out_THK = flash_attention(
+                query, key, value, cu_seqlens=packed_seq_params.cu_seqlens_q, longest=packed_seq_params.max_seqlen_q,
+                causal=self.causal, window=self.window, scale=self.scale,
+            )  # fmt: skip
+            return out_THK.flatten(1)
+        lengths = packed_seq_params.lengths
         documents = zip(*(x_THK.split(lengths) for x_THK in (query, key, value)), strict=True)
         outs = [
             self._attend(*(x_THK.transpose(0, 1)[None] for x_THK in document))[0].transpose(0, 1)
@@ -142,6 +161,12 @@ class CoreAttention(torch.nn.Module):
             query, key, value, documents, pattern=Pattern(causal=self.causal, window=self.window, scale=scale),
             groups=self.groups, keys=self.keys, sinks_H=self.sinks,
         )  # fmt: skip
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether nothing but a window is between this and the attention of every kernel."""
+        special = (self.softcap, self.chunk, self.query_scaling, self.sinks)
+        return all(one is None for one in special) and not (self.training and self.dropout)
 
     @property
     def sinks(self) -> torch.Tensor | None:

@@ -65,7 +65,7 @@ def megatron_outcome(
         weights = torch.cat([torch.cat([loss_weights(one), torch.zeros(1)]) for one in documents])[None]
         lengths = [len(one) for one in documents]
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-        packed = packed_documents(cu_seqlens, max(lengths))
+        packed = packed_documents(cu_seqlens, max(lengths), device=tokens.device)
         with torch.no_grad():
             logits.append(model(tokens, positions, None, packed_seq_params=packed)[0, :, : meta.vocab_size])
         losses = model(tokens, positions, None, labels=labels, loss_mask=weights, packed_seq_params=packed)

@@ -19,6 +19,7 @@ from megaswift.kernels.context_attention.plan import ContextPlan, make_plan
 from megaswift.kernels.context_attention.reference import attention
 from megaswift.kernels.context_attention.segments import Pattern, gathered_segments, ring_segments
 from megaswift.kernels.dispatch import Implementation
+from megaswift.models.flash import flash_attention, has_flash
 from tests.harness.kernel_cases import CASES, Case, Sizes
 
 SMALL = Sizes(lengths=[5, 0, 333, 1, 77], heads=4, dim=64, vocabulary=1003)
@@ -151,6 +152,18 @@ def check_attention(limits: Limits) -> Iterator[Row]:
         for ring in (True, False) if window is None else (False,):
             out = _four_ranks(inputs, pattern, ring=ring, plan=plan)
             yield _attention_row(f"{name}, {'ring' if ring else 'gathered keys'} of 4", [out], wanted[:1])
+        packed = {
+            "cu_seqlens": torch.tensor([0, *lengths], device="cuda").cumsum(0).int(),
+            "longest": max(lengths),
+        }
+        if has_flash(inputs[0], inputs[2]):
+            got = _attention_gradients(
+                lambda *x, p=pattern, packed=packed: flash_attention(
+                    *x, **packed, causal=p.causal, window=p.window, scale=p.scale
+                ),
+                inputs,
+            )
+            yield _attention_row(f"{name}, torch's kernel", got, wanted)
     long = [torch.randn(16384, heads, 128, device="cuda", dtype=torch.bfloat16) for heads in (32, 8, 8)]
     pattern = Pattern(scale=128**-0.5)
     seconds = time_s(lambda: context_attention(*long, make_plan([16384]), pattern=pattern), repeats=5)
