@@ -177,8 +177,8 @@ class Store:
         shutil.rmtree(folder, ignore_errors=True)
 
     def rotate(self, keep: int | None) -> None:
-        """Delete the oldest complete checkpoints beyond `keep`; the newest and the best one always stay."""
-        if keep is None:
+        """Delete the oldest complete checkpoints beyond `keep` (None or -1: none); the newest and the best one always stay."""
+        if keep is None or keep == -1:
             return
         every = self.complete()
         best = _best(every)

@@ -71,20 +71,24 @@ def _gradient_checkpointing(name: str, raw: Raw) -> Translated:
 
 def _deepspeed(name: str, raw: Raw) -> Translated:
     word = text_of(name, raw)
+    stage = word.removesuffix("_offload")
     if word in ("none", ""):
         return NOTHING
     if word == "zero0":
         return _is("use_distributed_optimizer", False)
-    if word in ("zero1", "zero2"):
-        return _is(
-            "use_distributed_optimizer",
-            True,
-            f"{name} {word}: Megatron-Core's distributed optimizer shards the optimizer state; DeepSpeed is not used.",
+    if stage not in ("zero1", "zero2", "zero3"):
+        raise ConfigError(
+            f"{name}={word} is not understood: DeepSpeed is not used, and its files are not read. "
+            "Choose zero0 to zero3, or zero2_offload and zero3_offload."
         )
-    raise ConfigError(
-        f"{name}={word} is not understood: DeepSpeed is not used, and weights are sharded by the layout. "
-        "Use zero1 or zero2, or --tensor_model_parallel_size / --pipeline_model_parallel_size to shard the weights."
-    )
+    note = f"{name} {word}: Megatron-Core's distributed optimizer shards the optimizer state; DeepSpeed is not used."
+    if stage == "zero3":
+        note += (
+            " Weights are sharded by --tensor_model_parallel_size and --pipeline_model_parallel_size, which the planner "
+            "chooses where the command names no layout."
+        )
+    offload = {"optimizer_cpu_offload": True} if word != stage else {}
+    return Translated(settings={"use_distributed_optimizer": True, **offload}, note=note)
 
 
 def _ddp_timeout(name: str, raw: Raw) -> Translated:
@@ -194,6 +198,14 @@ TRANSLATIONS: dict[str, Callable[[str, Raw], Translated]] = {
 # Asked for, and always so, or without effect on any result: one line says which.
 ALWAYS_SO: dict[str, str] = {
     "log_rollout_offpolicy_metrics": "how vLLM's probabilities differ from the trainer's is always logged",
+    "no_save_rng": "random states are a few kilobytes, and always saved beside an optimizer's: a run goes on as if nothing had been",
+    "dataloader_drop_last": "every global batch is full: what an epoch leaves over opens the next",
+    "remove_unused_columns": "columns that a task does not read are left alone, and rewards and schedulers get them all",
+    "vllm_server_pass_dataset": "rewards and schedulers get all columns of a row",
+    "bnb_4bit_compute_dtype": "products with a base in four bits have the type of --torch_dtype",
+    "label_names": "labels are what the task reads",
+    "use_precision_aware_optimizer": "state and master weights of the optimizer are float32",
+    "moe_shared_expert_overlap": "shared experts take their turn after the others, with the same result",
     "load_safetensors": "weights are always read from safetensors",
     "packing_cache": "packs are computed at the start and need no cache",
     "packing_num_proc": "packs are computed in one process",

@@ -4,6 +4,7 @@ from math import gcd, lcm
 
 from megaswift.config.case import Case
 from megaswift.config.field import declared
+from megaswift.config.moe import MoEConfig
 from megaswift.config.run import RunConfig
 from megaswift.errors import ConfigError
 from megaswift.parallel.layout import chunk_layers, padded_kv_heads
@@ -46,6 +47,26 @@ def expert_settings_need_experts(case: Case) -> None:
     for setting in declared(RunConfig).values():
         if setting.section == "moe" and getattr(case.run.moe, setting.name) != setting.default:
             raise ConfigError(f"{setting.flag} is set but {case.model_name} has no experts. Leave it out.")
+
+
+def dropped_tokens_have_a_limit(run: RunConfig) -> None:
+    """An expert drops tokens beyond a number of them."""
+    moe = run.moe
+    factor = moe.moe_expert_capacity_factor
+    if factor is None:
+        for name in ("moe_pad_expert_input_to_capacity", "moe_token_drop_policy"):
+            if getattr(moe, name) != getattr(MoEConfig(), name):
+                raise ConfigError(f"{name} needs moe_expert_capacity_factor. Give it, or leave {name} out.")
+        return
+    if factor <= 0:
+        raise ConfigError(
+            f"moe_expert_capacity_factor={factor} is too small. Give more than 0, such as 2, or leave it out."
+        )
+    if moe.moe_router_load_balancing_type == "sinkhorn":
+        raise ConfigError(
+            "moe_expert_capacity_factor does not go with moe_router_load_balancing_type=sinkhorn. Choose aux_loss, "
+            "seq_aux_loss, global_aux_loss or none."
+        )
 
 
 def world_holds_whole_copies(case: Case) -> None:

@@ -104,9 +104,10 @@ def make_run(task: str, /, **settings: Any) -> RunConfig:
 def split_flags(argv: list[str]) -> dict[str, list[str]]:
     """Return flag -> words; `--a-b=x y` and `--a_b x y` are the same. A first word ending in .yaml is --config.
 
-    Raises ConfigError for a word that belongs to no flag and for a flag that is given twice.
+    Raises ConfigError for a word that belongs to no flag and for a flag that is given twice with different words.
     """
     found: dict[str, list[str]] = {}
+    again: list[tuple[str, list[str]]] = []
     if argv and argv[0].endswith((".yaml", ".yml")):
         argv = ["--config", *argv]
     current: list[str] | None = None
@@ -114,17 +115,22 @@ def split_flags(argv: list[str]) -> dict[str, list[str]]:
         if word.startswith("--") and len(word) > 2:
             name, equals, value = word[2:].partition("=")
             name = name.replace("-", "_")
+            current = [value] if equals else []
             if name in found:
-                raise ConfigError(
-                    f"{name} is given twice. Give it once; a list takes several words after one flag."
-                )
-            current = found[name] = [value] if equals else []
+                again.append((name, current))
+            else:
+                found[name] = current
         elif current is None:
             raise ConfigError(
                 f"{word} belongs to no flag. Flags begin with --, and only a .yaml file may stand first."
             )
         else:
             current.append(word)
+    for name, words in again:
+        if words != found[name]:
+            raise ConfigError(
+                f"{name} is given twice. Give it once; a list takes several words after one flag."
+            )
     return found
 
 

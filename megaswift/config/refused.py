@@ -95,7 +95,6 @@ REFUSED: dict[str, Refused] = {
         "reading columns by their exact names only",
         "Use --columns.",
         disable_auto_column_mapping="false",
-        remove_unused_columns="true",
     ),
     **_refuse("another order of samples", data_sharding="false", group_by_length="false"),
     # Loss
@@ -125,7 +124,6 @@ REFUSED: dict[str, Refused] = {
     ),
     **_refuse(
         "optimizer state in low precision",
-        use_precision_aware_optimizer="false",
         main_grads_dtype="fp32",
         main_params_dtype="fp32",
         exp_avg_dtype="fp32",
@@ -154,18 +152,7 @@ REFUSED: dict[str, Refused] = {
     **_refuse("steering Python's garbage collector", manual_gc="false", manual_gc_steps="0"),
     **_refuse("linear attention", linear_decoupled_in_proj="false"),
     # Mixture of experts, multi-token prediction
-    **_refuse(
-        "this part of expert routing",
-        moe_shared_expert_overlap="false",
-        moe_enable_deepep="false",
-        moe_expert_capacity_factor="none",
-    ),
-    **_refuse(
-        "this part of expert routing",
-        moe_pad_expert_input_to_capacity="false",
-        moe_token_drop_policy="probs",
-        router_replay_mode="disabled",
-    ),
+    **_refuse("this part of expert routing", moe_enable_deepep="false", router_replay_mode="disabled"),
     **_refuse("multi-token prediction", mtp_num_layers="none 0", mtp_loss_scaling_factor="0.1"),
     # Optimizer
     **_refuse(
@@ -220,7 +207,6 @@ REFUSED: dict[str, Refused] = {
         hqq_axis="none",
         load_in_4bit="false",
         load_in_8bit="false",
-        bnb_4bit_compute_dtype="none",
         bnb_4bit_quant_storage="none",
     ),
     # Checkpoints and logs
@@ -238,7 +224,6 @@ REFUSED: dict[str, Refused] = {
     ),
     **_refuse(
         "a checkpoint that resumes only in part",
-        no_save_rng="false",
         no_load_optim="false",
         no_load_rng="false",
         ignore_data_skip="false",

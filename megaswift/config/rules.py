@@ -32,6 +32,7 @@ REQUEST_RULES = (
     head.embeddings_have_a_loss,
     head.token_losses_are_of_answers,
     head.noise_is_on_given_answers,
+    layout.dropped_tokens_have_a_limit,
     preference.preferences_are_for_rlhf,
     preference.preference_settings_belong_to_the_loss,
     preference.the_loss_type_is_known,

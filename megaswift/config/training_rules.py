@@ -48,7 +48,7 @@ def sizes_are_positive(run: RunConfig) -> None:
         ("packing_length", data.packing_length),
         ("dataset_num_proc", data.dataset_num_proc),
         ("save_steps", checkpoint.save_steps),
-        ("save_total_limit", checkpoint.save_total_limit),
+        ("save_total_limit", None if checkpoint.save_total_limit == -1 else checkpoint.save_total_limit),
         ("logging_steps", logging.logging_steps),
         ("eval_steps", logging.eval_steps),
         ("early_stop_interval", logging.early_stop_interval),

@@ -304,5 +304,8 @@ def _experts(
         "moe_grouped_gemm": run.moe.moe_grouped_gemm
         and platform.transformer_engine
         and run.tuner.tuner_type != "lora",
+        "moe_expert_capacity_factor": run.moe.moe_expert_capacity_factor,
+        "moe_pad_expert_input_to_capacity": run.moe.moe_pad_expert_input_to_capacity,
+        "moe_token_drop_policy": run.moe.moe_token_drop_policy,
         "moe_permute_fusion": run.moe.moe_permute_fusion and platform.transformer_engine,
     }

@@ -7,7 +7,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.transformer.moe.moe_utils import compute_routing_scores_for_aux_loss
+from megatron.core.transformer.moe.moe_utils import (
+    apply_router_token_dropping,
+    compute_routing_scores_for_aux_loss,
+)
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -75,6 +78,15 @@ class Router(TopKRouter):
         weights_TE, chosen_TE = choose_experts(logits_TE, self.moe, bias_E=self.expert_bias)
         if self.expert_scale is not None:
             weights_TE = weights_TE * self.expert_scale.to(weights_TE)
+        if self.config.moe_expert_capacity_factor is not None:
+            weights_TE, chosen_TE = apply_router_token_dropping(
+                weights_TE,
+                chosen_TE,
+                router_topk=self.topk,
+                capacity_factor=self.config.moe_expert_capacity_factor,
+                drop_policy=self.config.moe_token_drop_policy,
+                pad_to_capacity=self.config.moe_pad_expert_input_to_capacity,
+            )
         if self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled():
             balanced_TE, scores_TE = compute_routing_scores_for_aux_loss(
                 logits_TE, self.topk, self.score_function, padding_mask=mask_T

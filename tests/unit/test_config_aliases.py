@@ -45,6 +45,10 @@ def test_no_name_means_two_things() -> None:
         ("--no_save_optim true", "--save_optim false"),
         ("--save_only_model false", "--save_optim true"),
         ("--deepspeed zero2", "--use_distributed_optimizer true"),
+        ("--deepspeed zero3", "--use_distributed_optimizer true"),
+        ("--deepspeed zero3_offload", "--use_distributed_optimizer true --optimizer_cpu_offload true"),
+        ("--router_aux_loss_coef 0.01", "--moe_aux_loss_coeff 0.01"),
+        ("--lr 1e-4 --packing true --lr 1e-4", "--lr 1e-4 --packing true"),
         ("--ddp_timeout 1800", "--ddp_timeout_minutes 30"),
         ("--use_flash_attn true", "--attention_backend flash"),
         ("--attn_impl sdpa", "--attention_backend auto"),
@@ -66,7 +70,9 @@ def test_an_old_name_says_the_same_as_ours(words: str, same_as: str) -> None:
     assert parse_run("sft", words.split()) == parse_run("sft", same_as.split())
 
 
-@pytest.mark.parametrize("words", ["--load_safetensors true", "--packing_cache x", "--deepspeed zero1"])
+@pytest.mark.parametrize(
+    "words", ["--load_safetensors true", "--packing_cache x", "--deepspeed zero3", "--no_save_rng"]
+)
 def test_what_is_always_so_is_accepted_with_one_line(words: str) -> None:
     (note,) = parse("sft", words.split()).notes
     assert words.split()[0][2:] in note
@@ -88,7 +94,7 @@ def test_a_flag_that_asks_for_nothing_is_accepted(words: str) -> None:
         "--template qwen2_5",
         "--lora_bias all",
         "--fp4_format e2m1",
-        "--deepspeed zero3",
+        "--deepspeed ds.json",
         "--mcore_model d",
         "--finetune maybe",
         "--new_special_tokens <x>",
