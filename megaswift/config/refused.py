@@ -31,7 +31,7 @@ def _refuse(what: str, instead: str = "", **flags: str) -> dict[str, Refused]:
 _RLHF = """
     teacher_model_server teacher_tag_key offload_teacher_model teacher_kl_coef
     use_gym_env
-    vllm_enable_lora offload_model offload_optimizer offload_bridge use_ray
+    vllm_enable_lora use_ray
     reward_adapters num_ppo_epochs kl_coef cliprange vf_coef
     cliprange_value gamma lam num_mini_batches response_length async_generate whiten_rewards
     missing_eos_penalty

@@ -30,6 +30,10 @@ class SamplerConfig:
         0,
         "what vLLM gives up while the trainer trains: 1 its cache, with the weights in host memory, 2 both (colocate, GPUs)",
     )
+    offload_model: bool = setting(
+        False, "keep the trainer's weights in host memory while completions are written"
+    )
+    offload_optimizer: bool = setting(False, "keep the optimizer's state in host memory meanwhile")
     rollout_importance_sampling_mode: str = setting(
         "token_truncate",
         "weight each token, or each completion, by its probability under the trainer / under vLLM: at most the threshold, or 0 "

@@ -16,6 +16,7 @@ OF_SERVERS = (
     "vllm_server_timeout",
     "vllm_server_group_port",
 )
+ROOM = ("offload_model", "offload_optimizer")  # for any engine on the trainer's devices
 
 
 def vllm_is_for_completions(run: RunConfig) -> None:
@@ -31,12 +32,16 @@ def vllm_is_asked_for(run: RunConfig) -> None:
     """Settings of vLLM mean nothing without it, and settings of one mode nothing in the other."""
     chosen = run.sampler
     if not chosen.use_vllm:
-        _refuse(chosen, (*vars(chosen),), "needs use_vllm=true. Add it, or leave this out.")
+        of_vllm = tuple(name for name in vars(chosen) if name not in ROOM)
+        _refuse(chosen, of_vllm, "needs use_vllm=true. Add it, or leave this out.")
         _refuse(run.vllm, (*vars(run.vllm),), "needs use_vllm=true. Add it, or leave this out.")
     elif chosen.vllm_mode == "colocate":
         _refuse(chosen, OF_SERVERS, "is for vllm_mode=server. Leave it out.")
     else:
         _refuse(chosen, ("sleep_level",), "is for vllm_mode=colocate. Leave it out.")
+        _refuse(
+            chosen, ROOM, "makes room on devices that are shared, and servers have their own. Leave it out."
+        )
         _refuse(
             run.vllm, (*vars(run.vllm),), "belongs to the server: give it to `megaswift rollout`, not here."
         )

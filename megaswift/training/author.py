@@ -6,6 +6,7 @@ rank of each copy of the model does so, also of copies that share out sequences 
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,8 +56,13 @@ class Author:
         stop_ids: tuple[int, ...],
         pad_id: int,
         group: Any,
+        aside: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """`chunks` are this rank's part of the model that writes, `meta` its facts; `group` holds all ranks and is patient."""
+        """`chunks` are this rank's part of the model that writes, `meta` its facts; `group` holds all ranks and is patient.
+
+        `aside` holds as long as completions are written, once the engine has the weights.
+        """
+        self._aside = aside
         self._run, self._meta, self._layout, self._chunks, self._group = run, meta, layout, chunks, group
         chosen = run.rollout
         self.sampling = Sampling(
@@ -114,7 +120,8 @@ class Author:
             for first in range(self.seat.number * together, len(prompts), self.seat.of * together)
             for place in range(first, first + together)
         ]
-        mine = agree(lambda: self._share(prompts, places, judge, lead), group=self._group)
+        with self._aside():
+            mine = agree(lambda: self._share(prompts, places, judge, lead), group=self._group)
         shares: list[list[tuple[int, T]]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(shares, mine, group=self._group)
         found = dict(one for share in shares for one in share)

@@ -31,6 +31,7 @@ from megaswift.training.engine import Engine
 from megaswift.training.feed import TrainFeed
 from megaswift.training.reference import reference_meta
 from megaswift.training.reporters import JsonLines
+from megaswift.training.set_aside import room_for_authors
 from megaswift.training.setup import Sets
 
 LOT = (0, 1)  # behind seed and position: keys of completions go on otherwise
@@ -153,8 +154,12 @@ def distillation_feed(
     teacher_meta = reference_meta(run, meta)
     stop_ids = tuple(sorted({*stop_ids_of(meta, tokenizer), *teacher_meta.eos_token_ids}))
 
+    aside = room_for_authors(run, engine, teacher)
+
     def author(meta: ModelMeta, chunks: Sequence[Any]) -> Author:
-        return Author(run, meta, layout, chunks, stop_ids=stop_ids, pad_id=sets.pad_id, group=group)
+        return Author(
+            run, meta, layout, chunks, stop_ids=stop_ids, pad_id=sets.pad_id, group=group, aside=aside
+        )
 
     authors = {}  # those who will write: an engine may be held by each
     if run.preference.lmbda:

@@ -40,6 +40,7 @@ from megaswift.training.author import Author, stop_ids_of
 from megaswift.training.context import context_share
 from megaswift.training.engine import Engine
 from megaswift.training.reporters import JsonLines
+from megaswift.training.set_aside import room_for_authors
 
 OTHERS = (0, 0, 1)  # behind seed, position and round: keys of completions go on otherwise
 
@@ -83,6 +84,7 @@ class Roller:
             stop_ids=stop_ids_of(self.meta, self.tokenizer),
             pad_id=self.pad_id,
             group=self.group,
+            aside=room_for_authors(self.run, self.engine, self.reference or ()),
         )
         self.rewards = agree(self._load_rewards, group=self.group)
         self.talks = agree(self._load_talks, group=self.group)

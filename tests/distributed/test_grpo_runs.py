@@ -69,11 +69,13 @@ TALKS: dict[str, tuple[str, ...]] = {
                "--log_entropy", "true", "--off_policy_sequence_mask_delta", "1e-3", "--repetition_penalty", "1.3", *CALM),
 }  # fmt: skip
 CP2 = ("--context_parallel_size", "2", "--cp_comm_type", "p2p")
+ASIDE = ("--offload_model", "true", "--offload_optimizer", "true")
 PACKED = ("--packing", "true", "--max_length", "40")
 # layout -> (ranks, flags)
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "one": (1, ()),
     "dp2": (2, ()),
+    "dp2 aside": (2, ASIDE),
     "tp2": (2, ("--tensor_model_parallel_size", "2", "--sequence_parallel", "true")),
     "pp2": (2, ("--pipeline_model_parallel_size", "2")),
     "vpp2": (2, ("--pipeline_model_parallel_size", "2", "--virtual_pipeline_model_parallel_size", "2")),
@@ -86,10 +88,11 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "vpp2 packed": (2, ("--pipeline_model_parallel_size", "2", "--virtual_pipeline_model_parallel_size", "2", *PACKED)),
 }  # fmt: skip
 ON_TWO = [
-    ("grpo", "dp2"),
+    ("grpo", "dp2 aside"),
     ("grpo", "tp2"),
     ("grpo", "pp2"),
     ("lora", "tp2"),
+    ("lora", "dp2 aside"),
     ("twice", "pp2"),
     ("rloo", "dp2"),
     ("rloo", "vpp2"),

@@ -55,6 +55,7 @@ def test_lengths_and_clips_follow_each_other() -> None:
         ("--use_vllm true --vllm_mode server --vllm_server_port x", "vllm_server_port=x is not a number"),
         ("--use_vllm true --vllm_tensor_parallel_size 2", "vllm_tensor_parallel_size=2 does not divide the 1 ranks"),
         ("--use_vllm true --vllm_gpu_memory_utilization 2", "vllm_gpu_memory_utilization=2 is not above 0 and up to 1"),
+        ("--use_vllm true --vllm_mode server --offload_model true", "offload_model=True makes room on devices that are shared"),
         ("--use_vllm true --sleep_level 3", "sleep_level=3 is not 0, 1 or 2"),
         ("--use_vllm true --rollout_importance_sampling_threshold 0", "rollout_importance_sampling_threshold=0 is too small"),
         ("--use_vllm true --rollout_importance_sampling_mode token", "rollout_importance_sampling_mode=token is not one of"),
