@@ -43,6 +43,11 @@ class DataConfig:
     use_chat_template: bool = setting(
         True, "render messages with the tokenizer's chat template; false: plain concatenation"
     )
+    agent_template: str | None = setting(
+        None,
+        "format of tools and calls that the chat template must have, as it is what writes them; default: any",
+        choices=("hermes", "qwen3_coder", "qwen3_5", "glm4_5"),
+    )
     loss_scale: str = setting(
         "default",
         "which tokens carry loss: every assistant turn, the last one, or all tokens; with +ignore_empty_think none of an "

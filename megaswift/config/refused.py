@@ -57,7 +57,6 @@ REFUSED: dict[str, Refused] = {
         "The chat template of the model's tokenizer is used; edit its chat_template to change it.",
         template="none",
         template_backend="jinja",
-        agent_template="none",
         response_prefix="none",
         preserve_thinking="none false",
         add_non_thinking_prefix="true",

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from megaswift.config.data import DataConfig
+from megaswift.data.agent_format import check_agent_format
 from megaswift.data.sample import Message, RowError, Sample
 from megaswift.data.spans import Span, SpanFinder, drops_thinking
 from megaswift.data.tokenizer import TextEncoder
@@ -103,7 +104,7 @@ class Template:
         cls, config: DataConfig, tokenizer: Any, *, max_length: int | None, stop_ids: Iterable[int] = ()
     ) -> "Template":
         """Build the template of a run; `max_length` is the resolved one."""
-        return cls(
+        template = cls(
             tokenizer,
             use_chat_template=config.use_chat_template,
             loss_scale=config.loss_scale,
@@ -113,6 +114,10 @@ class Template:
             truncation_strategy=config.truncation_strategy,
             stop_ids=stop_ids,
         )
+        if config.agent_template is not None:
+            model = tokenizer.name_or_path or "this tokenizer"
+            check_agent_format(config.agent_template, template.chat_template, model=model)
+        return template
 
     def encode(self, sample: Sample) -> list[Encoded]:
         """Return the tokens of one sample: one entry, or several for a long text that is split. Raises RowError."""

@@ -3,6 +3,7 @@
 TRL has each original beside a copy in which it marked what the assistant generates; that copy is a second source for masks.
 """
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -10,8 +11,11 @@ import numpy as np
 import pytest
 import trl
 
+from megaswift.config.data import DataConfig
+from megaswift.data.agent_format import FORMATS, check_agent_format
 from megaswift.data.sample import Sample
 from megaswift.data.template import Template
+from megaswift.errors import DataError
 from tests.unit.small_tokenizers import assistant, small_tokenizer, system, user
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
@@ -42,6 +46,35 @@ def blocks_of(template: Template, messages):
 def encoded(template: Template, messages):
     (one,) = template.encode(Sample(source="t:1", messages=tuple(messages)))
     return one
+
+
+@pytest.mark.parametrize(
+    ("name", "formats"),
+    [
+        ("qwen2_5", {"hermes"}),
+        ("qwen3", {"hermes"}),
+        ("qwen3_5_think", {"qwen3_coder", "qwen3_5"}),
+        ("glm4moe", {"glm4_5"}),
+        ("llama3_1", set()),
+        ("gemma", set()),
+    ],
+)
+def test_the_format_of_tools_is_told(name, formats):
+    found = set()
+    for asked in FORMATS:
+        with contextlib.suppress(DataError):
+            check_agent_format(asked, (FOLDER / f"{name}.jinja").read_text("utf-8"), model=name)
+            found.add(asked)
+    assert found == formats
+
+
+def test_a_run_that_asks_for_another_format_is_refused():
+    tokenizer = template_of("qwen3").tokenizer
+    Template.from_config(DataConfig(agent_template="hermes"), tokenizer, max_length=None)
+    with pytest.raises(
+        DataError, match=r"agent_template=glm4_5: the chat template of .* does not write tools so"
+    ):
+        Template.from_config(DataConfig(agent_template="glm4_5"), tokenizer, max_length=None)
 
 
 def test_there_are_templates_of_at_least_25_public_models():
