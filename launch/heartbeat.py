@@ -114,6 +114,18 @@ class Heartbeat:
 
         return told
 
+    def patiently(self, phase: str, work: Callable[P, R]) -> Callable[P, R]:
+        """Return `work`, which may take as long as it takes, as a phase of its own within the one that this rank is in."""
+
+        def told(*args: P.args, **kwargs: P.kwargs) -> R:
+            before = self._place
+            self.move(before.step, phase, patient=True)
+            result = work(*args, **kwargs)
+            self.move(before.step, before.phase, patient=before.patient)
+            return result
+
+        return told
+
     def _run(self) -> None:
         looked = written = time.monotonic()
         irregular = random.Random(

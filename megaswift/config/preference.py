@@ -68,6 +68,15 @@ class PreferenceConfig:
     teacher_model: str | None = setting(
         None, "gkd: model with the same vocabulary whose distributions are learnt"
     )
+    teacher_model_server: str | None = setting(
+        None,
+        "gkd: address of a vLLM server that has the teacher instead, http://host:port, with --gkd_logits_topk (and --max-logprobs "
+        'of as much there); several share the rows out by tags: [{"url": "http://host:port", "tags": ["a.jsonl"]}, ...]',
+    )
+    teacher_tag_key: str = setting(
+        "dataset",
+        "gkd: column with the tag that says which of several --teacher_model_server teaches the row; dataset: the --dataset it is of",
+    )
     sft_alpha: float = setting(
         0.0, "gkd: weight of the cross-entropy of answers by the rows or the teacher beside the divergence"
     )

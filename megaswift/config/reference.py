@@ -20,7 +20,7 @@ def needs_copy(run: RunConfig) -> bool:
     """Whether a frozen model stands beside the trained one; an adapted model without its adapters is its own reference."""
     settings = run.preference
     if distils(run):
-        return True
+        return settings.teacher_model is not None  # else it is behind HTTP
     if not compares(run) or settings.precompute_ref_log_probs:
         return False
     return run.tuner.tuner_type == "full" or settings.ref_model is not None or bool(settings.ref_adapters)

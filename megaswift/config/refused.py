@@ -29,7 +29,7 @@ def _refuse(what: str, instead: str = "", **flags: str) -> dict[str, Refused]:
 
 # Flags of reinforcement learning and distillation.
 _RLHF = """
-    teacher_model_server teacher_tag_key offload_teacher_model teacher_kl_coef
+    offload_teacher_model teacher_kl_coef
     use_gym_env
     vllm_enable_lora use_ray
     reward_adapters num_ppo_epochs kl_coef cliprange vf_coef

@@ -39,6 +39,7 @@ REQUEST_RULES = (
     preference.preference_numbers_are_in_range,
     preference.a_reference_that_follows_is_in_memory,
     preference.distillation_has_a_teacher,
+    preference.each_of_several_teachers_has_rows,
     rollout.completions_are_for_grpo_and_gkd,
     reward.rewards_are_named,
     reward.reward_numbers_are_in_range,

@@ -22,7 +22,7 @@ class SamplerConfig:
     vllm_server_host: list[str] = setting(["127.0.0.1"], "machine of each server")
     vllm_server_port: list[str] = setting(["8000"], "its port; prompts are dealt to all servers")
     vllm_server_base_url: list[str] = setting([], "http://host:port of each server, instead of the two")
-    vllm_server_timeout: float = setting(240.0, "seconds to wait until the servers are up")
+    vllm_server_timeout: float = setting(240.0, "seconds to wait until the servers are up, a teacher's too")
     vllm_server_group_port: int | None = setting(
         None, "port of rank 0 from which the servers fetch the weights; default: any that is free"
     )

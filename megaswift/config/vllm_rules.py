@@ -20,11 +20,13 @@ ROOM = ("offload_model", "offload_optimizer")  # for any engine on the trainer's
 
 
 def vllm_is_for_completions(run: RunConfig) -> None:
-    """Settings of vLLM mean nothing to tasks without completions, nor to a teacher who writes some."""
-    if generates(run) or (distils_completions(run) and not run.preference.seq_kd):
+    """Settings of vLLM mean nothing to tasks without completions, nor to a teacher in memory who writes some."""
+    chosen = run.preference
+    by_student = distils_completions(run) and chosen.lmbda > 0
+    if generates(run) or (by_student and not (chosen.seq_kd and chosen.teacher_model_server is None)):
         return
     why = "is for `megaswift rlhf --rlhf_type grpo`, or gkd with --lmbda above 0 and without --seq_kd. Leave it out."
-    _refuse(run.sampler, (*vars(run.sampler),), why)
+    _refuse(run.sampler, _without_patience(run), why)
     _refuse(run.vllm, (*vars(run.vllm),), why)
 
 
@@ -32,11 +34,15 @@ def vllm_is_asked_for(run: RunConfig) -> None:
     """Settings of vLLM mean nothing without it, and settings of one mode nothing in the other."""
     chosen = run.sampler
     if not chosen.use_vllm:
-        of_vllm = tuple(name for name in vars(chosen) if name not in ROOM)
+        of_vllm = tuple(name for name in _without_patience(run) if name not in ROOM)
         _refuse(chosen, of_vllm, "needs use_vllm=true. Add it, or leave this out.")
         _refuse(run.vllm, (*vars(run.vllm),), "needs use_vllm=true. Add it, or leave this out.")
     elif chosen.vllm_mode == "colocate":
-        _refuse(chosen, OF_SERVERS, "is for vllm_mode=server. Leave it out.")
+        _refuse(
+            chosen,
+            tuple(name for name in OF_SERVERS if name in _without_patience(run)),
+            "is for vllm_mode=server. Leave it out.",
+        )
     else:
         _refuse(chosen, ("sleep_level",), "is for vllm_mode=colocate. Leave it out.")
         _refuse(
@@ -45,6 +51,12 @@ def vllm_is_asked_for(run: RunConfig) -> None:
         _refuse(
             run.vllm, (*vars(run.vllm),), "belongs to the server: give it to `megaswift rollout`, not here."
         )
+
+
+def _without_patience(run: RunConfig) -> tuple[str, ...]:
+    """Return the names of the sampler's settings, without the one that a teacher's server reads too if there is one."""
+    read = {"vllm_server_timeout"} if run.preference.teacher_model_server is not None else set()
+    return tuple(name for name in vars(run.sampler) if name not in read)
 
 
 def _refuse(section: SamplerConfig | VllmConfig, names: tuple[str, ...], why: str) -> None:

@@ -6,7 +6,7 @@ packing a pack of rows. The stream of items is epoch after epoch, each in its ow
 The only state of the stream is how many items were consumed: a run may go on from there with another number of ranks or
 another micro batch size.
 
-Letters: B rows of a micro batch, S tokens of a row.
+Letters: B rows of a micro batch, S tokens of a row, K likeliest tokens.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -68,6 +68,9 @@ class MicroBatch:
     old_logps: torch.Tensor | None = None
     reference_logps: torch.Tensor | None = None
     sampler_logps: torch.Tensor | None = None
+    # int32 and float32 [B, S, K]: tokens that a teacher elsewhere finds likeliest at the place of the label, and their logarithms
+    teacher_ids: torch.Tensor | None = None
+    teacher_logps: torch.Tensor | None = None
     mismatched: "MicroBatch | None" = None  # the same rows, with each prompt answered for another row
     is_own: bool = False  # whether the trained model wrote the answers itself
     noise_keys: torch.Tensor | None = (

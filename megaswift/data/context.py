@@ -11,7 +11,7 @@ from megaswift.data.batches import MicroBatch
 from megaswift.kernels.context_attention.index import rank_tokens
 from megaswift.kernels.context_attention.plan import make_plan
 
-# What a micro batch holds of every token [B, S]
+# What a micro batch holds of every token [B, S, ...]
 PER_TOKEN = (
     "input_ids",
     "labels",
@@ -22,6 +22,8 @@ PER_TOKEN = (
     "sampler_logps",
     "noise_keys",
     "noise_scales",
+    "teacher_ids",
+    "teacher_logps",
 )
 
 
@@ -38,7 +40,7 @@ def spread(batch: MicroBatch, *, rank: int, ring: int, inner: int) -> MicroBatch
     return replace(
         batch,
         **{
-            name: values.reshape(-1)[tokens_T][None]
+            name: values.flatten(0, 1)[tokens_T][None]
             for name in PER_TOKEN
             if (values := getattr(batch, name)) is not None
         },

@@ -5,9 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from megaswift.config.preference import PreferenceConfig
 from megaswift.config.rollout_rules import distils_nothing_else
 from megaswift.config.rows import embedding_loss_of
 from megaswift.config.run import RunConfig
+from megaswift.config.teachers import BY_SET, shares_rows_out, teachers_by_tag
 from megaswift.data.sample import Message, RowError, Sample
 
 
@@ -78,10 +80,32 @@ def form_of(run: RunConfig) -> Form:
         return grouped(run.embedding.infonce_hard_negatives) if is_infonce else COMPARED
     if run.task != "rlhf":
         return CONVERSATIONS
-    validates = bool(run.data.val_dataset) or run.data.split_dataset_ratio > 0  # on the answers of rows
-    if distils_nothing_else(run) and not validates:
-        return PROMPTS
-    return {"kto": JUDGEMENTS, "grpo": PROMPTS, "gkd": CONVERSATIONS}.get(run.preference.rlhf_type, PAIRS)
+    if run.preference.rlhf_type == "gkd":
+        # On the answers of rows.
+        validates = bool(run.data.val_dataset) or run.data.split_dataset_ratio > 0
+        form = PROMPTS if distils_nothing_else(run) and not validates else CONVERSATIONS
+        return taught(form, run.preference) if shares_rows_out(run.preference) else form
+    return {"kto": JUDGEMENTS, "grpo": PROMPTS}.get(run.preference.rlhf_type, PAIRS)
+
+
+def taught(form: Form, chosen: PreferenceConfig) -> Form:
+    """Return the form of rows that several teachers share out: what a row says beside its text is the number of its teacher."""
+    key, numbers = chosen.teacher_tag_key, teachers_by_tag(chosen)
+
+    def tag_of(sample: Sample) -> str:
+        return sample.dataset if key == BY_SET else str(sample.extras.get(key))
+
+    def documents(sample: Sample) -> tuple[Sample, ...]:
+        if tag_of(sample) not in numbers:
+            raise RowError("teacher", f"{key} is {tag_of(sample)!r}, and no teacher has this tag")
+        return form.documents(sample)
+
+    return dataclasses.replace(
+        form,
+        name=f"{form.name} with teachers by {key}: {sorted(numbers.items())}",
+        documents=documents,
+        target=lambda sample: float(numbers[tag_of(sample)]),
+    )
 
 
 def labelled(problem: str, *, num_labels: int) -> Form:

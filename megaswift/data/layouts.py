@@ -33,9 +33,14 @@ Columns = dict[str, Any]
 
 
 def to_sample(
-    row: dict[str, Any], source: str, *, columns: dict[str, str] | None = None, folder: Path
+    row: dict[str, Any],
+    source: str,
+    *,
+    columns: dict[str, str] | None = None,
+    folder: Path,
+    dataset: str = "",
 ) -> Sample:
-    """Return the Sample of one raw row; `columns` renames, `folder` is where relative media paths begin.
+    """Return the Sample of one raw row of a set; `columns` renames, `folder` is where relative media paths begin.
 
     Raises RowError with the kind and the reason when the row cannot be used.
     """
@@ -67,6 +72,7 @@ def to_sample(
         raise RowError("type", "chat_template_kwargs is not an object")
     return Sample(
         source=source,
+        dataset=dataset,
         layout="text" if text is not None else name,
         messages=() if text is not None else tuple(messages),
         text=text,

@@ -102,7 +102,7 @@ def take_rows(
     samples: list[Sample] = []
     bad: list[BadRow] = []
     for place, row in rows:
-        outcome = _sample_or_bad(place, row, config, folder)
+        outcome = _sample_or_bad(place, row, config, folder=folder, dataset=source.tag)
         if isinstance(outcome, Sample):
             samples.append(_named(outcome, config) if source.is_self_cognition else outcome)
             continue
@@ -121,12 +121,12 @@ def no_usable_row(name: str, report: Report) -> DataError:
 
 
 def _sample_or_bad(
-    place: str, row: dict[str, Any] | BadRow, config: DataConfig, folder: Path
+    place: str, row: dict[str, Any] | BadRow, config: DataConfig, *, folder: Path, dataset: str
 ) -> Sample | BadRow:
     if isinstance(row, BadRow):
         return row
     try:
-        return to_sample(row, place, columns=config.columns, folder=folder)
+        return to_sample(row, place, columns=config.columns, folder=folder, dataset=dataset)
     except RowError as error:
         return BadRow(source=place, kind=error.kind, reason=error.reason)
 

@@ -18,6 +18,7 @@ class Sample:
     """
 
     source: str
+    dataset: str = ""  # the --dataset argument that it comes from, by its name
     layout: str = "messages"
     messages: tuple[Message, ...] = ()
     text: str | None = None  # plain text for pre-training; messages is then empty

@@ -28,6 +28,11 @@ class Source:
     use_hf: bool = True
 
     @property
+    def tag(self) -> str:
+        """What config/teachers.py calls the set."""
+        return self.name if self.subset is None else f"{self.name}:{self.subset}"
+
+    @property
     def is_self_cognition(self) -> bool:
         return self.name in SELF_COGNITION_NAMES
 

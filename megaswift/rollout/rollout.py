@@ -32,6 +32,7 @@ class Completions:
     stopped: np.ndarray  # bool [N]: ended by itself
     own: np.ndarray | None = None  # bool [T]: what the model wrote; None: all behind the prompts
     trains_cut: bool = True  # completions that were cut off carry loss
+    targets: np.ndarray | None = None  # float32 [N]: what the rows of the prompts say beside their text
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)
@@ -55,6 +56,7 @@ class Completions:
             loss_weights=weights,
             starts=self.starts,
             samples=np.arange(len(self)),
+            targets=self.targets,
         )
 
     def micro_batches(

@@ -5,9 +5,10 @@ eq. 1 and 2; a mean over the tokens of the global batch, as in TRL 1.16. Whose a
 (training/distillation_feed.py). Completions are sampled at --temperature; both distributions are taken at 1, as in TRL.
 With --sft_alpha the cross-entropy of the tokens that the student did not write itself is added, so weighted: ms-swift 4.6.
 With --gkd_logits_topk they are those among the teacher's likeliest tokens alone, as in ms-swift 4.6.
-Both models end at their last hidden states, and chunks of their logits are formed together (kernels/linear_divergence).
+Both models end at their last hidden states, and chunks of their logits are formed together (kernels/linear_divergence); a
+teacher behind HTTP tells the log-probabilities of these tokens instead (training/teachers.py).
 
-Letters: B batch, S sequence, T tokens that carry loss, D model size, E that of the teacher.
+Letters: B batch, S sequence, T tokens that carry loss, K likeliest tokens, D model size, E that of the teacher.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ from megatron.core.utils import unwrap_model
 from megaswift.config.preference import PreferenceConfig
 from megaswift.data.batches import MicroBatch
 from megaswift.kernels.linear_cross_entropy.ops import linear_cross_entropy
-from megaswift.kernels.linear_divergence.ops import OutputLayer, linear_divergence
+from megaswift.kernels.linear_divergence.ops import Likeliest, OutputLayer, linear_divergence
 from megaswift.models.causal_lm import CausalLM
 from megaswift.tasks.task import Loss, RunModel, look, run_model
 
@@ -31,16 +32,18 @@ class Distillation:
     """The task of `megaswift rlhf --rlhf_type gkd`, for models that return hidden states."""
 
     def __init__(
-        self, settings: PreferenceConfig, *, teacher: Sequence[CausalLM], run: RunModel = run_model
+        self, settings: PreferenceConfig, *, teacher: Sequence[CausalLM] | None, run: RunModel = run_model
     ) -> None:
-        """`teacher` are the chunks of a frozen model under the same layout."""
+        """`teacher` are the chunks of a frozen model under the same layout; None: the batches hold what it says."""
         assert settings.beta is not None, "resolved"
         self._beta, self._top_k, self._sft_alpha = settings.beta, settings.gkd_logits_topk, settings.sft_alpha
         self.metrics: tuple[str, ...] = ("sft_loss",) if self._sft_alpha else ()
         self._teacher, self._run = teacher, run
 
     def prepare(self, batches: list[MicroBatch], chunks: Sequence[Any]) -> list[MicroBatch]:
-        """Return the batches with the teacher's last hidden states [T, E], on the last stage."""
+        """Return the batches with the last hidden states [T, E] of a teacher in memory, on the last stage."""
+        if self._teacher is None:
+            return batches
         found = look(self._teacher, batches, states_with_loss, run=self._run)
         if not found:
             return batches
@@ -56,8 +59,7 @@ class Distillation:
         return means
 
     def _divergence(self, batch: MicroBatch, student: CausalLM, states_BSD: torch.Tensor) -> Loss:
-        teacher, group = self._teacher[-1], student.output_layer.tp_group
-        assert isinstance(batch.prepared, torch.Tensor), "the last stage has prepared its batches"
+        group = student.output_layer.tp_group
         hidden_TD = copy_to_tensor_model_parallel_region(  # sums the gradient over tp
             states_with_loss(batch, states_BSD), group=group
         )
@@ -69,14 +71,10 @@ class Distillation:
         softcap = student.multipliers.logits_softcap
         loss = linear_divergence(
             OutputLayer(hidden=hidden_TD, weight=student.output_weight, softcap=softcap),
-            OutputLayer(
-                hidden=batch.prepared,
-                weight=teacher.output_weight,
-                softcap=teacher.multipliers.logits_softcap,
-            ),
+            self._taught(batch, hidden_TD.device),
             weights_T,
             beta=self._beta,
-            top_k=self._top_k,
+            top_k=None if self._teacher is None else self._top_k,
             **shared,
         )
         number = torch.full((), len(weights_T), dtype=torch.int32).to(loss.device, non_blocking=True)
@@ -95,6 +93,20 @@ class Distillation:
             loss = loss + self._sft_alpha * sft_loss
             log["sft_loss"] = torch.stack([sft_loss.detach().double(), number.double()])
         return loss, number, {"loss": torch.stack([loss.detach().double(), number.double()]), **log}
+
+    def _taught(self, batch: MicroBatch, device: torch.device) -> OutputLayer | Likeliest:
+        """Return what the teacher says of the tokens that carry loss."""
+        if self._teacher is None:
+            assert batch.teacher_ids is not None and batch.teacher_logps is not None, "training/teachers.py"
+            ids_TK, logps_TK = (
+                values[batch.loss_mask != 0].to(device, non_blocking=True)
+                for values in (batch.teacher_ids, batch.teacher_logps)
+            )
+            return Likeliest(ids=ids_TK, logps=logps_TK)
+        assert isinstance(batch.prepared, torch.Tensor), "the last stage has prepared its batches"
+        teacher = self._teacher[-1]
+        softcap = teacher.multipliers.logits_softcap
+        return OutputLayer(hidden=batch.prepared, weight=teacher.output_weight, softcap=softcap)
 
 
 def states_with_loss(batch: MicroBatch, states_BSD: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ rank of each copy of the model does so, also of copies that share out sequences 
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -57,10 +58,12 @@ class Author:
         pad_id: int,
         group: Any,
         aside: Callable[[], AbstractContextManager[None]] = nullcontext,
+        served: RolloutEngine | None = None,
     ) -> None:
         """`chunks` are this rank's part of the model that writes, `meta` its facts; `group` holds all ranks and is patient.
 
-        `aside` holds as long as completions are written, once the engine has the weights.
+        `aside` holds as long as completions are written, once the engine has the weights. Is `served` given, it writes, with
+        weights of its own; one rank of each copy of `chunks` asks it.
         """
         self._aside = aside
         self._run, self._meta, self._layout, self._chunks, self._group = run, meta, layout, chunks, group
@@ -74,8 +77,12 @@ class Author:
             repetition_penalty=chosen.repetition_penalty,
         )
         self._pad_id = pad_id
-        self.seat, self._holders = _place(run, layout)
-        self._engine = agree(self._start_engine, group=group)
+        self._holders: Any = None
+        if served is None:
+            self.seat, self._holders = _place(run, layout)
+        else:
+            self.seat = _seat_of_copy(layout)
+        self._engine = agree(self._start_engine, group=group) if served is None else served
 
     def _start_engine(self) -> RolloutEngine:
         """Return this rank's hold of an engine; every rank calls it, as some engines span ranks."""
@@ -184,21 +191,26 @@ def _place(run: RunConfig, layout: Layout) -> tuple[Seat, Any]:
     # Experts may lie on ranks of other data-parallel copies: then all ranks send, and every copy listens.
     spread = layout.ep * layout.etp > 1
     holders = dist.group.WORLD if spread else parallel_state.get_model_parallel_group()
+    seat = _seat_of_copy(layout)
+    rank, size = dist.get_rank(), run.vllm.vllm_tensor_parallel_size
+    if not run.sampler.use_vllm:
+        return replace(seat, loads=seat.answers), holders
+    if (
+        run.sampler.vllm_mode == "server"
+    ):  # rank 0 sends weights to all servers; a rank of each copy asks them
+        return replace(seat, loads=rank == 0), holders if 0 in dist.get_process_group_ranks(holders) else None
+    number, engines = rank // size, layout.world // size
+    return Seat(number=number, of=engines, loads=True, answers=True, reports=rank % size == 0), holders
+
+
+def _seat_of_copy(layout: Layout) -> Seat:
+    """Return what this rank does where one rank of each copy of the model asks an engine that has its weights."""
     first = (
         parallel_state.get_tensor_model_parallel_rank(),
         parallel_state.get_pipeline_model_parallel_rank(),
     ) == (0, 0)
     copy, copies = parallel_state.get_data_parallel_rank(with_context_parallel=True), layout.dp * layout.cp
-    rank, size = dist.get_rank(), run.vllm.vllm_tensor_parallel_size
-    if not run.sampler.use_vllm:
-        return Seat(number=copy, of=copies, loads=first, answers=first, reports=first), holders
-    if (
-        run.sampler.vllm_mode == "server"
-    ):  # rank 0 sends weights to all servers; a rank of each copy asks them
-        seat = Seat(number=copy, of=copies, loads=rank == 0, answers=first, reports=first)
-        return seat, holders if 0 in dist.get_process_group_ranks(holders) else None
-    number, engines = rank // size, layout.world // size
-    return Seat(number=number, of=engines, loads=True, answers=True, reports=rank % size == 0), holders
+    return Seat(number=copy, of=copies, loads=False, answers=first, reports=first)
 
 
 def completions_table(run: RunConfig, checkpoint: Checkpoint | None) -> JsonLines | None:

@@ -23,7 +23,7 @@ from megaswift.data.prompts import PromptRows
 from megaswift.data.tokenizer import load_tokenizer
 from megaswift.metadata.meta import ModelMeta
 from megaswift.parallel.layout import Layout
-from megaswift.rollout.engine import Answer, Prompt
+from megaswift.rollout.engine import Answer, Prompt, RolloutEngine
 from megaswift.rollout.generate import chances
 from megaswift.rollout.rollout import Completions, joined
 from megaswift.training.author import Author, completions_table, stop_ids_of
@@ -96,7 +96,9 @@ class DistillationFeed(TrainFeed):
         ]
         with self._engine.settled_parameters() if writer is Writer.STUDENT else nullcontext():
             answers = self._authors[writer].write(prompts, lambda places, answers: list(answers))
-        completions = Completions(**joined([prompt.ids for prompt in prompts], answers))
+        completions = Completions(
+            **joined([prompt.ids for prompt in prompts], answers), targets=self._targets(consumed)
+        )
         self._figures |= completions.length_figures()
         if self._table is not None:
             self._write(self._table, consumed, writer, answers)
@@ -120,6 +122,11 @@ class DistillationFeed(TrainFeed):
     def _prompt(self, entry: int) -> np.ndarray:
         starts = self._prompts.starts
         return np.asarray(self._prompts.input_ids[starts[entry] : starts[entry + 1]])
+
+    def _targets(self, consumed: int) -> np.ndarray | None:
+        """Return what the rows of a global batch say beside their text: the numbers of their teachers, if there are several."""
+        targets = self._train.encoded.targets
+        return None if targets is None else targets[[entry for _, entry in self._entries(consumed)]]
 
     def _write(self, table: JsonLines, consumed: int, writer: Writer, answers: Sequence[Answer]) -> None:
         texts = self._tokenizer.batch_decode([one.ids for one in answers], skip_special_tokens=True)
@@ -145,27 +152,32 @@ def distillation_feed(
     sets: Sets,
     *,
     checkpoint: Checkpoint | None,
-    teacher: Sequence[Any],
+    teacher: Sequence[Any] | None,
+    served: RolloutEngine | None,
     group: Any,
 ) -> DistillationFeed:
-    """Return the feed of a resolved run; `checkpoint` is the one that it goes on from. Every rank calls it; raises UserError."""
+    """Return the feed of a resolved run; `checkpoint` is the one that it goes on from. Every rank calls it; raises UserError.
+
+    The teacher is in memory, `teacher`, or writes by itself, `served`.
+    """
     assert sets.rows is not None and sets.prompts is not None and isinstance(sets.train, TrainData)
     tokenizer = load_tokenizer(str(meta.folder), trust_remote_code=run.model.trust_remote_code)
     teacher_meta = reference_meta(run, meta)
     stop_ids = tuple(sorted({*stop_ids_of(meta, tokenizer), *teacher_meta.eos_token_ids}))
 
-    aside = room_for_authors(run, engine, teacher)
+    aside = room_for_authors(run, engine, teacher or ())
 
-    def author(meta: ModelMeta, chunks: Sequence[Any]) -> Author:
-        return Author(
-            run, meta, layout, chunks, stop_ids=stop_ids, pad_id=sets.pad_id, group=group, aside=aside
-        )
+    def author(meta: ModelMeta, chunks: Any, **more: Any) -> Author:
+        return Author(run, meta, layout, chunks, stop_ids=stop_ids, pad_id=sets.pad_id, group=group, **more)
 
     authors = {}  # those who will write: an engine may be held by each
+    student = [chunk.module for chunk in engine.chunks]
     if run.preference.lmbda:
-        authors[Writer.STUDENT] = author(meta, [chunk.module for chunk in engine.chunks])
-    if run.preference.seq_kd:
-        authors[Writer.TEACHER] = author(teacher_meta, teacher)
+        authors[Writer.STUDENT] = author(meta, student, aside=aside)
+    if run.preference.seq_kd and teacher is None:  # it has devices of its own
+        authors[Writer.TEACHER] = author(meta, student, served=served)
+    elif run.preference.seq_kd:
+        authors[Writer.TEACHER] = author(teacher_meta, teacher, aside=aside)
     return DistillationFeed(
         sets.train,
         authors,

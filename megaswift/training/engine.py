@@ -59,14 +59,16 @@ class Engine:
         *,
         measure: Callable[[MicroBatch], tuple[int, float]],
         share: Callable[[MicroBatch], MicroBatch] | None = None,
+        teach: Callable[[list[MicroBatch]], list[MicroBatch]] | None = None,
     ) -> None:
-        """`measure` returns a micro batch's tokens without padding, and its model FLOPs; `share` this cp rank's part of one."""
+        """`measure` returns a micro batch's tokens without padding, and its model FLOPs; `share` this cp rank's part of one;
+        `teach`, which every rank calls alike, whole ones with what teachers elsewhere say of them."""
         self.chunks = chunks
         self.optimizer: Any = optimizer
         self.schedule = schedule
         self.config: Any = chunks[0].module.config
         self._task = task
-        self._measure, self._share = measure, share
+        self._measure, self._share, self._teach = measure, share, teach
         self._per_token = bool(self.config.calculate_per_token_loss)
         self._device = next(chunks[0].parameters()).device
 
@@ -126,7 +128,9 @@ class Engine:
             chunk.enable_forward_pre_hook()
 
     def _shared(self, batches: list[MicroBatch]) -> list[MicroBatch]:
-        """Return this cp rank's part of every micro batch."""
+        """Return this cp rank's part of every micro batch, and of what is said of it."""
+        if self._teach is not None:
+            batches = self._teach(batches)
         return batches if self._share is None else [self._share(batch) for batch in batches]
 
     def _run(self, batches: list[MicroBatch], *, forward_only: bool) -> list[dict[str, torch.Tensor]]:

@@ -55,6 +55,7 @@ from megaswift.training.setup import (
 )
 from megaswift.training.signals import Interrupt
 from megaswift.training.stream import load_stream
+from megaswift.training.teachers import start_teachers
 from megaswift.training.validations import Validations
 
 logger = get_logger(__name__)
@@ -171,6 +172,7 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
     )
     forward = heartbeat.during("a forward pass", run_model)
     task = make_task(run, meta, reference=reference, run_model=forward)
+    teachers = start_teachers(run, meta, device=platform.device, group=patient)
     engine = Engine(
         wrapped,
         optimizer,
@@ -178,6 +180,7 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
         task,
         measure=measurer(run, meta),
         share=context_share(layout),
+        teach=None if teachers is None else heartbeat.patiently("asking the teacher", teachers.teach),
     )
     if checkpoint is not None:
         load_checkpoint(checkpoint, chunks=chunks, optimizer=optimizer, layout=layout)
@@ -189,9 +192,16 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
     if sets.prompts is not None:
         from megaswift.training.distillation_feed import distillation_feed  # transformers' models: seconds
 
-        assert reference is not None, "the teacher"
         feed = distillation_feed(
-            run, meta, layout, engine, sets, checkpoint=checkpoint, teacher=reference, group=patient
+            run,
+            meta,
+            layout,
+            engine,
+            sets,
+            checkpoint=checkpoint,
+            teacher=reference,
+            served=None if teachers is None else teachers.servers[0],
+            group=patient,
         )
     elif sets.rows is None:
         feed = TrainFeed(

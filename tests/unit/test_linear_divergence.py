@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megaswift.kernels.linear_divergence import reference
-from megaswift.kernels.linear_divergence.ops import OutputLayer, linear_divergence
+from megaswift.kernels.linear_divergence.ops import Likeliest, OutputLayer, linear_divergence
 
 TOLERANCE = 1e-6  # float64 on both sides; the issue's bound
 BETAS = (0.0, 0.1, 0.5, 1.0)
@@ -124,3 +124,29 @@ def test_a_student_without_gradients_of_its_weight_gets_those_of_its_states() ->
     losses = reference.generalised_jsd(hidden @ weight.T, teacher_hidden @ teacher_weight.T, beta=0.5)
     (expected,) = torch.autograd.grad(losses.sum(), hidden)
     assert torch.allclose(gradient, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("top_k", [1, 4, 11])
+@pytest.mark.parametrize("beta", BETAS)
+def test_a_teacher_who_tells_its_likeliest_tokens_teaches_the_same(beta: float, top_k: int) -> None:
+    """In any order, and as log-probabilities among all tokens: the loss and both gradients of the one with those logits."""
+    hidden, weight, teacher_hidden, teacher_weight = layers()
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    weights = torch.tensor([1.0, 0.5, 0.0, 1.0, 2.0, 1.0, 1.0], dtype=torch.float64)
+    student = OutputLayer(hidden=hidden, weight=weight, softcap=2.0)
+    teacher = OutputLayer(hidden=teacher_hidden, weight=teacher_weight)
+    logps, ids = (teacher_hidden @ teacher_weight.T)[:, :11].log_softmax(1).topk(top_k, dim=1)
+    told = Likeliest(ids=ids.flip(1).int(), logps=logps.flip(1))
+    found, expected = (
+        linear_divergence(student, one, weights, beta=beta, vocab_size=11, top_k=k, chunk_tokens=3)
+        for one, k in ((told, None), (teacher, top_k))
+    )
+    assert float(found) == pytest.approx(float(expected), abs=TOLERANCE)
+    for mine, theirs in zip(
+        torch.autograd.grad(found, [hidden, weight]),
+        torch.autograd.grad(expected, [hidden, weight]),
+        strict=True,
+    ):
+        assert torch.allclose(mine, theirs, rtol=0, atol=TOLERANCE)
+        assert top_k == 1 or bool(mine.any()), "a gradient of zero would say little"

@@ -1,5 +1,7 @@
 """The generalised Jensen-Shannon divergence of two output layers; chunks of tokens pass through, full logits never exist.
 
+The teacher may also be elsewhere and have told its likeliest tokens alone.
+
 With q of the student, p of the teacher, m = beta p + (1 - beta) q (reference.py), the gradient by the student's logits z is
 dL/dz_v = q_v (g_v - sum_u q_u g_u), g = (1 - beta) log(q / m); for beta 0 it is q - p, for beta 1 g = log(q / p). It is formed while
 a chunk's logits are there, so the backward pass is a scaling.
@@ -29,10 +31,18 @@ class OutputLayer:
     softcap: float | None = None  # logits become softcap * tanh(logits / softcap)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Likeliest:
+    """The log-probabilities of the likeliest tokens of each place, which somebody else has computed."""
+
+    ids: torch.Tensor  # int [T, K]: rows of the vocabulary, different ones for a place
+    logps: torch.Tensor  # [T, K]; they need not add up to 1
+
+
 @torch.compiler.disable
 def linear_divergence(
     student: OutputLayer,
-    teacher: OutputLayer,
+    teacher: OutputLayer | Likeliest,
     loss_weights_T: torch.Tensor,
     *,
     beta: float,
@@ -44,22 +54,26 @@ def linear_divergence(
     """Return sum(loss_weights_T * divergence_T), without dimensions; every rank of `group` calls it alike.
 
     With `top_k` both distributions are those among the tokens with the teacher's so many largest logits, and with all that
-    are as large as the last of them.
+    are as large as the last of them; with Likeliest, those among these.
 
     It is differentiable by the student's tensors; the gradient of its hidden states is this rank's part of the sum over
     `group`, as behind a column-parallel layer. Rows of the vocabulary from `vocab_size` on are padding. Logits and sums are
     float32, or float64 where the hidden states are. What moves: 6 numbers per token over `group`, and `top_k` from each rank.
     """
     rank, rows = (0 if group is None else dist.get_rank(group)), student.weight.shape[0]
-    assert teacher.weight.shape[0] == rows, (
-        f"{teacher.weight.shape[0]} rows of the teacher, {rows} of the student"
-    )
+    if isinstance(teacher, Likeliest):
+        assert top_k is None, f"top_k={top_k} of tokens that are chosen already"
+    else:
+        assert teacher.weight.shape[0] == rows, (
+            f"{teacher.weight.shape[0]} rows of the teacher, {rows} of the student"
+        )
     problem = _Problem(
         teacher=teacher,
         softcap=student.softcap,
         loss_weights_T=loss_weights_T,
         beta=beta,
         top_k=top_k,
+        first_row=rank * rows,
         rows=min(max(vocab_size - rank * rows, 0), rows),
         group=group,
         chunk_tokens=chunk_tokens,
@@ -71,11 +85,12 @@ def linear_divergence(
 
 @dataclass(frozen=True, kw_only=True)
 class _Problem:
-    teacher: OutputLayer
+    teacher: OutputLayer | Likeliest
     softcap: float | None
     loss_weights_T: torch.Tensor
     beta: float
     top_k: int | None
+    first_row: int  # of the vocabulary that this rank has
     rows: int  # of this rank's weights that are not padding
     group: dist.ProcessGroup | None
     chunk_tokens: int
@@ -95,21 +110,18 @@ class _LinearDivergence(torch.autograd.Function):
     ) -> torch.Tensor:
         wanted = [problem.needs_gradient and needed for needed in ctx.needs_input_grad[:2]]
         wide = torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32
-        real_VD, rows = weight_VD[: problem.rows], problem.rows
+        real_VD = weight_VD[: problem.rows]
         total = torch.zeros((), dtype=wide, device=hidden_TD.device)
         hidden_grad_TD = torch.zeros_like(hidden_TD) if wanted[0] else None
         weight_sum_VD = torch.zeros_like(weight_VD, dtype=wide) if wanted[1] else None
         for start in range(0, len(hidden_TD), problem.chunk_tokens):
             chunk = slice(start, start + problem.chunk_tokens)
-            hidden_CD, teacher_CE = hidden_TD[chunk], problem.teacher.hidden[chunk]
+            hidden_CD = hidden_TD[chunk]
             logits_CV, slope_CV = logits_of(hidden_CD, real_VD, problem.softcap, wide)
-            teacher_CV, _ = logits_of(
-                teacher_CE, problem.teacher.weight[:rows], problem.teacher.softcap, wide
-            )
-            if problem.top_k is not None:
-                is_small_CV = teacher_CV < _least(teacher_CV, problem.top_k, problem.group)
+            teacher_CV, is_left_out_CV = _teacher_logits(problem, chunk, wide)
+            if is_left_out_CV is not None:
                 logits_CV, teacher_CV = (
-                    logits.masked_fill(is_small_CV, NOTHING) for logits in (logits_CV, teacher_CV)
+                    logits.masked_fill(is_left_out_CV, NOTHING) for logits in (logits_CV, teacher_CV)
                 )
             losses_C, grad_CV = _divergence(logits_CV, teacher_CV, problem)
             weights_C = problem.loss_weights_T[chunk].to(wide)
@@ -159,6 +171,32 @@ def logsumexp(logits_CV: torch.Tensor, group: dist.ProcessGroup | None) -> torch
     parts_C = (own_C - top_C).exp()
     dist.all_reduce(parts_C, group=group)
     return top_C + parts_C.log()
+
+
+def _teacher_logits(
+    problem: _Problem, chunk: slice, wide: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the teacher's logits of a chunk by this rank's rows [C, V], and which of them do not count, if some do not."""
+    teacher, rows = problem.teacher, problem.rows
+    if isinstance(teacher, Likeliest):
+        return _spread_out(teacher, chunk, first_row=problem.first_row, rows=rows, wide=wide)
+    logits_CV, _ = logits_of(teacher.hidden[chunk], teacher.weight[:rows], teacher.softcap, wide)
+    if problem.top_k is None:
+        return logits_CV, None
+    return logits_CV, logits_CV < _least(logits_CV, problem.top_k, problem.group)
+
+
+def _spread_out(
+    teacher: Likeliest, chunk: slice, *, first_row: int, rows: int, wide: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return log-probabilities at the places of their tokens among this rank's rows [C, V], and where there is none."""
+    places_CK = teacher.ids[chunk].long() - first_row
+    # Those of other ranks go to a column more, which is cut off.
+    places_CK = places_CK.where((places_CK >= 0) & (places_CK < rows), rows)
+    logits_CV = torch.full((len(places_CK), rows + 1), NOTHING, dtype=wide, device=places_CK.device)
+    logits_CV.scatter_(1, places_CK, teacher.logps[chunk].to(wide))
+    logits_CV = logits_CV[:, :rows]
+    return logits_CV, logits_CV == NOTHING
 
 
 def _least(logits_CV: torch.Tensor, top_k: int, group: dist.ProcessGroup | None) -> torch.Tensor:

@@ -1,0 +1,115 @@
+"""A teacher behind HTTP that answers in the layout of vLLM 0.32's server, from a model of transformers in this process."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Lock, Thread
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megaswift.rollout.engine import Sampling
+from megaswift.rollout.generate import chances, complete
+
+
+class TeacherServer(ThreadingHTTPServer):
+    """What it was asked, and what it knows; more than `max_logprobs` it does not tell."""
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, model: Path, *, max_logprobs: int = 20, max_model_len: int = 512) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.max_logprobs, self.max_model_len = max_logprobs, max_model_len
+        self.asked: list[dict[str, Any]] = []
+        self.lock = Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    @property
+    def documents(self) -> list[list[int]]:
+        """What it was to find likeliest tokens in, without the first looks at it."""
+        found = [asked["prompt"] for asked in self.asked if asked.get("prompt_logprobs") is not None]
+        return [ids for ids in found if any(ids)]
+
+    def prompt_logprobs(self, ids: list[int], count: int) -> list[Any]:
+        """As vLLM has them: the document's own token first, then the likeliest ones, with ranks; nothing for the first token."""
+        with torch.no_grad():
+            logps_SV = self.model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        best = logps_SV.topk(count, dim=1)
+        places: list[Any] = [None]
+        for place, own in enumerate(ids[1:]):
+            own_logp = logps_SV[place, own]
+            told = {own: {"logprob": float(own_logp), "rank": int((logps_SV[place] >= own_logp).sum())}}
+            for rank, (logp, token) in enumerate(
+                zip(best.values[place].tolist(), best.indices[place].tolist(), strict=True), 1
+            ):
+                told[token] = {"logprob": logp, "rank": rank}
+            for token, one in told.items():
+                one["decoded_token"] = self.tokenizer.decode([token])  # type: ignore[assignment]  # a text
+            places.append(told)
+        return places
+
+    def complete(self, asked: dict[str, Any]) -> list[int]:
+        sampling = Sampling(
+            temperature=asked["temperature"], top_p=asked["top_p"], top_k=asked["top_k"],
+            max_tokens=asked["max_tokens"], stop_ids=tuple(asked["stop_token_ids"]),
+        )  # fmt: skip
+        draws = [chances((asked["seed"],), length=asked["max_tokens"])]
+        (ids,) = complete(self.model, [np.array(asked["prompt"])], draws, sampling, pad_id=0)
+        return [int(token) for token in ids]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: TeacherServer
+
+    def do_GET(self) -> None:
+        self._say({"data": [{"id": "the teacher", "max_model_len": self.server.max_model_len}]})
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        server = self.server
+        if self.path == "/detokenize":
+            return self._say({"prompt": server.tokenizer.decode(asked["tokens"])})
+        count = asked.get("prompt_logprobs")
+        if count is not None and count > server.max_logprobs:
+            text = f"Requested prompt logprobs of {count}, which is greater than max allowed: {server.max_logprobs}"
+            return self._say({"error": {"message": text, "type": "BadRequestError", "code": 400}}, code=400)
+        choice: dict[str, Any] = {"index": 0, "text": "", "logprobs": None, "finish_reason": "length"}
+        with server.lock:
+            server.asked.append(asked)
+            if count is not None:
+                choice["prompt_logprobs"] = server.prompt_logprobs(asked["prompt"], count)
+            else:
+                ids = server.complete(asked)
+                choice |= {"token_ids": ids, "logprobs": {"token_logprobs": [0.0] * len(ids)}}
+                choice["finish_reason"] = "stop" if ids[-1] in asked["stop_token_ids"] else "length"
+        self._say({"id": "cmpl-1", "object": "text_completion", "model": "the teacher", "choices": [choice]})
+
+    def _say(self, said: Any, *, code: int = 200) -> None:
+        body = json.dumps(said).encode()
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing."""
+
+
+@contextmanager
+def served(model: Path, **limits: int) -> Iterator[TeacherServer]:
+    """Serve a model of a folder until the end of the block."""
+    server = TeacherServer(model, **limits)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
