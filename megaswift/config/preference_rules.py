@@ -221,7 +221,9 @@ def each_of_several_teachers_has_rows(run: RunConfig) -> None:
     sets = {tag_of_set(name): name for name in (*run.data.dataset, *run.data.val_dataset)}
     for tag, name in sets.items():
         if tag not in tags:
-            raise ConfigError(f"dataset={name} has no teacher.{nearest(tag, tags)} Tag one with {tag}.")
+            raise ConfigError(
+                f"dataset={name} has no teacher: the tags are {', '.join(tags)}. Give the tag {tag} to one in --teacher_model_server."
+            )
     for tag in tags:
         if tag not in sets:
             raise ConfigError(f"teacher_model_server: no --dataset is {tag}.{nearest(tag, sets)}")

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -18,6 +17,8 @@ from megaswift.rollout.vllm_http import ANSWER_S, completion_by, post, wait_for
 
 AT_ONCE = 16  # documents under way of one rank: the text of each may be tens of MB
 PROBES = 32  # tokens by which vocabularies are compared
+# Sampling that leaves probabilities as they are: some servers tell those that they draw with.
+UNCHANGED = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 UNKNOWN = "\ufffd"  # what a part of a character is decoded to
 
 logger = get_logger(__name__)
@@ -51,12 +52,10 @@ class ServedTeacher:
         advice = f"{self._start}, or correct --teacher_model_server."
         self._server = wait_for(url, time.monotonic() + timeout_s, timeout_s, advice=advice)
         longest = self._server.max_model_len
-        if (
-            room is not None and longest is not None and longest <= room
-        ):  # vLLM writes at least one token more
+        if room is not None and longest is not None and longest < room:
             raise ConfigError(
-                f"max_length={room} is more than the teacher at {url} has room for: {longest - 1}. Lower it, or start the server "
-                f"with --max-model-len {room + 1}."
+                f"max_length={room} is more than the teacher at {url} has room for: {longest}. Lower it, or start the server with "
+                f"--max-model-len {room}."
             )
         self._compare_vocabularies(decode)
         try:
@@ -68,15 +67,7 @@ class ServedTeacher:
 
     def likeliest(self, ids_S: np.ndarray) -> LikeliestTokens:
         """Return the teacher's likeliest next tokens behind each token of a document but the last. Raises UserError."""
-        asked = {
-            "model": self._server.name,
-            "prompt": ids_S.tolist(),
-            "max_tokens": 1,  # the least that there is
-            "temperature": 0.0,
-            "prompt_logprobs": self._top_k,
-        }
-        (choice,) = post(self._server.url, "/v1/completions", asked, timeout_s=ANSWER_S)["choices"]
-        places = (choice.get("prompt_logprobs") or [None])[1:]  # nothing comes before the first token
+        places = self._places(ids_S)
         if len(places) != len(ids_S) - 1:
             raise TrainingError(
                 f"the teacher at {self._server.url} says something of {len(places)} places in a document of {len(ids_S)} tokens."
@@ -94,6 +85,29 @@ class ServedTeacher:
             )
         return LikeliestTokens(ids=ids.astype(np.int32), logps=logps.astype(np.float32))
 
+    def _places(self, ids_S: np.ndarray) -> list[dict[str, float]]:
+        """Return log-probabilities by token for each place of a document but the last.
+
+        The server writes a token more than it reads, so it reads all but the last one and is asked about what it writes too: a
+        document then needs no more room than it has tokens.
+        """
+        asked = {
+            "model": self._server.name,
+            "prompt": ids_S[:-1].tolist(),
+            "prompt_logprobs": self._top_k,
+            "max_tokens": 1,
+            "logprobs": self._top_k,
+            "return_tokens_as_token_ids": True,  # token_id:5
+            **UNCHANGED,
+        }
+        (choice,) = post(self._server.url, "/v1/completions", asked, timeout_s=ANSWER_S)["choices"]
+        read = (choice.get("prompt_logprobs") or [None])[1:]  # nothing comes before the first token
+        written = (choice.get("logprobs") or {}).get("top_logprobs") or []
+        return [
+            *({token: told["logprob"] for token, told in place.items()} for place in read),
+            *({token.rpartition(":")[2]: logp for token, logp in place.items()} for place in written),
+        ]
+
     def load(self, weights: Weights) -> None:
         """Nothing: the teacher stays as it is."""
 
@@ -105,9 +119,9 @@ class ServedTeacher:
     def rest(self) -> None:
         """Nothing: the server has devices of its own."""
 
-    def _best(self, place: dict[str, dict[str, Any]]) -> list[tuple[float, int]]:
+    def _best(self, place: dict[str, float]) -> list[tuple[float, int]]:
         """Return log-probability and id of the likeliest tokens; the document's own token comes beside them if it is none."""
-        best = sorted(((float(told["logprob"]), int(token)) for token, told in place.items()), reverse=True)
+        best = sorted(((float(logp), int(token)) for token, logp in place.items()), reverse=True)
         if len(best) < self._top_k:
             raise TrainingError(
                 f"the teacher at {self._server.url} tells {len(best)} tokens of a place, not gkd_logits_topk={self._top_k}."

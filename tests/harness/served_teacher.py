@@ -42,21 +42,33 @@ class TeacherServer(ThreadingHTTPServer):
 
     def prompt_logprobs(self, ids: list[int], count: int) -> list[Any]:
         """As vLLM has them: the document's own token first, then the likeliest ones, with ranks; nothing for the first token."""
-        with torch.no_grad():
-            logps_SV = self.model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
-        best = logps_SV.topk(count, dim=1)
         places: list[Any] = [None]
-        for place, own in enumerate(ids[1:]):
-            own_logp = logps_SV[place, own]
-            told = {own: {"logprob": float(own_logp), "rank": int((logps_SV[place] >= own_logp).sum())}}
+        for own, logps_V in zip(ids[1:], self._logps(ids)[:-1], strict=True):
+            told = {own: {"logprob": float(logps_V[own]), "rank": int((logps_V >= logps_V[own]).sum())}}
             for rank, (logp, token) in enumerate(
-                zip(best.values[place].tolist(), best.indices[place].tolist(), strict=True), 1
+                zip(*map(torch.Tensor.tolist, logps_V.topk(count)), strict=True), 1
             ):
                 told[token] = {"logprob": logp, "rank": rank}
             for token, one in told.items():
                 one["decoded_token"] = self.tokenizer.decode([token])  # type: ignore[assignment]  # a text
             places.append(told)
         return places
+
+    def next_logprobs(self, ids: list[int], count: int) -> dict[str, Any]:
+        """As vLLM has those of one token that is written: the drawn one first, here the least likely of all, then the likeliest."""
+        logps_V = self._logps(ids)[-1]
+        drawn, best = int(logps_V.argmin()), logps_V.topk(count).indices.tolist()
+        told = {f"token_id:{token}": float(logps_V[token]) for token in (drawn, *best)}
+        return {
+            "tokens": [f"token_id:{drawn}"],
+            "token_logprobs": [float(logps_V[drawn])],
+            "top_logprobs": [told],
+        }
+
+    @torch.no_grad()
+    def _logps(self, ids: list[int]) -> torch.Tensor:
+        logps_SV: torch.Tensor = self.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        return logps_SV
 
     def complete(self, asked: dict[str, Any]) -> list[int]:
         sampling = Sampling(
@@ -88,6 +100,7 @@ class _Handler(BaseHTTPRequestHandler):
             server.asked.append(asked)
             if count is not None:
                 choice["prompt_logprobs"] = server.prompt_logprobs(asked["prompt"], count)
+                choice["logprobs"] = server.next_logprobs(asked["prompt"], asked["logprobs"])
             else:
                 ids = server.complete(asked)
                 choice |= {"token_ids": ids, "logprobs": {"token_logprobs": [0.0] * len(ids)}}

@@ -7,9 +7,18 @@ import pytest
 from megaswift.config.dump import dump_run
 from megaswift.config.loss_forms import weighted_forms
 from megaswift.config.parse import parse_run, parse_saved
+from megaswift.config.reference import needs_copy
 from megaswift.config.rules import ResolvedRun
+from megaswift.config.teachers import TeacherServer, teacher_servers, teachers_by_tag
+from megaswift.data.forms import form_of
+from megaswift.data.sample import RowError, Sample
 from megaswift.errors import ConfigError
 from tests.unit.test_config_rules import dense, resolved
+
+SEVERAL = (
+    "--rlhf_type gkd --gkd_logits_topk 4 --teacher_model_server "
+    '[{"url":"http://a:1","tags":["rows.jsonl"]},{"url":"http://b:1/v1/","tags":["y"]}]'
+)
 
 
 def rlhf(words: str) -> ResolvedRun:
@@ -72,7 +81,20 @@ def test_a_pack_holds_both_answers_of_a_pair() -> None:
         ("--rlhf_type simpo --rpo_alpha 1", "rpo_alpha=1.0 is for rlhf_type dpo, not simpo"),
         ("--rlhf_type orpo --ref_model m", "ref_model=m is for rlhf_type dpo and kto and grpo, not orpo"),
         ("--beta 0", "beta=0 is too small"),
-        ("--rlhf_type gkd", "rlhf_type=gkd needs teacher_model"),
+        ("--rlhf_type gkd", "rlhf_type=gkd needs teacher_model or teacher_model_server"),
+        ("--rlhf_type gkd --teacher_model t --teacher_model_server http://a:1", "are two teachers. Give one"),
+        ("--rlhf_type gkd --teacher_model_server http://a:1", "Give their number as --gkd_logits_topk"),
+        ("--rlhf_type gkd --gkd_logits_topk 4 --teacher_model_server a:1", "teacher_model_server=a:1 is not an address"),
+        ('--rlhf_type gkd --gkd_logits_topk 4 --teacher_model_server [{"url":"http://a:1"},{"url":"http://b:1","tags":["x"]}]', "each of several teachers has tags of its own"),
+        (SEVERAL.replace('"y"', '"rows.jsonl"') + " --teacher_tag_key c", "gives the tag 'rows.jsonl' twice"),
+        ("--rlhf_type gkd --gkd_logits_topk 4 --teacher_model_server [{]", "is not JSON"),
+        ('--rlhf_type gkd --gkd_logits_topk 4 --teacher_model_server [{"url":"http://a:1","tag":"x"}]', "Write http://host:port, or"),
+        (SEVERAL, "no --dataset is y"),
+        (f"{SEVERAL} --val_dataset y z", "dataset=z has no teacher: the tags are rows.jsonl, y. Give the tag z to one"),
+        (f"{SEVERAL} --teacher_tag_key c --seq_kd", "seq_kd=true is not built for several teachers"),
+        ("--rlhf_type gkd --gkd_logits_topk 4 --teacher_model_server http://a:1 --teacher_tag_key c", "teacher_tag_key=c chooses among several teachers"),
+        ("--teacher_model_server http://a:1", "is for rlhf_type gkd, not dpo"),
+        ("--rlhf_type gkd --teacher_model t --lmbda 0 --vllm_server_timeout 5", "vllm_server_timeout=5.0 is for `megaswift rlhf"),
         ("--rlhf_type gkd --teacher_model t --beta 1.5", "beta=1.5 is not a share"),
         ("--teacher_model t", "teacher_model=t is for rlhf_type gkd, not dpo"),
         ("--rlhf_type gkd --teacher_model t --lmbda 1.5", "lmbda=1.5 is not a share of the steps"),
@@ -122,7 +144,7 @@ def test_a_pack_holds_both_answers_of_a_pair() -> None:
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(words: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
+    with pytest.raises(ConfigError, match=message.replace("(", r"\(").replace("[", r"\[")):
         rlhf(words)
 
 
@@ -139,6 +161,38 @@ def test_what_does_not_fit_is_refused(words: str, message: str) -> None:
 def test_distillation_says_whose_answers_it_learns_from(words: str, texts: str) -> None:
     run = rlhf(f"--rlhf_type gkd --teacher_model t {words}")
     assert any(texts in note for note in run.notes)
+
+
+def test_teachers_behind_http_are_named_in_the_words_of_ms_swift() -> None:
+    alone = rlhf(
+        "--rlhf_type gkd --teacher_model_server http://a:1/ --gkd_logits_topk 4 --vllm_server_timeout 5"
+    ).config
+    assert teacher_servers(alone.preference) == [TeacherServer(url="http://a:1")]
+    assert not needs_copy(alone) and needs_copy(rlhf("--rlhf_type gkd --teacher_model t").config)
+    for words in ("--val_dataset HF::y#5", "--teacher_tag_key c"):
+        several = rlhf(f"{SEVERAL} {words}").config.preference
+        assert [server.url for server in teacher_servers(several)] == ["http://a:1", "http://b:1"]
+        assert teachers_by_tag(several) == {"rows.jsonl": 0, "y": 1}
+
+
+@pytest.mark.parametrize(
+    ("words", "samples", "numbers"),
+    [
+        ("--val_dataset y", [("y", {}), ("rows.jsonl", {"c": "y"})], [1, 0]),
+        ("--teacher_tag_key c", [("rows.jsonl", {"c": "y"}), ("y", {"c": "rows.jsonl"})], [1, 0]),
+    ],
+)
+def test_a_row_is_taught_by_whom_its_tag_names(
+    words: str, samples: list[tuple[str, dict[str, str]]], numbers: list[int]
+) -> None:
+    form = form_of(rlhf(f"{SEVERAL} {words}").config)
+    rows = [Sample(source="f:1", dataset=name, extras=extras) for name, extras in samples]
+    assert [form.target(row) for row in rows] == numbers and all(
+        len(form.documents(row)) == 1 for row in rows
+    )
+    with pytest.raises(RowError, match="and no teacher has this tag"):
+        form.documents(Sample(source="f:2", dataset="z", extras={"c": "z"}))
+    assert form.name != form_of(rlhf("--rlhf_type gkd --teacher_model t").config).name
 
 
 def test_other_tasks_have_no_preferences() -> None:

@@ -149,6 +149,10 @@ def test_a_student_may_write_by_vllm_and_a_teacher_may_not() -> None:
     for more in ("0.5 --seq_kd true", "0"):
         with pytest.raises(ConfigError, match="use_vllm=True is for"):
             resolved(f"{words} {more}", dense(), task="rlhf")
+    elsewhere = words.replace("--teacher_model t", "--teacher_model_server http://a:1 --gkd_logits_topk 4")
+    assert resolved(f"{elsewhere} 0.5 --seq_kd true", dense(), task="rlhf").config.sampler.use_vllm
+    with pytest.raises(ConfigError, match="use_vllm=True is for"):
+        resolved(f"{elsewhere} 0 --seq_kd true", dense(), task="rlhf")
 
 
 @pytest.mark.parametrize(
