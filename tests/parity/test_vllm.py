@@ -31,6 +31,7 @@ SURROUNDINGS = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THR
 HEAD_SIZE = 32  # the smallest that vLLM's attention on CPUs has
 # float32 sums in another order, in logarithms of about -6
 LOGP_TOLERANCE = 1e-5
+NORM_TOLERANCE = 1e-4  # of gradients, a few Adam steps apart
 PLUGIN = """
 def brief(completions, **columns):
     return [0.05 * text.count("e") - 0.1 * len(text.split()) for text in completions]
@@ -122,3 +123,45 @@ def test_vllm_has_the_weights_of_every_step(ranks: int, layout: tuple[str, ...])
     lines = [json.loads(line) for line in (output / "logging.jsonl").read_text().splitlines()]
     assert lines[-1]["kl"] > 0.1
     assert all(line["sampling/sampling_logp_difference/mean"] < LOGP_TOLERANCE for line in lines)
+
+
+@cache
+def taught() -> dict[str, list[dict[str, Any]]]:
+    """Learn from another model, behind a plain `vllm serve` and in memory; return the lines of both runs."""
+    port = free_port()
+    server = subprocess.Popen(
+        [str(BIN / "vllm"), "serve", str(folder() / "other"), "--tokenizer", str(folder() / "model"), "--port", str(port), "--dtype",
+         "float32", "--max-model-len", "64", "--max-logprobs", "30", "--enforce-eager", "--kv-cache-memory-bytes", "134217728"],
+        cwd=ROOT, env={**os.environ, **SURROUNDINGS}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    found = {}
+    try:
+        for where, teacher in (
+            (
+                "server",
+                ("--teacher_model_server", f"http://127.0.0.1:{port}", "--vllm_server_timeout", "300"),
+            ),
+            ("memory", ("--teacher_model", str(folder() / "other"))),
+        ):
+            output = folder() / f"taught by {where}"
+            call(
+                "megaswift", "rlhf", "--rlhf_type", "gkd", "--model", str(folder() / "model"), "--dataset",
+                str(folder() / "rows.jsonl"), "--output_dir", str(output), "--train_iters", "4", "--global_batch_size", "4",
+                "--micro_batch_size", "2", "--max_length", "64", "--max_completion_length", "10", "--learning_rate", "1e-2",
+                "--lr_decay_style", "constant", "--adam_eps", "1e-3", "--lmbda", "0.5", "--seq_kd", "true", "--top_k", "1",
+                "--seed", "12", "--gkd_logits_topk", "30", "--sft_alpha", "0.4", "--report_to", "none", *teacher,
+            )  # fmt: skip
+            found[where] = [json.loads(line) for line in (output / "logging.jsonl").read_text().splitlines()]
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.wait(60)
+    return found
+
+
+def test_a_teacher_behind_vllm_teaches_and_writes_what_it_does_in_memory() -> None:
+    assert {line["on_policy"] for line in taught()["memory"]} == {0.0, 1.0}, "choose another seed"
+    for line, other in zip(taught()["server"], taught()["memory"], strict=True):
+        assert line.keys() == other.keys()
+        for name in line.keys() & {"loss", "sft_loss", "loss_tokens", "completions/mean_length"}:
+            assert line[name] == pytest.approx(other[name], rel=LOGP_TOLERANCE), name
+        assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=NORM_TOLERANCE)
