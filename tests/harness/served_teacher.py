@@ -17,16 +17,18 @@ from megaswift.rollout.generate import chances, complete
 
 
 class TeacherServer(ThreadingHTTPServer):
-    """What it was asked, and what it knows; more than `max_logprobs` it does not tell."""
+    """What it was asked, and what it knows; more than `max_logprobs` it does not tell, and nothing after `patience` questions."""
 
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, model: Path, *, max_logprobs: int = 20, max_model_len: int = 512) -> None:
+    def __init__(
+        self, model: Path, *, max_logprobs: int = 20, max_model_len: int = 512, patience: int = 10**6
+    ) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(model)
-        self.max_logprobs, self.max_model_len = max_logprobs, max_model_len
+        self.max_logprobs, self.max_model_len, self.patience = max_logprobs, max_model_len, patience
         self.asked: list[dict[str, Any]] = []
         self.lock = Lock()
 
@@ -95,6 +97,8 @@ class _Handler(BaseHTTPRequestHandler):
         if count is not None and count > server.max_logprobs:
             text = f"Requested prompt logprobs of {count}, which is greater than max allowed: {server.max_logprobs}"
             return self._say({"error": {"message": text, "type": "BadRequestError", "code": 400}}, code=400)
+        if len(server.asked) >= server.patience:
+            return self._say({"error": {"message": "EngineCore died", "code": 500}}, code=500)
         choice: dict[str, Any] = {"index": 0, "text": "", "logprobs": None, "finish_reason": "length"}
         with server.lock:
             server.asked.append(asked)
