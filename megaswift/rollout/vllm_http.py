@@ -11,6 +11,7 @@ from typing import Any
 from megaswift.errors import ConfigError, TrainingError
 from megaswift.rollout.engine import Answer, Prompt, Sampling, seed_of
 
+AT_ONCE = 1024  # requests under way at a server, each a thread that waits: vLLM runs at most so many sequences by default
 ANSWER_S = 3600.0  # for the longest completion behind a full queue
 LOOK_S = 0.5  # between looks at servers that are starting or do not come for their weights
 PROMPT_S = 10.0  # for what a server that is up answers at once

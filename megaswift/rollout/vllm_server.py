@@ -12,10 +12,9 @@ from urllib.parse import urlsplit
 from megaswift.errors import ConfigError, TrainingError
 from megaswift.logs import get_logger
 from megaswift.rollout.engine import Answer, Prompt, Sampling, Weights
-from megaswift.rollout.vllm_http import ANSWER_S, LOOK_S, PROMPT_S, completion_by, post, wait_for
+from megaswift.rollout.vllm_http import ANSWER_S, AT_ONCE, LOOK_S, PROMPT_S, completion_by, post, wait_for
 from megaswift.rollout.weight_stream import send_weights
 
-AT_ONCE = 1024  # requests under way at a server, each a thread that waits: vLLM runs at most so many sequences by default
 ADVICE = (
     "Start one with `megaswift rollout --model ...`, or correct --vllm_server_host and --vllm_server_port."
 )

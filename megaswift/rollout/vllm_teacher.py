@@ -13,9 +13,9 @@ import numpy as np
 from megaswift.errors import ConfigError, TrainingError
 from megaswift.logs import get_logger
 from megaswift.rollout.engine import Answer, Prompt, Sampling, Weights
-from megaswift.rollout.vllm_http import ANSWER_S, completion_by, post, wait_for
+from megaswift.rollout.vllm_http import ANSWER_S, AT_ONCE, completion_by, post, wait_for
 
-AT_ONCE = 16  # documents under way of one rank: the text of each may be tens of MB
+READ_AT_ONCE = 16  # documents under way of one rank: the text of each may be tens of MB
 PROBES = 32  # tokens by which vocabularies are compared
 # Sampling that leaves probabilities as they are: some servers tell those that they draw with.
 UNCHANGED = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -113,7 +113,7 @@ class ServedTeacher:
 
     def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Answer]:
         """Return one completion of each prompt by the teacher."""
-        with ThreadPoolExecutor(AT_ONCE) as pool:
+        with ThreadPoolExecutor(min(len(prompts), AT_ONCE)) as pool:
             return list(pool.map(lambda prompt: completion_by(self._server, prompt, sampling), prompts))
 
     def rest(self) -> None:

@@ -24,7 +24,7 @@ from megaswift.data.batches import MicroBatch
 from megaswift.data.tokenizer import load_tokenizer
 from megaswift.metadata.meta import ModelMeta
 from megaswift.parallel.agreement import agree
-from megaswift.rollout.vllm_teacher import AT_ONCE, LikeliestTokens, ServedTeacher
+from megaswift.rollout.vllm_teacher import READ_AT_ONCE, LikeliestTokens, ServedTeacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class Teachers:
         ]
 
     def _ask(self, documents: list[_Document]) -> list[LikeliestTokens]:
-        with ThreadPoolExecutor(AT_ONCE) as pool:
+        with ThreadPoolExecutor(READ_AT_ONCE) as pool:
             return list(pool.map(lambda one: self.servers[one.teacher].likeliest(one.ids), documents))
 
     def _sum(self, table_BSK: torch.Tensor, group: Any) -> torch.Tensor:
