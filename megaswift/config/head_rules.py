@@ -84,10 +84,15 @@ def parts_of_embeddings_exist(case: Case) -> None:
 
 
 def token_losses_are_of_answers(run: RunConfig) -> None:
-    """A weight by probability is of tokens."""
-    if run.training.enable_dft_loss and (run.task == "rlhf" or run.model.task_type != "causal_lm"):
-        what = "`megaswift rlhf`" if run.task == "rlhf" else f"task_type={run.model.task_type}"
-        raise ConfigError(f"enable_dft_loss=true is for token losses, not for {what}. Leave it out.")
+    """A weight by probability is of tokens, and so is the mean of a channel."""
+    asked = {
+        "enable_dft_loss": run.training.enable_dft_loss,
+        "enable_channel_loss": run.training.enable_channel_loss,
+    }
+    for name in [name for name, on in asked.items() if on]:
+        if run.task == "rlhf" or run.model.task_type != "causal_lm":
+            what = "`megaswift rlhf`" if run.task == "rlhf" else f"task_type={run.model.task_type}"
+            raise ConfigError(f"{name}=true is for token losses, not for {what}. Leave it out.")
 
 
 def noise_is_on_given_answers(run: RunConfig) -> None:

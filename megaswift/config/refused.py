@@ -97,7 +97,6 @@ REFUSED: dict[str, Refused] = {
     ),
     **_refuse("another order of samples", data_sharding="false", group_by_length="false"),
     # Loss
-    **_refuse("another loss", enable_channel_loss="false"),
     **_refuse("metrics of generated text", eval_metric="none", predict_with_generate="false"),
     # Layout and speed
     **_refuse(

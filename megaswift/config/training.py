@@ -39,6 +39,10 @@ class TrainingConfig:
     enable_dft_loss: bool = setting(
         False, "weigh each token's loss by the probability that the model gives it (dynamic fine-tuning)"
     )
+    enable_channel_loss: bool = setting(
+        False,
+        "log the loss of each channel, too: a column `channel` names the part of the data that a row is of",
+    )
     neftune_noise_alpha: float | None = setting(
         None,
         "add noise of up to this over sqrt(tokens x model size) to embeddings in training (NEFTune, arXiv 2310.05914)",

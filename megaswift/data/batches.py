@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from megaswift.data.channels import Channels
 from megaswift.data.encode import EncodedSet
 from megaswift.data.order import shuffled
 from megaswift.data.packing import Packs, pack
@@ -77,6 +78,8 @@ class MicroBatch:
         None  # int64 [B, S]: what noise on embeddings follows from (data/noise.py)
     )
     noise_scales: torch.Tensor | None = None  # float32 [B, S]
+    channels: torch.Tensor | None = None  # int32 [B, S]: which of `channel_names` the token is of
+    channel_names: tuple[str, ...] = ()  # of the whole set, or of a stream's global batch
     prepared: object = None  # what the task found before the step (Task.prepare); no part of the data
 
 
@@ -241,6 +244,16 @@ def build_rows(encoded: EncodedSet, settings: BatchSettings, *, pad_id: int) -> 
     return _RowBuilder(encoded, replace(settings, packing=False), pad_id).build(range(encoded.num_rows))
 
 
+def with_channels(batch: MicroBatch, channels: Channels) -> MicroBatch:
+    """Return the micro batch with the channel of every token; `channels` are those of its documents."""
+    rows, width = batch.input_ids.shape
+    numbers = np.zeros(rows * width, np.int32)
+    starts = range(0, rows * width, width) if batch.cu_seqlens is None else batch.cu_seqlens.tolist()
+    for start, length, number in zip(starts, batch.lengths, channels.numbers, strict=False):
+        numbers[start : start + length] = number
+    return replace(batch, channels=torch.from_numpy(numbers).view(rows, width), channel_names=channels.names)
+
+
 class _RowBuilder:
     """Turns items into tensors."""
 
@@ -273,6 +286,8 @@ class _RowBuilder:
             batch = self._one_row(ids)
         else:
             batch = self._padded_rows(ids)
+        if encoded.channels is not None:
+            batch = with_channels(batch, encoded.channels.take(np.array(ids, np.int64)))
         if encoded.targets is None and encoded.references is None and self._mismatched is None:
             return batch
         targets, references = (

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megaswift.data.channels import Channels, join_channels
 from megaswift.data.forms import CONVERSATIONS, Form
 from megaswift.data.packing import Packs
 from megaswift.data.pool import forked_map
@@ -40,6 +41,7 @@ class EncodedSet:
     references: np.ndarray | None = None  # float64 [entries]: log-probability under the reference model
     mismatched: "EncodedSet | None" = None  # as many rows again, with each prompt answered for another row
     packs: Packs | None = None  # of the rows, where they were packed ahead
+    channels: Channels | None = None  # of the entries, where their losses are told apart
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -71,6 +73,8 @@ class EncodedSet:
             self.mismatched.save(folder / "mismatched")
         if self.packs is not None:
             self.packs.save(folder / PACKS)
+        if self.channels is not None:
+            self.channels.save(folder / CHANNELS)
 
     @classmethod
     def load(cls, folder: Path) -> "EncodedSet":
@@ -84,7 +88,9 @@ class EncodedSet:
             raise DataError(f"{folder} holds no tokenised set: {error}. Delete it and run again.") from error
         mismatched = cls.load(folder / "mismatched") if (folder / "mismatched").exists() else None
         packs = Packs.load(folder / PACKS) if (folder / PACKS).exists() else None
-        return cls(**{**arrays, "per_row": int(arrays["per_row"])}, mismatched=mismatched, packs=packs)
+        channels = Channels.load(folder / CHANNELS) if (folder / CHANNELS).exists() else None
+        arrays["per_row"] = int(arrays["per_row"])
+        return cls(**arrays, mismatched=mismatched, packs=packs, channels=channels)
 
     def take(self, rows: np.ndarray) -> "EncodedSet":
         """Return the set of some rows, in their order, as a copy in memory."""
@@ -100,12 +106,13 @@ class EncodedSet:
             references=None if self.references is None else self.references[entries],
             mismatched=None if self.mismatched is None else self.mismatched.take(rows),
             packs=None,
+            channels=None if self.channels is None else self.channels.take(entries),
         )
 
 
 ARRAYS = ("input_ids", "loss_weights", "starts", "samples", "per_row")
 EXTRA_ARRAYS = ("targets", "references")
-PACKS = "packs"
+PACKS, CHANNELS = "packs", "channels"  # folders beside the arrays
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +124,7 @@ class _Part:
     lengths: np.ndarray
     samples: np.ndarray
     targets: np.ndarray
+    channels: list[str]  # of the entries, where they have any
     bad: tuple[BadRow, ...]
 
 
@@ -176,6 +184,7 @@ def _encode_chunk(samples: Sequence[Sample], template: Template, form: Form, chu
     weights: list[np.ndarray] = []
     kept: list[int] = []
     targets: list[float | tuple[float, ...]] = []
+    channels: list[str] = []
     bad: list[BadRow] = []
     rows = [_documents(samples[index], form) for index in chunk]
     documents = [document for row in rows if not isinstance(row, RowError) for document in row]
@@ -194,6 +203,8 @@ def _encode_chunk(samples: Sequence[Sample], template: Template, form: Form, chu
             ids.append(entry.input_ids)
             weights.append(entry.loss_weights)
             kept.append(index)
+            if form.channel is not None:
+                channels.append(form.channel(samples[index]))
         target = form.target(samples[index])
         targets.append(np.nan if target is None else target)
     flat = _concatenated(weights, np.float32)
@@ -203,6 +214,7 @@ def _encode_chunk(samples: Sequence[Sample], template: Template, form: Form, chu
         lengths=np.array([len(entry) for entry in ids], np.int64),
         samples=np.array(kept, np.int64),
         targets=np.array(targets, np.float32),
+        channels=channels,
         bad=tuple(bad),
     )
 
@@ -227,6 +239,7 @@ def _joined(parts: Iterable[_Part], form: Form) -> EncodedSet:
         samples=_concatenated([part.samples for part in parts], np.int64),
         per_row=form.per_row,
         targets=None if np.isnan(targets).all() else targets,
+        channels=Channels.of([one for part in parts for one in part.channels]) if form.channel else None,
     )
 
 
@@ -236,6 +249,7 @@ def join_sets(sets: Sequence[EncodedSet]) -> EncodedSet:
         return sets[0]
     targets = [np.full(one.num_rows, np.nan) if one.targets is None else one.targets for one in sets]
     others = [one.mismatched for one in sets if one.mismatched is not None]
+    channels = [one.channels for one in sets if one.channels is not None]
     return EncodedSet(
         input_ids=_concatenated([one.input_ids for one in sets], np.int32),
         loss_weights=np.concatenate([one.loss_weights for one in sets]),
@@ -246,6 +260,7 @@ def join_sets(sets: Sequence[EncodedSet]) -> EncodedSet:
         per_row=sets[0].per_row,
         targets=None if all(one.targets is None for one in sets) else _concatenated(targets, np.float32),
         mismatched=join_sets(others) if others else None,
+        channels=join_channels(channels) if channels else None,
     )
 
 

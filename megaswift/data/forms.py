@@ -10,6 +10,7 @@ from megaswift.config.rollout_rules import distils_nothing_else
 from megaswift.config.rows import embedding_loss_of
 from megaswift.config.run import RunConfig
 from megaswift.config.teachers import BY_SET, shares_rows_out, teachers_by_tag
+from megaswift.data.channels import channel_of
 from megaswift.data.sample import Message, RowError, Sample
 
 
@@ -24,6 +25,9 @@ class Form:
     target: Callable[[Sample], float | tuple[float, ...] | None]
     asks: bool = False  # documents are prompts that the model is to answer: no token carries loss
     reads: bool = False  # documents are read from their last token: no token carries loss
+    channel: Callable[[Sample], str] | None = (
+        None  # the part of the data whose loss the row's is counted among
+    )
 
 
 def _itself(sample: Sample) -> tuple[Sample, ...]:
@@ -37,6 +41,11 @@ def _pair(sample: Sample) -> tuple[Sample, ...]:
             "pair", f"a row of layout {sample.layout} has no rejected answer (rejected, rejected_response)"
         )
     return sample, dataclasses.replace(sample, messages=sample.rejected)
+
+
+def _of_a_channel(sample: Sample) -> tuple[Sample, ...]:
+    channel_of(sample)
+    return (sample,)
 
 
 def _judged(sample: Sample) -> tuple[Sample, ...]:
@@ -60,6 +69,9 @@ def asked_of(messages: tuple[Message, ...]) -> tuple[Message, ...]:
 
 
 CONVERSATIONS = Form(name="conversations", documents=_itself, per_row=1, target=lambda sample: None)
+CHANNELS = dataclasses.replace(
+    CONVERSATIONS, name="conversations with channels", documents=_of_a_channel, channel=channel_of
+)
 PAIRS = Form(name="pairs", documents=_pair, per_row=2, target=lambda sample: sample.margin)
 JUDGEMENTS = Form(
     name="judgements",
@@ -79,7 +91,7 @@ def form_of(run: RunConfig) -> Form:
         is_infonce = embedding_loss_of(run) == "infonce"
         return grouped(run.embedding.infonce_hard_negatives) if is_infonce else COMPARED
     if run.task != "rlhf":
-        return CONVERSATIONS
+        return CHANNELS if run.training.enable_channel_loss else CONVERSATIONS
     if run.preference.rlhf_type == "gkd":
         # On the answers of rows.
         validates = bool(run.data.val_dataset) or run.data.split_dataset_ratio > 0

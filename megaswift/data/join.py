@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from megaswift.config.data import DataConfig
-from megaswift.data.encode import EncodedSet, nothing_left
+from megaswift.data.channels import Channels, join_channels
+from megaswift.data.encode import CHANNELS, EncodedSet, nothing_left
 from megaswift.data.forms import Form
 from megaswift.data.mixture import draw, log_mixture, select
 from megaswift.data.packing import pack
@@ -34,6 +35,7 @@ class _Head:
     lengths: np.ndarray  # int64 [entries]
     samples: np.ndarray  # int64 [entries], rising
     targets: np.ndarray  # float32 [samples with entries]
+    channels: Channels | None  # of the entries
     float_weights: bool
     unread: tuple[BadRow, ...]
     untokenised: dict[int, BadRow]  # by sample
@@ -50,6 +52,7 @@ class _Table:
     part: np.ndarray  # int64 [entries]
     start: np.ndarray  # int64 [entries]: its first token in the part
     targets: np.ndarray  # float32 [rows with entries]
+    channels: Channels | None  # of the entries
     untokenised: dict[int, BadRow]
 
 
@@ -72,6 +75,7 @@ def write_part(
         "unread": [_words(row) for row in unread],
         "untokenised": [[number, *_words(row)] for number, row in zip(without, untokenised, strict=True)],
         "layouts": layouts,
+        "channels": None if encoded.channels is None else encoded.channels.names,
     }
     targets = np.full(len(kept), np.nan, np.float32) if encoded.targets is None else encoded.targets
     growing = file.with_suffix(f".{os.getpid()}.tmp")
@@ -83,6 +87,7 @@ def write_part(
             lengths=encoded.lengths,
             samples=encoded.samples,
             targets=targets,
+            channels=[] if encoded.channels is None else encoded.channels.numbers,
             float_weights=encoded.loss_weights.dtype != np.uint8,
             ledger=np.frombuffer(json.dumps(ledger).encode(), np.uint8),
         )
@@ -144,12 +149,14 @@ def join(
 def _read_head(file: Path) -> _Head:
     with np.load(file) as part:
         ledger = json.loads(part["ledger"].tobytes())
+        names = ledger["channels"]
         return _Head(
             file=file,
             num_samples=ledger["num_samples"],
             lengths=part["lengths"],
             samples=part["samples"],
             targets=part["targets"],
+            channels=None if names is None else Channels(numbers=part["channels"], names=tuple(names)),
             float_weights=bool(part["float_weights"]),
             unread=tuple(_row(words) for words in ledger["unread"]),
             untokenised={number: _row(words) for number, *words in ledger["untokenised"]},
@@ -165,6 +172,7 @@ def _reading(heads: Sequence[_Head]) -> Report:
 
 def _table(heads: Sequence[_Head]) -> _Table:
     firsts = np.cumsum([0, *(head.num_samples for head in heads)])[:-1].tolist()
+    channels = [head.channels for head in heads if head.channels is not None]
     return _Table(
         heads=heads,
         row=np.concatenate([head.samples + first for head, first in zip(heads, firsts, strict=True)]),
@@ -172,6 +180,7 @@ def _table(heads: Sequence[_Head]) -> _Table:
         part=np.repeat(np.arange(len(heads)), [len(head.lengths) for head in heads]),
         start=np.concatenate([np.cumsum(head.lengths) - head.lengths for head in heads]),
         targets=np.concatenate([head.targets for head in heads]),
+        channels=join_channels(channels) if channels else None,
         untokenised={
             first + number: row
             for head, first in zip(heads, firsts, strict=True)
@@ -206,6 +215,8 @@ def _write_set(
     folder.mkdir()
     for name, values in small.items():
         np.save(folder / f"{name}.npy", values)
+    if table.channels is not None:
+        table.channels.take(entries).save(folder / CHANNELS)
     _write_tokens(table, entries, starts, folder)
     encoded = EncodedSet.load(folder)
     figures = {"rows": encoded.num_rows, "entries": len(encoded), "tokens": int(starts[-1])}

@@ -6,7 +6,7 @@ which, are as for a whole set. A window may end within a micro batch, which then
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from megaswift.data.batches import (
     item_work,
     micro_batches_per_rank,
 )
+from megaswift.data.channels import Channels, all_names
 from megaswift.data.encode import EncodedSet, join_sets
 from megaswift.data.order import shuffled
 from megaswift.data.windows import Shelf, Window
@@ -40,6 +41,11 @@ class _Opened:
     @property
     def end(self) -> int:
         return self.first + len(self.order)
+
+    @property
+    def channels(self) -> Channels | None:
+        assert self.window.encoded is not None, "it has items"
+        return self.window.encoded.channels
 
     def rows(self, item: int) -> np.ndarray:
         """Return the rows of item `item` of the stream."""
@@ -86,8 +92,11 @@ class StreamData:
         places = self._places(consumed)
         size = self.settings.micro_batch_size
         work = np.array([opened.work[opened.order[item - opened.first]] for opened, item in places])
+        windows = {opened.first: opened for opened, _ in places}.values()
+        channels = [found for opened in windows if (found := opened.channels) is not None]
+        names = all_names(channels)  # of the whole global batch, whatever this rank takes of it
         for number in even_share(work.reshape(-1, size).sum(1), dp_rank=dp_rank, dp=dp):
-            yield self._build(places[number * size : (number + 1) * size])
+            yield self._build(places[number * size : (number + 1) * size], names)
         self._forget(consumed - 2 * self.settings.global_batch_size)
 
     def epoch(self, consumed: int) -> float:
@@ -155,14 +164,17 @@ class StreamData:
             self._end += count
             return
 
-    def _build(self, places: Sequence[tuple[_Opened, int]]) -> MicroBatch:
+    def _build(self, places: Sequence[tuple[_Opened, int]], names: tuple[str, ...]) -> MicroBatch:
         parts = []
         for opened in dict.fromkeys(id(opened) for opened, _ in places):
             own = [(one, item) for one, item in places if id(one) == opened]
             encoded = own[0][0].window.encoded
             assert encoded is not None, "it has items"
             parts.append(encoded.take(np.concatenate([one.rows(item) for one, item in own])))
-        return build_rows(join_sets(parts), self.settings, pad_id=self._pad_id)
+        joined = join_sets(parts)
+        if joined.channels is not None:
+            joined = replace(joined, channels=joined.channels.among(names))
+        return build_rows(joined, self.settings, pad_id=self._pad_id)
 
     def _begin_of(self, item: int) -> int:
         """Return the first item of the newest window that begins at or before `item`."""

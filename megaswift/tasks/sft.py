@@ -1,7 +1,8 @@
 """Next-token prediction: the loss of supervised fine-tuning, and of pre-training, where every token carries loss.
 
 With p the probability of the next token it is -log p; or by dynamic fine-tuning -p log p, where no gradient goes through the
-factor p: Wu et al. 2025 (arXiv 2508.05629).
+factor p: Wu et al. 2025 (arXiv 2508.05629). Where rows name a channel, the mean of each channel's tokens is logged beside the mean
+of all; what is differentiated stays as it is.
 
 Letters: B batch, S sequence.
 """
@@ -19,29 +20,36 @@ from megaswift.tasks.task import Loss, RunModel, run_model
 class NextToken:
     """The task of `megaswift sft` and `megaswift pt`."""
 
-    metrics: tuple[str, ...] = ()
-
     def __init__(self, *, by_probability: bool = False, run: RunModel = run_model) -> None:
         """`by_probability` weighs losses by the probability of their tokens."""
         self._by_probability, self._run = by_probability, run
+        self._channels: tuple[str, ...] = ()  # of the newest global batch, the same on every rank
+
+    @property
+    def metrics(self) -> Sequence[str]:
+        """One for each channel, by number: any text may be a name."""
+        return [metric_of(number) for number in range(len(self._channels))]
 
     def prepare(self, batches: list[MicroBatch], chunks: Sequence[Any]) -> list[MicroBatch]:
-        """Return the batches as they are."""
+        """Return the batches as they are, and remember which channels they may hold."""
+        self._channels = batches[0].channel_names
         return batches
 
     def forward_step(self, data_iterator: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Any]:
         """Run one micro batch; its loss is token_loss."""
         batch = next(data_iterator)
-        return self._run(batch, model), partial(self._loss, batch.loss_mask)
+        return self._run(batch, model), partial(self._loss, batch)
 
-    def _loss(self, loss_mask_BS: torch.Tensor, losses_BS: torch.Tensor) -> Loss:
+    def _loss(self, batch: MicroBatch, losses_BS: torch.Tensor) -> Loss:
         if self._by_probability:
             losses_BS = losses_BS * torch.exp(-losses_BS.detach())
-        return token_loss(loss_mask_BS, losses_BS)
+        loss_sum, num_tokens, log = token_loss(batch.loss_mask, losses_BS)
+        return loss_sum, num_tokens, log | channel_losses(batch, losses_BS)
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
-        """Return nothing beside the loss."""
-        return means
+        """Return the loss of every channel of which a token was there, under the name that ms-swift gives it."""
+        names = {metric_of(number): f"loss_{name}" for number, name in enumerate(self._channels)}
+        return {names[metric]: mean for metric, mean in means.items()}
 
 
 def token_loss(loss_mask_BS: torch.Tensor, losses_BS: torch.Tensor) -> Loss:
@@ -54,3 +62,27 @@ def token_loss(loss_mask_BS: torch.Tensor, losses_BS: torch.Tensor) -> Loss:
     loss_sum = (losses_BS * loss_mask_BS).sum()
     num_tokens = (loss_mask_BS != 0).sum(dtype=torch.int32)
     return loss_sum, num_tokens, {"loss": torch.stack([loss_sum.detach().double(), num_tokens.double()])}
+
+
+def metric_of(channel: int) -> str:
+    """Return what the loss of a channel is called among the metrics of a micro batch."""
+    return f"channel {channel}"
+
+
+@torch.no_grad()
+def channel_losses(batch: MicroBatch, losses_BS: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return [weighted sum of losses, number of tokens that carry loss] for each channel of a micro batch that has any."""
+    if batch.channels is None:
+        return {}
+    # One sum each: those that add up by number (index_add) come in any order on a GPU, and differ from run to run.
+    present = batch.channels[batch.loss_mask != 0].unique().tolist()
+    loss_mask_BS, channels_BS = (
+        values.to(losses_BS.device, non_blocking=True) for values in (batch.loss_mask, batch.channels)
+    )
+    weighted_BS = losses_BS * loss_mask_BS
+    found = {}
+    for number in present:
+        own_BS = (channels_BS == number) & (loss_mask_BS != 0)
+        loss_sum = torch.where(own_BS, weighted_BS, 0.0).sum(dtype=torch.float64)
+        found[metric_of(number)] = torch.stack([loss_sum, own_BS.sum(dtype=torch.float64)])
+    return found
