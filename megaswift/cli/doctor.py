@@ -48,6 +48,8 @@ OPTIONAL = {
     "peft": "opening adapters elsewhere; training does not need it",
     "bitsandbytes": "a frozen base, or GaLore's projections, in four bits",
     "tensorboard": "metrics as TensorBoard files",
+    "wandb": "metrics to Weights & Biases",
+    "swanlab": "metrics to SwanLab",
     "mpi4py": "ranks started by mpirun",
     "nvidia-ml-py": "GPU health",
 }

@@ -10,7 +10,19 @@ class LoggingConfig:
     """What a run reports, and when."""
 
     logging_steps: int = setting(1, "optimizer steps between log lines", aliases=("log_interval",))
-    report_to: list[str] = setting(["tensorboard"], "tensorboard or none; logging.jsonl is always written")
+    report_to: list[str] = setting(
+        ["tensorboard"],
+        "tensorboard, wandb, swanlab (several at once), or none; logging.jsonl is always written. WANDB_MODE=offline and "
+        "SWANLAB_MODE=offline keep lines in --output_dir where there is no network",
+    )
+    wandb_project: str | None = setting(None, "default: WANDB_PROJECT, else megaswift")
+    wandb_exp_name: str | None = setting(
+        None, "name of the run in wandb; default: WANDB_NAME, else --output_dir"
+    )
+    swanlab_project: str | None = setting(None, "default: SWANLAB_PROJ_NAME, else megaswift")
+    swanlab_exp_name: str | None = setting(
+        None, "name of the experiment in swanlab; default: SWANLAB_EXP_NAME, else --output_dir"
+    )
     tensorboard_dir: str | None = setting(None, "default: OUTPUT_DIR/runs", aliases=("logging_dir",))
     eval_steps: int | None = setting(
         None, "optimizer steps between validations; default: --save_steps", aliases=("eval_interval",)

@@ -242,18 +242,6 @@ REFUSED: dict[str, Refused] = {
         hub_private_repo="false",
         hub_strategy="every_save",
     ),
-    **_refuse(
-        "reporting to this service",
-        "Use --report_to tensorboard; logging.jsonl is always written.",
-        wandb_project="none",
-        wandb_exp_name="none",
-    ),
-    **_refuse(
-        "reporting to this service",
-        "Use --report_to tensorboard; logging.jsonl is always written.",
-        swanlab_project="none",
-        swanlab_exp_name="none",
-    ),
     # Export
     **_refuse(
         "`megaswift convert`",

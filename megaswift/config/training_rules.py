@@ -1,5 +1,6 @@
 """Rules between batches, the length of the run, precision, recomputation, data, tuner and checkpoints."""
 
+from importlib.util import find_spec
 from math import ceil
 
 from megaswift.config.case import Case
@@ -9,6 +10,7 @@ from megaswift.errors import ConfigError, nearest
 
 DEFAULT_GLOBAL_BATCH = 16  # ms-swift 4.6.0.dev0, swift/megatron/arguments
 DEFAULT_LR = {"full": 1e-5, "lora": 1e-4}  # the same
+SERVICES = ("wandb", "swanlab")  # packages of their own: training/services.py
 RECOMPUTE_MODULES = ("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts")
 
 
@@ -341,13 +343,36 @@ def adapters_need_lora(case: Case) -> None:
         )
 
 
-def reports_are_known(case: Case) -> None:
-    """Metrics go to TensorBoard or to logging.jsonl alone."""
-    for name in case.run.logging.report_to:
-        if name not in ("tensorboard", "none"):
+def reports_are_known(run: RunConfig) -> None:
+    """Metrics go where they can be written; who names a project asks for its service."""
+    logging = run.logging
+    for name in logging.report_to:
+        if name not in ("tensorboard", "none", *SERVICES):
             raise ConfigError(
-                f"report_to={name} is not built. Choose tensorboard or none; logging.jsonl is always written."
+                f"report_to={name} is not known. Choose from tensorboard, {', '.join(SERVICES)} and none; logging.jsonl is always "
+                "written."
             )
+        if name in SERVICES and not _is_installed(name):
+            raise ConfigError(
+                f"report_to={name} needs the package {name}, which is not installed. Install it (pip install 'megaswift[{name}]'), or "
+                "leave it out."
+            )
+    named = {
+        "wandb_project": logging.wandb_project,
+        "wandb_exp_name": logging.wandb_exp_name,
+        "swanlab_project": logging.swanlab_project,
+        "swanlab_exp_name": logging.swanlab_exp_name,
+    }
+    for flag, value in named.items():
+        service = flag.partition("_")[0]
+        if value is not None and service not in logging.report_to:
+            raise ConfigError(f"{flag}={value} is for --report_to {service}. Add it, or leave the name out.")
+
+
+def _is_installed(package: str) -> bool:
+    """Return whether a package is there; a folder of that name in the working directory, where wandb leaves one, is none."""
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 def reports_have_a_place_and_a_time(case: Case) -> Case:

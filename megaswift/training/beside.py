@@ -21,6 +21,7 @@ from megaswift.training.engine import Engine
 from megaswift.training.feed import TrainFeed, ValidationFeed
 from megaswift.training.loop import Callback, Progress
 from megaswift.training.reporters import JsonLines, PlainLines, ProgressBar, Reporter, TensorBoard
+from megaswift.training.services import SERVICES
 from megaswift.training.signals import Interrupt
 from megaswift.training.spikes import SpikeGuard
 from megaswift.training.stragglers import Stragglers, places_of_ranks
@@ -28,8 +29,14 @@ from megaswift.training.validations import Validations
 from megaswift.training.wall_time import WallTime
 
 
+def services_of(run: RunConfig, output_dir: Path, *, start: Progress) -> list[Reporter]:
+    """Return where lines go beyond this machine, on rank 0. Raises ConfigError where a service refuses."""
+    asked = [name for name in run.logging.report_to if name in SERVICES] if dist.get_rank() == 0 else []
+    return [SERVICES[name](run, output_dir, resumed_step=start.step) for name in dict.fromkeys(asked)]
+
+
 def reporters_of(run: RunConfig, output_dir: Path, *, start: Progress, total_steps: int) -> list[Reporter]:
-    """Return where lines go, on rank 0."""
+    """Return where lines go on this machine, on rank 0."""
     if dist.get_rank() != 0:
         return []
     reporters: list[Reporter] = [JsonLines(output_dir, resumed_step=start.step)]
@@ -43,6 +50,12 @@ def reporters_of(run: RunConfig, output_dir: Path, *, start: Progress, total_ste
     return reporters
 
 
+def log_of(run: RunConfig, platform: Platform, feed: TrainFeed, reporters: Sequence[Reporter]) -> Log:
+    """Return what reports the steps."""
+    every, verbose = run.logging.logging_steps, run.logging.verbose
+    return Log(feed, reporters, every=every, device=platform.device, with_samples=verbose)
+
+
 def observers(
     run: RunConfig,
     platform: Platform,
@@ -53,11 +66,8 @@ def observers(
     heartbeat: Heartbeat,
     validations: Validations,
 ) -> list[Callback]:
-    """Return what looks at every step and changes nothing in it; a spike ends the run."""
-    every = run.logging.logging_steps
-    callbacks: list[Callback] = [
-        Log(feed, reporters, every=every, device=platform.device, with_samples=run.logging.verbose)
-    ]
+    """Return what looks at every step beside the log and changes nothing in it; a spike ends the run."""
+    callbacks: list[Callback] = []
     if dist.get_world_size() > 1:
         callbacks.append(
             Stragglers(
@@ -65,7 +75,7 @@ def observers(
                 reporters,
                 peers=parallel_state.get_pipeline_model_parallel_rank(),
                 places=places_of_ranks(platform.device),
-                every=every,
+                every=run.logging.logging_steps,
                 device=platform.device,
             )
         )

@@ -16,7 +16,7 @@ logger = get_logger(__name__)
 
 
 class Log:
-    """Reports every `every` steps, and the last one."""
+    """Reports every `every` steps, and the last one, also where a callback after it ends the run with that step."""
 
     def __init__(
         self,
@@ -31,12 +31,21 @@ class Log:
         self._feed, self._reporters, self._every = feed, reporters, every
         self._device, self._with_samples = device, with_samples
         self._window = Window()
+        self._left_out: Step | None = None  # the newest step, where no line was due
 
     def after_step(self, step: Step) -> bool:
         """Write a line where one is due."""
         self._window = self._window.plus(step)
-        if step.progress.step % self._every and not step.is_last:
-            return False
+        self._left_out = step
+        if step.progress.step % self._every == 0 or step.is_last:
+            self.finish()
+        return False
+
+    def finish(self) -> None:
+        """Write the line of the newest step if there is none; every rank calls it once more when the loop is over."""
+        step, self._left_out = self._left_out, None
+        if step is None:
+            return
         consumed = step.progress.consumed_samples
         line = step_line(
             step, self._window, epoch=self._feed.epoch(consumed), memory_gib=peak_memory_gib(self._device)
@@ -47,7 +56,6 @@ class Log:
         for reporter in self._reporters:
             reporter.report(line)
         self._window = Window()
-        return False
 
 
 class Evaluate:

@@ -1,4 +1,4 @@
-"""Where log lines go: logging.jsonl, TensorBoard, and the terminal. Rank 0 alone writes."""
+"""Where log lines go on this machine: logging.jsonl, TensorBoard, and the terminal. Rank 0 alone writes."""
 
 import json
 import os
@@ -56,14 +56,21 @@ class TensorBoard:
 
     def report(self, line: Mapping[str, Any]) -> None:
         """Write every number of the line."""
-        for name, value in line.items():
-            if name != "step" and isinstance(value, int | float):
-                group = "eval" if name.startswith("eval_") else "train"
-                self._writer.add_scalar(f"{group}/{name}", value, line["step"])
+        for name, value in scalars(line).items():
+            self._writer.add_scalar(name, value, line["step"])
 
     def close(self) -> None:
         """Write what is buffered."""
         self._writer.close()
+
+
+def scalars(line: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers of a line but its step, in the groups train/ and eval/."""
+    return {
+        f"{'eval' if name.startswith('eval_') else 'train'}/{name}": value
+        for name, value in line.items()
+        if name != "step" and isinstance(value, int | float)
+    }
 
 
 class PlainLines:

@@ -32,7 +32,15 @@ from megaswift.platforms.platform import Platform, init_distributed, select_plat
 from megaswift.tasks.catalogue import make_task, trained_model
 from megaswift.tasks.task import run_model
 from megaswift.training.allocation import check_allocation
-from megaswift.training.beside import account_of, observers, reporters_of, saving, wall_time_of
+from megaswift.training.beside import (
+    account_of,
+    log_of,
+    observers,
+    reporters_of,
+    saving,
+    services_of,
+    wall_time_of,
+)
 from megaswift.training.context import context_share, place_context, ranks_of_this_node
 from megaswift.training.engine import Engine
 from megaswift.training.feed import TrainFeed, ValidationFeed
@@ -147,6 +155,8 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
         )
     )
     process_groups.nest_context(layout, timeout_min=run.parallel.ddp_timeout_min)
+    start = _progress(checkpoint)
+    services = agree(lambda: services_of(run, output_dir, start=start), group=patient)
     if compares(run) and run.preference.precompute_ref_log_probs:
         references = References(
             run=run, meta=meta, layout=layout, platform=platform, output_dir=output_dir, group=patient
@@ -160,7 +170,6 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
     chunks = load_model(run, meta, layout, platform, adapter=adapter, fresh=fresh, group=patient)
     wrapped = wrap_chunks(chunks, run)
     optimizer = build_optimizer(wrapped, run)
-    start = _progress(checkpoint)
     total_steps = _total_steps(run, sets, start)
     schedule = alike(lambda: build_schedule(optimizer, run.optimizer, total_steps=total_steps))
     agree_on_first(lambda: empty_folder(output_dir / HEARTBEATS))
@@ -228,7 +237,7 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
     validations = Validations(**((checkpoint.manifest.validations if checkpoint else None) or {}))
     if validations.are_enough(run.logging.early_stop_interval):
         total_steps = start.step  # it has ended
-    reporters = reporters_of(run, output_dir, start=start, total_steps=total_steps)
+    reporters = [*reporters_of(run, output_dir, start=start, total_steps=total_steps), *services]
     dtype = asked.model.torch_dtype or meta.dtype
     saver = Saver(
         run=run,
@@ -256,8 +265,10 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
     wall_time = wall_time_of(run, interrupt, step=start.step, validates=validation is not None)
     account = account_of(run, output_dir, start, on_gpus=platform.name == "cuda")
     save = wall_time.timed(saver if account is None else account.timed(saver))
+    log = log_of(run, platform, feed, reporters)
     looking = observers(run, platform, engine, feed, validation, reporters, heartbeat, validations)
     callbacks = [
+        log,
         *looking,
         *following,
         *([] if account is None else [account]),
@@ -275,6 +286,7 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
             interrupt=wall_time,
             pulse=heartbeat,
         )
+        log.finish()
     if validations.are_enough(run.logging.early_stop_interval):
         total_steps = progress.step
     feed.close()

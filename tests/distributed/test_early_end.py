@@ -3,6 +3,7 @@
 import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,6 +42,11 @@ def losses(output: Path) -> dict[int, float]:
     return {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
 
 
+def training_lines(output: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (output / "logging.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line]
+
+
 def steps(output: Path) -> list[int]:
     return [one.manifest.step for one in Store(output).complete()]
 
@@ -61,13 +67,26 @@ def test_run_ends_after_so_many_validations_without_a_lower_loss() -> None:
     assert steps(whole()) == list(range(1, max(found) + 1))
 
 
+@cache
+def limited() -> Path:
+    return train("limited", "--save_total_limit", "1", "--logging_steps", "100")
+
+
 @pytest.mark.slow
 @pytest.mark.ranks(2)
 def test_best_checkpoint_outlives_the_limit() -> None:
-    limited = train("limited", "--save_total_limit", "1")
     last = max(losses(whole()))
-    assert losses(limited) == losses(whole())
-    assert steps(limited) == [last - PATIENCE, last]
+    assert losses(limited()) == losses(whole())
+    assert steps(limited()) == [last - PATIENCE, last]
+
+
+@pytest.mark.slow
+@pytest.mark.ranks(2)
+def test_last_step_is_logged_where_a_validation_ends_the_run() -> None:
+    *_, last = training_lines(whole())
+    (found,) = training_lines(limited())
+    assert found["step"] == max(losses(whole()))
+    assert (found["step"], found["loss"], found["lr"]) == (last["step"], last["loss"], last["lr"])
 
 
 @pytest.mark.slow
