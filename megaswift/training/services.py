@@ -48,10 +48,7 @@ class WeightsAndBiases:
                 settings=wandb.Settings(x_disable_meta=True),  # the command line
             )
         except wandb.Error as error:
-            raise ConfigError(
-                f"report_to=wandb does not work: {error} Log in (wandb login, or WANDB_API_KEY), or set WANDB_MODE=offline where there is "
-                "no network."
-            ) from error
+            raise _refusal("wandb", error) from error
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
         kept.write_text(f"{self._run.id}\n", encoding="utf-8")
@@ -85,11 +82,9 @@ class SwanLab:
                 config=_settings(run),
                 settings=swanlab.Settings(probe=swanlab.Settings.Probe(runtime=False)),  # the command line
             )
-        except (swanlab.exceptions.AuthenticationError, OSError) as error:  # requests' errors are OSErrors
-            raise ConfigError(
-                f"report_to=swanlab does not work: {error}. Log in (swanlab login, or SWANLAB_API_KEY), or set SWANLAB_MODE=offline where "
-                "there is no network."
-            ) from error
+        # What it raises without a key, without a network, and for what its server refuses; requests' errors are OSErrors.
+        except (AssertionError, RuntimeError, OSError, swanlab.exceptions.AuthenticationError) as error:
+            raise _refusal("swanlab", error) from error
         kept.write_text(f"{self._run.id}\n", encoding="utf-8")
 
     def report(self, line: Mapping[str, Any]) -> None:
@@ -110,6 +105,14 @@ SERVICES: dict[str, type[WeightsAndBiases] | type[SwanLab]] = {
 def _known(kept: Path, resumed_step: int) -> str | None:
     """Return the id to go on with; a run that begins anew is another."""
     return kept.read_text(encoding="utf-8").strip() if resumed_step and kept.exists() else None
+
+
+def _refusal(service: str, error: Exception) -> ConfigError:
+    prefix = service.upper()
+    return ConfigError(
+        f"report_to={service} does not work: {str(error).strip().rstrip('.')}. Log in ({service} login, or {prefix}_API_KEY), or set "
+        f"{prefix}_MODE=offline where there is no network."
+    )
 
 
 def _settings(run: RunConfig) -> dict[str, Any]:
