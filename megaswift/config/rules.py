@@ -9,6 +9,7 @@ from megaswift.config import head_rules as head
 from megaswift.config import layout_rules as layout
 from megaswift.config import precision_rules as precision
 from megaswift.config import preference_rules as preference
+from megaswift.config import report_rules as report
 from megaswift.config import reward_rules as reward
 from megaswift.config import rollout_rules as rollout
 from megaswift.config import training_rules as training
@@ -23,8 +24,8 @@ REQUEST_RULES = (
     training.a_model_is_named,
     training.rows_are_named,
     training.sizes_are_positive,
-    training.an_early_end_follows_from_validations,
-    training.reports_are_known,
+    report.an_early_end_follows_from_validations,
+    report.reports_are_known,
     data.every_set_has_its_share,
     data.streams_have_an_end,
     training.random_weights_are_for_pre_training,
@@ -91,7 +92,7 @@ RULES: tuple[Rule, ...] = (
     training.packs_are_free_of_padding,
     training.text_is_split_for_pre_training_only,
     training.adapters_need_lora,
-    training.reports_have_a_place_and_a_time,
+    report.reports_have_a_place_and_a_time,
     training.a_run_without_optimizer_state_does_not_resume,
     training.router_losses_have_a_kind,
     preference.preference_settings_have_defaults,

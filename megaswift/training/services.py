@@ -34,7 +34,7 @@ class WeightsAndBiases:
         """Begin a run, or go on with that of `output_dir`. Raises ConfigError where wandb refuses."""
         import wandb  # an optional package, and half a second
 
-        kept = output_dir / "wandb_run_id"
+        kept, self._teardown = output_dir / "wandb_run_id", wandb.teardown
         try:
             own = wandb.setup().settings  # of its environment variables
             self._run = wandb.init(
@@ -58,8 +58,9 @@ class WeightsAndBiases:
         self._run.log({"step": line["step"], **scalars(line)})
 
     def close(self) -> None:
-        """End the run; waits until everything is sent."""
+        """End the run; waits until everything is sent, and written: by a process, which a rank does not wait for when it exits."""
         self._run.finish()
+        self._teardown()
 
 
 class SwanLab:

@@ -5,7 +5,14 @@ from typing import Any
 
 import pytest
 
-from megaswift.config import context_rules, layout_rules, precision_rules, preference_rules, training_rules
+from megaswift.config import (
+    context_rules,
+    layout_rules,
+    precision_rules,
+    preference_rules,
+    report_rules,
+    training_rules,
+)
 from megaswift.config.dump import dump_run
 from megaswift.config.parse import parse_run
 from megaswift.config.rules import REQUEST_RULES, RULES, ResolvedRun, minimal_world, resolve
@@ -212,7 +219,8 @@ def test_adapters_do_not_start_from_random_weights() -> None:
 
 def test_every_rule_is_applied() -> None:
     applied = {*RULES, *REQUEST_RULES}
-    for module in (context_rules, layout_rules, precision_rules, preference_rules, training_rules):
+    modules = (context_rules, layout_rules, precision_rules, preference_rules, report_rules, training_rules)
+    for module in modules:
         for name, rule in vars(module).items():
             if callable(rule) and rule.__module__ == module.__name__ and not name.startswith("_"):
                 assert rule in applied, name

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megaswift.config import training_rules
+from megaswift.config import report_rules
 from megaswift.config.parse import make_run
 from megaswift.config.rules import check_request
 from megaswift.config.run import RunConfig
@@ -198,14 +198,14 @@ def test_a_package_that_is_not_there_is_said_at_the_start(
 ) -> None:
     run = make_run("sft", model="m", dataset=["d"], report_to=["tensorboard", name])
     message = rf"report_to={name} needs the package {name}, which is not installed. Install it \(pip install 'megaswift\[{name}\]'\)"
-    monkeypatch.setattr(training_rules, "find_spec", lambda package: None)
+    monkeypatch.setattr(report_rules, "find_spec", lambda package: None)
     with pytest.raises(ConfigError, match=message):
         check_request(run)
     # A folder that wandb has left in the working directory is no package.
     (tmp_path / "a_name_of_no_package").mkdir()
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(training_rules, "find_spec", lambda package: find_spec("a_name_of_no_package"))
+    monkeypatch.setattr(report_rules, "find_spec", lambda package: find_spec("a_name_of_no_package"))
     with pytest.raises(ConfigError, match=message):
         check_request(run)
-    monkeypatch.setattr(training_rules, "find_spec", lambda package: find_spec("yaml"))
+    monkeypatch.setattr(report_rules, "find_spec", lambda package: find_spec("yaml"))
     check_request(run)

@@ -1,0 +1,71 @@
+"""Rules between the settings that say where figures go, and when."""
+
+from importlib.util import find_spec
+
+from megaswift.config.case import Case
+from megaswift.config.run import RunConfig
+from megaswift.errors import ConfigError
+
+SERVICES = ("wandb", "swanlab")  # packages of their own: training/services.py
+
+
+def reports_are_known(run: RunConfig) -> None:
+    """Metrics go where they can be written; who names a project asks for its service."""
+    logging = run.logging
+    for name in logging.report_to:
+        if name not in ("tensorboard", "none", *SERVICES):
+            raise ConfigError(
+                f"report_to={name} is not known. Choose from tensorboard, {', '.join(SERVICES)} and none; logging.jsonl is always "
+                "written."
+            )
+        if name in SERVICES and not _is_installed(name):
+            raise ConfigError(
+                f"report_to={name} needs the package {name}, which is not installed. Install it (pip install 'megaswift[{name}]'), or "
+                "leave it out."
+            )
+    named = {
+        "wandb_project": logging.wandb_project,
+        "wandb_exp_name": logging.wandb_exp_name,
+        "swanlab_project": logging.swanlab_project,
+        "swanlab_exp_name": logging.swanlab_exp_name,
+    }
+    for flag, value in named.items():
+        service = flag.partition("_")[0]
+        if value is not None and service not in logging.report_to:
+            raise ConfigError(f"{flag}={value} is for --report_to {service}. Add it, or leave the name out.")
+
+
+def an_early_end_follows_from_validations(run: RunConfig) -> None:
+    """Whether a run is worth going on with is judged by held-back rows."""
+    if run.logging.early_stop_interval is not None and not _validates(run):
+        raise ConfigError(
+            f"early_stop_interval={run.logging.early_stop_interval} needs validations. Give --val_dataset or "
+            "--split_dataset_ratio, or leave it out."
+        )
+
+
+def reports_have_a_place_and_a_time(case: Case) -> Case:
+    """TensorBoard files lie in the run's folder, and validation comes with each checkpoint."""
+    logging, checkpoint = case.run.logging, case.run.checkpoint
+    eval_steps = logging.eval_steps or checkpoint.save_steps
+    apart = {"epoch": True, "steps": checkpoint.save_steps % eval_steps > 0}.get(checkpoint.save_strategy)
+    note = (
+        "some checkpoints are saved at steps that are not validated, and the best one is chosen among the others. Make "
+        f"save_steps a multiple of eval_steps={eval_steps} (with --save_strategy steps) to choose among all."
+    )
+    return case.change(
+        "logging",
+        note if apart and _validates(case.run) else None,
+        tensorboard_dir=logging.tensorboard_dir or f"{checkpoint.output_dir}/runs",
+        eval_steps=eval_steps,
+    )
+
+
+def _is_installed(package: str) -> bool:
+    """Return whether a package is there; a folder of that name in the working directory, where wandb leaves one, is none."""
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None
+
+
+def _validates(run: RunConfig) -> bool:
+    return bool((run.data.val_dataset or run.data.split_dataset_ratio) and run.logging.eval_iters)
