@@ -10,12 +10,11 @@ from functools import lru_cache
 from itertools import pairwise
 from math import prod
 
-from megaswift.converters.check import listing
 from megaswift.converters.plan import Parameter, Piece, file_tensors, plan_chunk
 from megaswift.converters.stripes import Stripe
 from megaswift.converters.table import Shard
 from megaswift.converters.tensor_files import matrix_size
-from megaswift.errors import WeightsError
+from megaswift.errors import WeightsError, listing
 from megaswift.metadata.meta import ModelMeta
 from megaswift.parallel.layout import Coordinates, Layout
 

@@ -1,14 +1,13 @@
 """Whether the tensors of a folder are exactly those that the model needs, read from headers alone."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from megaswift.converters.plan import EMBEDDING, TIED_OUTPUT, file_tensors, is_carried, is_unread, table_for
 from megaswift.converters.tensor_files import DTYPE_NAMES, TensorInfo
-from megaswift.errors import WeightsError
+from megaswift.errors import WeightsError, listing
 from megaswift.metadata.meta import ModelMeta
 
-MAX_NAMES = 8  # of one kind in a message
 # A model that scores may start from a language model: its own head is then new, and the other is left behind.
 SCORE, LM_HEAD = "score.weight", "lm_head.weight"
 
@@ -47,13 +46,6 @@ def tied_twin(meta: ModelMeta) -> tuple[str, str] | None:
         return None
     files = {row.megatron: row.file for row in table_for(meta).rows}
     return files[EMBEDDING], files[TIED_OUTPUT]
-
-
-def listing(names: Iterable[str]) -> str:
-    """Return the first names and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-    return ", ".join(names[:MAX_NAMES]) + more
 
 
 def _is_ignored(meta: ModelMeta, name: str) -> bool:

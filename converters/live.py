@@ -8,19 +8,14 @@ from typing import Any
 import torch
 from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 
-from megaswift.converters.check import listing
-from megaswift.converters.plan import Parameter, plan_chunk
+from megaswift.converters.plan import FILE_BUFFERS, Parameter, plan_chunk
 from megaswift.converters.spelling import is_adapter, local_spelling
 from megaswift.converters.stripes import Stripe
-from megaswift.errors import WeightsError
+from megaswift.errors import WeightsError, listing
 from megaswift.metadata.meta import ModelMeta
 from megaswift.parallel.layout import Layout, coordinates
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-FILE_BUFFERS = (
-    "expert_bias",
-    "layer_scalar",
-)  # not trained by gradients, but part of the model and its files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +44,13 @@ class LiveParameter:
     def weight(self) -> torch.Tensor:
         """The parameter in its planned shape: a view of its memory, its values in FP8, or what its four bits stand for now."""
         return self.numbers().view(self.planned.shape)
+
+    @property
+    def holder(self) -> torch.Tensor:
+        """What the chunk holds under the name: a parameter, or a buffer."""
+        module_name, _, kind = self.name.rpartition(".")
+        held: torch.Tensor = getattr(self.chunk.get_submodule(module_name), kind)
+        return held
 
     @property
     def adapted_module(self) -> Any | None:

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from megaswift.config.tuner import TunerConfig
-from megaswift.converters.check import SCORE, listing
+from megaswift.converters.check import SCORE
 from megaswift.converters.plan import Parameter, plan_chunk
 from megaswift.converters.tensor_files import Bits, TensorReader, read_header
-from megaswift.errors import WeightsError
+from megaswift.errors import WeightsError, listing
 from megaswift.metadata.meta import ModelMeta
 from megaswift.parallel.layout import Layout, coordinates
 

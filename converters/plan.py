@@ -17,6 +17,10 @@ from megaswift.parallel.layout import Coordinates, Layout, chunk_layers
 
 TIED_OUTPUT = "output_layer.weight"
 EMBEDDING = "embedding.word_embeddings.weight"
+FILE_BUFFERS = (
+    "expert_bias",
+    "layer_scalar",
+)  # not trained by gradients, but part of the model and its files
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +108,14 @@ def linear_tensors(meta: ModelMeta) -> dict[str, tuple[str, ...]]:
         and row.shard is not Shard.NONE
         and len(row.shapes.split(",")[0].split()) == 2
     }
+
+
+def rows_of_model(meta: ModelMeta) -> Iterator[tuple[Row, int, tuple[str, ...], int]]:
+    """Yield (row, layer, its tensors of the file, elements) of every Megatron parameter, in the order of the model."""
+    table, sizes = table_for(meta), Sizes.of_layers(meta, tp=1)
+    for row, layer, expert in _whole_model(meta):
+        elements = sum(math.prod(shape) for shape in row.part_shapes(sizes[layer].real))
+        yield row, layer, _tensor_names(table, row, layer, expert), elements
 
 
 def is_carried(meta: ModelMeta, name: str) -> bool:

@@ -17,6 +17,7 @@ from megaswift.logs import get_logger
 from megaswift.metadata.hub import Files
 from megaswift.metadata.meta import ModelMeta
 from megaswift.metadata.read import get_model_meta
+from megaswift.planner.ask import trained_of
 
 log = get_logger("preflight")
 
@@ -30,6 +31,7 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 def check_run(run: RunConfig, *, world_size: int, platform_name: str) -> tuple[ModelMeta, ResolvedRun]:
     """Return the facts about the model and the resolved run; raises UserError for the first thing that is wrong."""
     meta = model_of(run)
+    trained_of(run, meta)  # names that the model does not have are found here
     return meta, resolve(run, meta, world_size, platform_name)
 
 
@@ -148,7 +150,7 @@ def check_files_for_nodes_without_network(run: RunConfig, meta: ModelMeta) -> No
 def checkpoint_bytes(run: RunConfig, meta: ModelMeta) -> int:
     """Return about how large one checkpoint is, from the size of the weights' files; 0 where those are not here.
 
-    Full training: weights, fp32 masters and two moments, and the export. Of adapters the merged export is all that counts.
+    Full training: weights, fp32 masters and two moments of what trains, and the export. Of adapters the merged export is all that counts.
     """
     if meta.folder is None:
         return 0
@@ -160,4 +162,5 @@ def checkpoint_bytes(run: RunConfig, meta: ModelMeta) -> int:
     state = 3 * BYTES["float32"] if run.checkpoint.save_optim else 0
     # Without the optimizer the export alone is written, where there is one (training/setup.py).
     own = weight if run.checkpoint.save_optim or not export else 0
-    return parameters * (own + state + export)
+    trained = trained_of(run, meta)
+    return (parameters if trained is None else trained.total) * (own + state) + parameters * export

@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+MAX_NAMES = 8  # of one kind in a message
+
 
 class UserError(Exception):
     """What is wrong (name=value), the rule, and what to do; one sentence each."""
@@ -45,3 +47,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if close:
         return f" Did you mean {close[0]}?"
     return f" Choose from {', '.join(known)}." if len(known) <= 12 else ""
+
+
+def listing(names: Iterable[str]) -> str:
+    """Return the first names and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return ", ".join(names[:MAX_NAMES]) + more

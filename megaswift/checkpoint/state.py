@@ -37,17 +37,18 @@ class Box:
 
 
 def model_tensors(chunks: Sequence[Any]) -> dict[str, ShardedBase]:
-    """Return the sharded weights of this rank's chunks (CausalLM); of a model with adapters, the adapters alone, with their starts.
+    """Return the sharded weights of this rank's chunks (CausalLM): all of them, or those that train, with adapters' starts.
 
     Buffers that are saved with a model belong to it as long as all of it trains. Transformer Engine's FP8 history is left
     out: it is rebuilt within some steps.
     """
     tensors: dict[str, ShardedBase] = {}
     for number, chunk in enumerate(chunks):
-        everything_trains = all(parameter.requires_grad for parameter in chunk.parameters())
-        for name, value in chunk.sharded_state_dict(metadata={}).items():
+        # Megatron stacks the same parameter of all layers into one tensor, unless each has a name of its own.
+        names = {} if chunk.layers_alike else {"non_homogeneous_layers": True}
+        for name, value in chunk.sharded_state_dict(metadata=names).items():
             if isinstance(value, ShardedTensor | ShardedTensorFactory) and (
-                everything_trains or value.data.requires_grad or name.endswith(STARTS)
+                chunk.all_trains or value.data.requires_grad or name.endswith(STARTS)
             ):
                 tensors[f"{number}.{name}"] = _whatever_its_padding(name, value)
     return tensors

@@ -47,10 +47,11 @@ def fp8_weights_are_gathered_from_shards(case: Case) -> Case | None:
     if case.platform == "cpu":
         note = "fp8_param_gather is off on the CPU: FP8 is emulated, and weights are kept in torch_dtype."
         return case.change("precision", note, fp8_param_gather=False)
-    if not case.run.parallel.use_distributed_optimizer or case.run.tuner.tuner_type == "lora":
+    frozen = case.run.tuner.tuner_type == "lora" or case.run.freeze.chooses
+    if not case.run.parallel.use_distributed_optimizer or frozen:
         raise ConfigError(
-            "fp8_param_gather=true needs --use_distributed_optimizer true and --tuner_type full: only sharded master "
-            "weights are gathered."
+            "fp8_param_gather=true needs --use_distributed_optimizer true and --tuner_type full without frozen parameters: only "
+            "sharded master weights are gathered."
         )
     return None
 

@@ -193,13 +193,6 @@ REFUSED: dict[str, Refused] = {
     ),
     **_refuse("LISA", lisa_activated_layers="0", lisa_step_interval="20"),
     **_refuse(
-        "freezing single parameters",
-        freeze_parameters="",
-        freeze_parameters_regex="none",
-        freeze_parameters_ratio="0 0.0",
-    ),
-    **_refuse("training single parameters", trainable_parameters="", trainable_parameters_regex="none"),
-    **_refuse(
         "another way of quantising base weights",
         "Four bits are --quant_method bnb --quant_bits 4; products have --torch_dtype.",
         hqq_axis="none",

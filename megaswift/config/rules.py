@@ -13,6 +13,7 @@ from megaswift.config import report_rules as report
 from megaswift.config import reward_rules as reward
 from megaswift.config import rollout_rules as rollout
 from megaswift.config import training_rules as training
+from megaswift.config import tuner_rules as tuner
 from megaswift.config import vllm_rules as vllm
 from megaswift.config.case import Case, Rule
 from megaswift.config.run import RunConfig
@@ -29,6 +30,7 @@ REQUEST_RULES = (
     data.every_set_has_its_share,
     data.streams_have_an_end,
     training.random_weights_are_for_pre_training,
+    tuner.parts_of_the_model_train_in_full,
     head.heads_are_for_fine_tuning,
     head.labels_are_counted,
     head.embeddings_have_a_loss,
@@ -91,7 +93,7 @@ RULES: tuple[Rule, ...] = (
     training.lengths_fit_the_model,
     training.packs_are_free_of_padding,
     training.text_is_split_for_pre_training_only,
-    training.adapters_need_lora,
+    tuner.adapters_need_lora,
     report.reports_have_a_place_and_a_time,
     training.a_run_without_optimizer_state_does_not_resume,
     training.router_losses_have_a_kind,

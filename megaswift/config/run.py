@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from megaswift.config.checkpoint import CheckpointConfig
 from megaswift.config.data import DataConfig
 from megaswift.config.embedding import EmbeddingConfig
+from megaswift.config.freeze import FreezeConfig
 from megaswift.config.launch import LaunchConfig
 from megaswift.config.logging import LoggingConfig
 from megaswift.config.model import ModelConfig
@@ -32,6 +33,7 @@ class RunConfig:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     tuner: TunerConfig = field(default_factory=TunerConfig)
+    freeze: FreezeConfig = field(default_factory=FreezeConfig)
     embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

@@ -34,6 +34,10 @@ def random_weights_are_for_pre_training(run: RunConfig) -> None:
         raise ConfigError(
             f"random_init=true needs tuner_type=full, not {run.tuner.tuner_type}. Adapters need trained weights."
         )
+    if run.model.random_init and run.freeze.chooses:
+        raise ConfigError(
+            "random_init=true leaves nothing worth freezing. Leave it out, or the freeze_parameters and trainable_parameters."
+        )
 
 
 def sizes_are_positive(run: RunConfig) -> None:
@@ -290,42 +294,6 @@ def text_is_split_for_pre_training_only(case: Case) -> None:
         )
 
 
-def adapters_need_lora(case: Case) -> None:
-    """Adapter settings belong to LoRA training."""
-    tuner = case.run.tuner
-    if tuner.tuner_type == "lora" and not tuner.target_modules:
-        raise ConfigError("target_modules is empty. Name modules, or all-linear.")
-    for name in ("adapters", "merge_lora", "lorap_lr_ratio", "use_dora", "quant_bits", "pissa"):
-        if tuner.tuner_type != "lora" and getattr(tuner, name):
-            flag = "init_weights" if name == "pissa" else name
-            raise ConfigError(f"{flag} needs tuner_type=lora, not {tuner.tuner_type}.")
-    if tuner.init_weights != "true" and not tuner.pissa:
-        raise ConfigError(
-            f"init_weights={tuner.init_weights} is not known. Choose true, pissa or pissa_niter_N with N iterations, such as "
-            "pissa_niter_16."
-        )
-    if tuner.pissa and tuner.adapters:
-        raise ConfigError(
-            "init_weights=pissa starts from the weights, and --adapters from a folder. Leave one of them out."
-        )
-    if tuner.lorap_lr_ratio is not None and tuner.lorap_lr_ratio <= 0:
-        raise ConfigError(
-            f"lorap_lr_ratio={tuner.lorap_lr_ratio} must be above 0; LoRA+ proposes 16 for most models."
-        )
-    if (tuner.quant_bits is None) != (tuner.quant_method is None):
-        raise ConfigError(
-            "quant_method and quant_bits belong together. Give --quant_method bnb --quant_bits 4."
-        )
-    if tuner.quant_bits not in (None, 4):
-        raise ConfigError(f"quant_bits={tuner.quant_bits} is not built. Give 4.")
-    if tuner.quant_bits and case.run.precision.fp8_format != "none":
-        raise ConfigError(
-            "quant_bits=4 leaves no weights for FP8 products. Leave one of quant_bits and fp8_format out."
-        )
-    if len(tuner.adapters) > 1:
-        raise ConfigError(
-            f"adapters={' '.join(tuner.adapters)}: training starts from one adapter. Give one folder."
-        )
 
 
 def a_run_without_optimizer_state_does_not_resume(case: Case) -> Case | None:

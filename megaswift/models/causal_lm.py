@@ -31,6 +31,8 @@ class CausalLM(GPTModel):
     layer_inputs: PerLayerEmbedding | None  # what makes the inputs of layers, where they have some
     carried: Carried
     _noise: TokenNoise | None = None
+    all_trains = True  # on this rank and all others; else checkpoints hold what trains, and the rest is in the model's files
+    layers_alike = True  # the same parameters train in every layer
     scores = False  # the output layer is a score_head (models/score.py): every token's scores [B, S, O] are returned
 
     def set_multipliers(self, multipliers: Multipliers) -> None:

@@ -111,6 +111,7 @@ def apply_lora(
     targets = resolve_targets(tuner.target_modules)
     for chunk in chunks:
         chunk.requires_grad_(False)
+        chunk.all_trains = False
         if chunk.scores and chunk.post_process:
             chunk.output_layer.requires_grad_(True)  # nothing, for embeddings
         with_experts = meta.moe is not None and not meta.moe.only_packed

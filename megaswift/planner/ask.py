@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from megaswift.config.reference import needs_copy
 from megaswift.config.rows import texts_of_a_row
 from megaswift.config.run import RunConfig
+from megaswift.converters.selection import Elements, trained_elements
 from megaswift.errors import ConfigError
 from megaswift.metadata.meta import ModelMeta
 from megaswift.planner.job import Job, job_of
@@ -38,6 +39,17 @@ class Question:
     job: Job
     space: Space
     assumed: tuple[str, ...]
+
+
+def trained_of(run: RunConfig, meta: ModelMeta) -> Elements | None:
+    """Return how much of the model trains where some of it is frozen.
+
+    Names of a head that the task puts in place of the language model's are not known here: all is taken to train.
+    """
+    scores = run.task == "rlhf" and run.preference.rlhf_type == "rm"
+    if not run.freeze.chooses or run.model.task_type != "causal_lm" or scores:
+        return None
+    return trained_elements(meta, run.freeze)
 
 
 def ask(
@@ -81,6 +93,7 @@ def ask(
         document_len=document_len,
         reference=needs_copy(run),
         answers=texts,
+        trained_elements=trained_of(run, meta),
     )
     fixed = _fixed(run, given)
     if "cp_comm" in fixed and fixed["cp_comm"] == "auto":

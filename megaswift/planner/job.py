@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from megaswift.converters.selection import Elements
 from megaswift.metadata.meta import ModelMeta
 from megaswift.parallel.layout import Layout
 from megaswift.planner.parts import Parts, parts_of
@@ -55,11 +56,12 @@ def job_of(
     mtp_layers: int = 0,
     reference: bool = False,
     answers: int = 1,
+    trained_elements: Elements | None = None,
 ) -> Job:
-    """Return the job of training `meta`."""
+    """Return the job of training `meta`, in full training so much of it; None: all of it."""
     return Job(
         meta=meta,
-        parts=parts_of(meta),
+        parts=parts_of(meta, trained_elements),
         seq_len=seq_len,
         global_batch=global_batch,
         trained=trained,

@@ -126,7 +126,7 @@ def _states(
     copies = WEIGHT_COPIES.get(candidate.precision, 0.0) * (params.linear + params.experts)
     copies += size * params.base if job.reference else 0.0
     if job.frozen:
-        trained = params.adapters
+        trained = params.trained
         if job.four_bits or candidate.four_bits:
             copies -= (size - FOUR_BITS) * (params.linear + params.experts)
         return (
@@ -134,7 +134,7 @@ def _states(
             software.gradient_bytes * trained,
             MASTER * trained / shards,
         )
-    own = params.dense / shards + params.experts / expert_shards
+    own = params.trained / shards + params.trained_experts / expert_shards
     if candidate.fully_sharded:
         # Gathered: embedding and head, and three layers around the one in work; the whole stage while a pipeline runs.
         ends = params.dense - params.linear
@@ -142,7 +142,8 @@ def _states(
         return size * (params.base if layout.pp > 1 else ends + layers), WIDE * own, MASTER * own
     state = 2 * WIDE if candidate.precision == "fp32" else MASTER  # fp32 weights are their own master
     optimizer = 0.0 if candidate.offload_optimizer else state * own
-    return size * params.base + copies, software.gradient_bytes * params.base, optimizer
+    gradients = software.gradient_bytes * (params.trained + params.trained_experts)
+    return size * params.base + copies, gradients, optimizer
 
 
 def _element(candidate: Candidate) -> int:

@@ -1,8 +1,9 @@
 """How many parameters each part of a model has and how each part is sharded. Sizes in elements."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
+from megaswift.converters.selection import Elements
 from megaswift.metadata.count import count_parameters
 from megaswift.metadata.meta import ModelMeta, MoEMeta
 
@@ -27,6 +28,8 @@ class LayerKind:
     experts: int  # all routed experts together, sharded over ep and etp
     shared_experts: int  # sharded over tp
     replicated: int  # norms and router
+    trained: int  # of those outside the experts, where adapters do not
+    trained_experts: int  # of the experts
 
     @cached_property
     def total(self) -> int:
@@ -51,6 +54,7 @@ class Parts:
     head: int  # 0 where it is the embedding
     final_norm: int
     other: int  # what some families have beside; counted on the first stage
+    trained: Elements  # of them all
 
     @property
     def total(self) -> int:
@@ -59,12 +63,14 @@ class Parts:
         return layers + self.embedding + self.head + self.final_norm + self.other
 
 
-def parts_of(meta: ModelMeta) -> Parts:
-    """Cut a model into parts."""
+def parts_of(meta: ModelMeta, trained: Elements | None = None) -> Parts:
+    """Cut a model into parts, of which so much trains; None: everything."""
     kinds: list[LayerKind] = []
     layers = []
     for layer in range(meta.num_layers):
         kind = _layer_kind(meta, layer)
+        if trained is not None:  # layers that train alike are of one kind
+            kind = replace(kind, trained=trained.layers[layer], trained_experts=trained.experts[layer])
         if kind not in kinds:
             kinds.append(kind)
         layers.append(kinds.index(kind))
@@ -72,13 +78,23 @@ def parts_of(meta: ModelMeta) -> Parts:
     head = 0 if meta.tied_embeddings else embedding + (meta.vocab_size if meta.lm_head_bias else 0)
     final_norm = _norm(meta, meta.hidden_size)
     known = sum(kinds[kind].total for kind in layers) + embedding + head + final_norm
+    other = count_parameters(meta).total - known
+    everything = Elements(
+        layers=tuple(kinds[kind].trained for kind in layers),
+        experts=tuple(kinds[kind].trained_experts for kind in layers),
+        embedding=embedding,
+        head=head,
+        final_norm=final_norm,
+        other=other,
+    )
     return Parts(
         kinds=tuple(kinds),
         layers=tuple(layers),
         embedding=embedding,
         head=head,
         final_norm=final_norm,
-        other=count_parameters(meta).total - known,
+        other=other,
+        trained=trained or everything,
     )
 
 
@@ -88,7 +104,7 @@ def _layer_kind(meta: ModelMeta, layer: int) -> LayerKind:
     norms = {"pre": 2, "post": 2, "sandwich": 4}[meta.norm.placement] - (1 if meta.parallel_residual else 0)
     one, varied = meta.of_layer(layer), meta.layer_variation
     ffn = one.ffn_hidden_size if moe is None or moe.beside_dense else 0
-    return LayerKind(
+    kind = LayerKind(
         is_moe=moe is not None,
         span=span,
         head_dim=one.head_dim,
@@ -101,7 +117,10 @@ def _layer_kind(meta: ModelMeta, layer: int) -> LayerKind:
         experts=moe.num_experts * _mlp(meta, moe.ffn_hidden_size, bias=moe.expert_bias) if moe else 0,
         shared_experts=_mlp(meta, moe.shared_ffn_hidden_size, bias=meta.mlp_bias) if moe else 0,
         replicated=norms * _norm(meta, meta.hidden_size) + (_router(meta, moe) if moe else 0),
+        trained=0,
+        trained_experts=0,
     )
+    return replace(kind, trained=kind.total - kind.experts, trained_experts=kind.experts)
 
 
 def _norm(meta: ModelMeta, size: int) -> int:

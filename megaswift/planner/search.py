@@ -301,10 +301,12 @@ def _least_bytes(job: Job, layout: Layout, software: Software, last_resort: bool
     parts = job.parts
     all_experts = sum(parts.kinds[kind].experts for kind in parts.layers)
     all_dense = sum(parts.kinds[kind].total for kind in parts.layers) - all_experts
-    dense, experts = all_dense / (layout.tp * layout.pp), all_experts / (layout.etp * layout.ep * layout.pp)
+    cut, expert_cut = layout.tp * layout.pp, layout.etp * layout.ep * layout.pp
+    weights = all_dense / cut + all_experts / expert_cut
     if job.frozen:
-        return (FOUR_BITS if last_resort or job.four_bits else 2.0) * (dense + experts)
-    total = (2.0 + software.gradient_bytes) * (dense + experts)
+        return (FOUR_BITS if last_resort or job.four_bits else 2.0) * weights
+    dense, experts = sum(parts.trained.layers) / cut, sum(parts.trained.experts) / expert_cut
+    total = 2.0 * weights + software.gradient_bytes * (dense + experts)
     if not last_resort:
         total += MASTER * (dense / (layout.dp * layout.cp) + experts / max(1, layout.edp))
     return total

@@ -71,6 +71,8 @@ class StageParams:
     linear: float  # of these, the matrices that FP8 recipes keep a second time
     experts: float  # copied over edp
     adapters: float  # of LoRA, on every linear of attention and the feed-forward part
+    trained: float  # what has gradients of dense, or the adapters
+    trained_experts: float  # and of the experts
 
     @property
     def base(self) -> float:
@@ -80,34 +82,40 @@ class StageParams:
 
 def stage_params(job: Job, layout: Layout, stage: Stage) -> StageParams:
     """Return the parameters that one rank of `stage` holds."""
-    parts = job.parts
+    parts, trains = job.parts, job.parts.trained
     counts = list(stage.kinds)
-    dense = 0.0
+    dense = trained = 0.0
     if stage.first:
         dense += parts.embedding / layout.tp + parts.other
+        trained += trains.embedding / layout.tp + trains.other
     if stage.last:
-        copy = parts.embedding if parts.head == 0 and not stage.first else 0
-        dense += (parts.head + copy) / layout.tp + parts.final_norm
+        is_copy = parts.head == 0 and not stage.first
+        dense += (parts.head + is_copy * parts.embedding) / layout.tp + parts.final_norm
+        trained += (trains.head + is_copy * trains.embedding) / layout.tp + trains.final_norm
         if job.mtp_layers:
             # Each is a layer with a 2 D x D projection; on a stage of its own it needs the embedding again.
             counts.append((parts.layers[-1], job.mtp_layers))
-            dense += job.mtp_layers * 2 * job.meta.hidden_size**2 / layout.tp
-            dense += 0 if stage.first else parts.embedding / layout.tp
-    linear = experts = 0.0
+            beside = job.mtp_layers * 2 * job.meta.hidden_size**2 / layout.tp
+            beside += 0 if stage.first else parts.embedding / layout.tp
+            dense, trained = dense + beside, trained + beside
+    linear = experts = trained_experts = 0.0
     for index, count in counts:
-        kind = parts.kinds[index]
-        linear += count * (
-            (kind.attention + kind.mlp + kind.shared_experts) / layout.tp + kind.attention_replicated
-        )
+        kind, shards = parts.kinds[index], layout.etp * layout.ep
+        cut = (kind.attention + kind.mlp + kind.shared_experts) / layout.tp + kind.attention_replicated
+        linear += count * cut
         dense += count * kind.replicated
-        experts += count * kind.experts / (layout.etp * layout.ep)
+        experts += count * kind.experts / shards
+        # A rank's share of what trains is taken to be its share of the whole layer.
+        trained += count * (cut + kind.replicated) * kind.trained / (kind.total - kind.experts)
+        trained_experts += count * kind.trained_experts / shards
+    adapters = sum(count * _adapter(job, parts.kinds[index]) for index, count in stage.kinds) / layout.tp
     return StageParams(
         dense=dense + linear,
         linear=linear,
         experts=experts,
-        adapters=sum(count * _adapter(job, parts.kinds[index]) for index, count in stage.kinds) / layout.tp
-        if job.frozen
-        else 0.0,
+        adapters=adapters if job.frozen else 0.0,
+        trained=adapters if job.frozen else trained,
+        trained_experts=0.0 if job.frozen else trained_experts,
     )
 
 

@@ -94,7 +94,7 @@ def _data_and_optimizer(
     communication = traffic = host = 0.0
     for stage in stages[:1] + stages[-1:] if len(stages) > 2 else stages:
         params = costs.params(layout, stage)
-        dense, experts = (params.adapters, 0.0) if job.frozen else (params.dense, params.experts)
+        dense, experts = params.trained, params.trained_experts
         # Gradients are reduced once; bf16 weights gathered once, or once a pass where they are sharded too.
         each = software.gradient_bytes + 2 * (2 if candidate.fully_sharded else 1)
         time = gather(machine, each * dense, size=shards, stride=layout.tp, constants=constants)

@@ -35,6 +35,7 @@ from megaswift.models.tuner import finish_tuner
 from megaswift.parallel.layout import Layout
 from megaswift.platforms.platform import init_distributed, select_platform
 from megaswift.tasks.catalogue import trained_model
+from megaswift.training.freeze import freeze
 
 logger = get_logger(__name__)
 
@@ -146,7 +147,9 @@ def _fill(
     if adapted:
         ranks = adapter.ranks(meta) if adapter else None
         apply_lora(chunks, run.tuner, meta, seed=run.training.seed, ranks=ranks)
-    if checkpoint is None or adapted:
+    if run.freeze.chooses:
+        freeze(chunks, meta, layout, 0, run.freeze)
+    if checkpoint is None or not chunks[0].all_trains:
         load_weights(chunks, meta, layout, 0, folder)
     # A base in four bits is what the adapters were trained beside.
     finish_tuner(chunks, run.tuner, device=torch.device("cpu"), seed=run.training.seed, fresh=False)

@@ -10,8 +10,10 @@ norms, activations and the recurrence of linear attention are not counted.
 from dataclasses import dataclass, replace
 
 from megaswift.config.tuner import TunerConfig
+from megaswift.converters.selection import Elements
 from megaswift.metadata.meta import ModelMeta
 from megaswift.models.lora import resolve_targets
+from megaswift.planner.parts import parts_of
 
 FORWARD = 2  # multiply and add
 BACKWARD_INPUT = 2  # the gradient of a matrix product's input
@@ -67,27 +69,46 @@ class Linear:
     times: int = 1
 
 
-def step_cost(meta: ModelMeta, tuner: TunerConfig) -> StepCost:
-    """Return the cost of training `meta` in full or with adapters."""
-    linears = [linear for layer in range(meta.num_layers) for linear in _linears(meta, layer)]
+def step_cost(meta: ModelMeta, tuner: TunerConfig, *, trained: Elements | None = None) -> StepCost:
+    """Return the cost of training `meta` with adapters, or in full; with `trained`, only so much of it."""
     lora = tuner.tuner_type == "lora"
-    matrix = FORWARD + BACKWARD_INPUT + (0 if lora else BACKWARD_WEIGHT)
-    per_token = sum(matrix * linear.inputs * linear.outputs * linear.times for linear in linears)
-    if lora:
-        targets = resolve_targets(tuner.target_modules)
-        per_token += sum(
-            6 * tuner.lora_rank * (linear.inputs + linear.outputs) * linear.times
-            for linear in linears
-            if linear.name in targets
-        )
-    per_pair: dict[Reach, int] = {}
-    for layer in range(meta.num_layers):
+    targets = resolve_targets(tuner.target_modules) if lora else ()
+    shares = [0.0] * meta.num_layers if lora else _trained_shares(meta, trained)
+    lowest = 0 if trained is None else _lowest_trained(meta, trained)
+    per_token, per_pair = 0.0, dict[Reach, int]()
+    for layer, share in enumerate(shares):
+        backward = BACKWARD_INPUT if layer >= lowest else 0
+        matrix = FORWARD + backward + share * BACKWARD_WEIGHT
+        for linear in _linears(meta, layer):
+            per_token += matrix * linear.inputs * linear.outputs * linear.times
+            if linear.name in targets:
+                per_token += 6 * tuner.lora_rank * (linear.inputs + linear.outputs) * linear.times
         if not _is_recurrent(meta, layer):
             reach = _reach(meta, layer)
-            # Attention has no weights: its backward pass is the same with adapters.
-            per_pair[reach] = per_pair.get(reach, 0) + 6 * _multiplications_of_a_pair(meta, layer)
-    per_loss_token = 0 if meta.scores is not None else matrix * meta.hidden_size * meta.vocab_size
-    return StepCost(per_token=per_token, per_loss_token=per_loss_token, per_pair=per_pair)
+            # Attention has no weights: its backward pass is the same with adapters, two products for one.
+            pair = (FORWARD + 2 * backward) * _multiplications_of_a_pair(meta, layer)
+            per_pair[reach] = per_pair.get(reach, 0) + pair
+    head = FORWARD + BACKWARD_INPUT + (0 if lora else BACKWARD_WEIGHT)
+    if trained is not None:
+        head -= 0 if trained.head or (meta.tied_embeddings and trained.embedding) else BACKWARD_WEIGHT
+        head -= 0 if lowest < meta.num_layers or trained.final_norm else BACKWARD_INPUT
+    per_loss_token = 0 if meta.scores is not None else head * meta.hidden_size * meta.vocab_size
+    return StepCost(per_token=round(per_token), per_loss_token=per_loss_token, per_pair=per_pair)
+
+
+def _trained_shares(meta: ModelMeta, trained: Elements | None) -> list[float]:
+    """Return the share of each layer's parameters that train; its matrices are taken to have the same one."""
+    parts = parts_of(meta, trained)
+    kinds = [parts.kinds[kind] for kind in parts.layers]
+    return [(kind.trained + kind.trained_experts) / kind.total for kind in kinds]
+
+
+def _lowest_trained(meta: ModelMeta, trained: Elements) -> int:
+    """Return the lowest layer through which gradients pass; those below it have no backward pass."""
+    if trained.embedding or trained.other:
+        return 0
+    layers = (layer for layer in range(meta.num_layers) if trained.layers[layer] or trained.experts[layer])
+    return next(layers, meta.num_layers)
 
 
 def _triangle(length: int) -> int:

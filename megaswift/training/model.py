@@ -16,6 +16,7 @@ from megaswift.models.tuner import finish_tuner
 from megaswift.parallel.agreement import agree, alike
 from megaswift.parallel.layout import Layout
 from megaswift.platforms.platform import Platform
+from megaswift.training.freeze import freeze
 
 
 def load_model(
@@ -31,16 +32,18 @@ def load_model(
 ) -> list[Any]:
     """Return this rank's chunks; every rank of the world calls it. Raises UserError.
 
-    `fresh` says that no checkpoint is read into them afterwards, which leaves adapters' frozen weights out. `weights` is
+    `fresh` says that no checkpoint is read into them afterwards, which leaves frozen weights out. `weights` is
     where those of the model are if not in its own folder. `adapter` must have been adopted by the run's tuner. `group`
     holds all ranks and is patient.
     """
     chunks, rank = alike(lambda: build_model(meta, run, layout, platform)), dist.get_rank()
     adapted = run.tuner.tuner_type == "lora"
+    if run.freeze.chooses:
+        alike(lambda: freeze(chunks, meta, layout, rank, run.freeze))
     if adapted:
         ranks = adapter.ranks(meta) if adapter else None
         alike(lambda: apply_lora(chunks, run.tuner, meta, seed=run.training.seed, ranks=ranks))
-    if not run.model.random_init and (fresh or adapted):
+    if not run.model.random_init and (fresh or not chunks[0].all_trains):
         folder = weights or Path(str(meta.folder))
         agree(lambda: load_weights(chunks, meta, layout, rank, folder), group=group)
     seed = run.training.seed

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megaswift.config.freeze import FreezeConfig
 from megaswift.config.reference import distils
 from megaswift.config.rules import resolve
 from megaswift.config.run import RunConfig
@@ -60,7 +61,7 @@ def frozen_copy(
     if run.preference.ref_adapters:
         adapter = alike(lambda: read_adapter(run.preference.ref_adapters[0], reference))
         tuner = adapter.adopt(replace(tuner, tuner_type="lora"), reference)
-    plain = replace(run, tuner=tuner)
+    plain = replace(run, tuner=tuner, freeze=FreezeConfig())
     chunks = load_model(
         plain, reference, layout, platform, adapter=adapter, fresh=True, group=group, weights=kept
     )

@@ -11,10 +11,12 @@ from megatron.core import parallel_state
 
 from megaswift.checkpoint.resume import check_identity, find_checkpoint, load_checkpoint
 from megaswift.checkpoint.store import Checkpoint, Store
+from megaswift.config.freeze import FreezeConfig
 from megaswift.config.reference import compares, needs_copy
 from megaswift.config.rules import ResolvedRun, resolve
 from megaswift.config.run import RunConfig
 from megaswift.converters.peft_folder import read_adapter
+from megaswift.converters.selection import trained_elements
 from megaswift.data.batches import TrainData
 from megaswift.launch.environment import RankEnv
 from megaswift.launch.heartbeat import Heartbeat, empty_folder
@@ -315,7 +317,11 @@ def _resolve(run: RunConfig, platform: Platform) -> tuple[ModelMeta, ResolvedRun
     run = replace(run, precision=replace(precision, fp8_format=fp8))
     resolved = resolve(run, meta, dist.get_world_size(), platform.name)
     meta = trained_model(run, meta)
-    return meta, replace(resolved, notes=(*resolved.notes, note)) if note else resolved
+    notes = [*resolved.notes, *([note] if note else [])]
+    if run.freeze.chooses:
+        trained, everything = trained_elements(meta, run.freeze).total, trained_elements(meta, FreezeConfig()).total
+        notes.append(f"{trained:,} of {everything:,} parameters train ({trained / everything:.2%})")
+    return meta, replace(resolved, notes=tuple(notes))
 
 
 def _checkpoint_to_resume(store: Store, run: RunConfig, meta: ModelMeta) -> Checkpoint | None:

@@ -24,6 +24,7 @@ from megaswift.config.rollout_rules import distils_completions, distils_nothing_
 from megaswift.config.run import RunConfig
 from megaswift.converters.adapters import save_peft
 from megaswift.converters.export import export_hf
+from megaswift.converters.selection import trained_elements
 from megaswift.data.batches import BatchSettings, MicroBatch, TrainData, ValidationData
 from megaswift.data.encode import EncodedSet
 from megaswift.data.forms import form_of
@@ -41,7 +42,7 @@ from megaswift.parallel.agreement import agree, agree_on_first
 from megaswift.parallel.context import pad_multiple
 from megaswift.parallel.layout import Layout
 from megaswift.training.engine import Engine
-from megaswift.training.flops import step_cost
+from megaswift.training.flops import StepCost, step_cost
 from megaswift.training.loop import Progress
 from megaswift.training.reference import References
 from megaswift.training.validations import Validations
@@ -185,7 +186,7 @@ def batch_settings(run: RunConfig, meta: ModelMeta, layout: Layout) -> BatchSett
         packing_length=run.data.packing_length,
         padding_free=run.data.padding_free,
         shuffle=run.data.dataset_shuffle,
-        token_cost=step_cost(meta, run.tuner).token_in_pairs,
+        token_cost=cost_of(run, meta).token_in_pairs,
         seed=run.training.seed if run.data.data_seed is None else run.data.data_seed,
         pad_to_multiple=token_multiple(run.precision)
         * pad_multiple(cp=layout.cp, tp=layout.tp, sequence_parallel=layout.sequence_parallel),
@@ -221,9 +222,15 @@ def _room(run: RunConfig) -> int | None:
     return None if longest is None else longest - run.rollout.max_completion_length
 
 
+def cost_of(run: RunConfig, meta: ModelMeta) -> StepCost:
+    """Return the FLOPs of what a run trains."""
+    trained = trained_elements(meta, run.freeze) if run.freeze.chooses else None
+    return step_cost(meta, run.tuner, trained=trained)
+
+
 def measurer(run: RunConfig, meta: ModelMeta) -> Callable[[MicroBatch], tuple[int, float]]:
     """Return what tells the tokens of a micro batch, padding left out, and its model FLOPs."""
-    cost = step_cost(meta, run.tuner)
+    cost = cost_of(run, meta)
 
     def measure(batch: MicroBatch) -> tuple[int, float]:
         own = list(batch.lengths)
@@ -255,7 +262,7 @@ def identity_of(run: RunConfig, meta: ModelMeta) -> dict[str, Any]:
         "tuner_type": tuner.tuner_type,
         "streaming": run.data.streaming,
         **({} if meta.scores is None else {"scores": meta.scores}),
-        **(adapters if tuner.tuner_type == "lora" else {}),
+        **(adapters if tuner.tuner_type == "lora" else asdict(run.freeze)),
     }
 
 

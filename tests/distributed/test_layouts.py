@@ -55,7 +55,29 @@ LORA: dict[str, tuple[int, dict[str, Any]]] = {
 EXPERTS_LORA: dict[str, tuple[int, dict[str, Any]]] = {
     name: EXPERTS[name] for name in ("ep2 distopt", "tp2 etp2", "tp2 etp1", "tp2 ep2", "tp2 ep2 dp2 distopt")
 }
-STEPS = {"full": 20, "lora": 10, "dora": 10, "pissa": 10}  # adapters take larger ones
+# What trains where a part of the model is frozen, whose four layers are on two stages: nothing below the last layer, nothing
+# above the first, and parts of layers.
+EVERYTHING = {"freeze_parameters_ratio": 1.0}
+FROZEN: dict[str, dict[str, Any]] = {
+    "late": {**EVERYTHING, "trainable_parameters": ["model.layers.3", "model.norm"]},
+    "early": {**EVERYTHING, "trainable_parameters": ["model.layers.0"]},
+    "ends": {**EVERYTHING, "trainable_parameters": ["model.embed_tokens", "lm_head"]},
+    "parts": {
+        "freeze_parameters": ["model.embed_tokens"],
+        "freeze_parameters_regex": r"[13]\.mlp|self_attn.*\.bias",
+    },
+    "experts": {**EVERYTHING, "trainable_parameters_regex": r"layers\.[12]\..*experts\."},
+}
+STEPS = {
+    "full": 20,
+    "lora": 10,
+    "dora": 10,
+    "pissa": 10,
+    **dict.fromkeys(FROZEN, 10),
+}  # adapters take larger ones
+PARTLY: dict[str, tuple[int, dict[str, Any]]] = {
+    name: DENSE[name] for name in ("dp2 distopt overlap", "tp2 sp", "pp2", "pp2 vpp2", "tp2 pp2 sp")
+}
 # what is trained -> (model, tuner, layouts)
 TRAININGS: dict[str, tuple[str, str, dict[str, tuple[int, dict[str, Any]]]]] = {
     "qwen2-tied": ("qwen2-tied", "full", DENSE),
@@ -66,6 +88,19 @@ TRAININGS: dict[str, tuple[str, str, dict[str, tuple[int, dict[str, Any]]]]] = {
     "llama lora": ("llama", "lora", LORA),
     "llama pissa": ("llama", "pissa", {name: DENSE[name] for name in ("dp2 distopt", "tp2 sp", "pp2 vpp2")}),
     "qwen3_moe lora": ("qwen3_moe", "lora", EXPERTS_LORA),
+    "llama late": ("llama", "late", PARTLY),
+    "llama early": ("llama", "early", PARTLY),
+    "qwen2-tied ends": ("qwen2-tied", "ends", {name: DENSE[name] for name in ("tp2", "pp2", "pp2 vpp2")}),
+    "qwen2 parts": (
+        "qwen2",
+        "parts",
+        {name: DENSE[name] for name in ("tp2 sp", "tp2 pp2 sp", "dp2 tp2 distopt")},
+    ),
+    "qwen3_moe experts": (
+        "qwen3_moe",
+        "experts",
+        {name: EXPERTS[name] for name in ("pp2", "tp2 ep2", "ep2 pp2 distopt")},
+    ),
 }
 
 
@@ -82,11 +117,12 @@ def all_curves(training: str, ranks: int) -> list[dict[str, Curve]]:
     # that is zero but for rounding has a random direction, which Adam would follow: a larger eps keeps such weights still.
     adapted = {
         "tuner": {
-            "tuner_type": "full" if tuner == "full" else "lora",
+            "tuner_type": "lora" if tuner in ("lora", "dora", "pissa") else "full",
             "lora_dropout": 0.0,
             "use_dora": tuner == "dora",
             "init_weights": "pissa" if tuner == "pissa" else "true",
         },
+        "freeze": FROZEN.get(tuner, {}),
         "optimizer": {"lr": 1e-3 if tuner == "full" else 1e-2, "adam_eps": 1e-8 if tuner == "full" else 1e-3},
     }
     cases = [

@@ -40,6 +40,7 @@ from megaswift.tasks.catalogue import make_task, trained_model
 from megaswift.training.context import context_share, place_context
 from megaswift.training.engine import Engine
 from megaswift.training.feed import TrainFeed
+from megaswift.training.freeze import freeze
 from megaswift.training.loop import Progress
 from megaswift.training.optimizer import build_optimizer, wrap_chunks
 from megaswift.training.reference import frozen_copy
@@ -174,6 +175,8 @@ def _prepare(folder: Path, case: Case, encoded: EncodedSet | None) -> Trained:
     chunks = build_model(meta, run, layout, platform)
     if run.tuner.tuner_type == "lora":
         apply_lora(chunks, run.tuner, meta, seed=run.training.seed)
+    if run.freeze.chooses:
+        freeze(chunks, meta, layout, dist.get_rank(), run.freeze)
     load_weights(chunks, meta, layout, dist.get_rank(), folder)
     finish_tuner(chunks, run.tuner, device=platform.device, seed=run.training.seed, fresh=True)
     reference = frozen_copy(run, meta, layout, platform, group=None) if needs_copy(run) else None

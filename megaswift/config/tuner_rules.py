@@ -1,0 +1,78 @@
+"""Rules between settings that say which parameters train."""
+
+import re
+from dataclasses import fields
+
+from megaswift.config.case import Case
+from megaswift.config.freeze import FreezeConfig
+from megaswift.config.run import RunConfig
+from megaswift.errors import ConfigError
+
+
+def parts_of_the_model_train_in_full(run: RunConfig) -> None:
+    """Freezing is for full training: with adapters all of the model is frozen."""
+    chosen, none = run.freeze, FreezeConfig()
+    if not 0 <= chosen.freeze_parameters_ratio <= 1:
+        raise ConfigError(
+            f"freeze_parameters_ratio={chosen.freeze_parameters_ratio} is not a share. Give 0 to 1; 1 freezes everything."
+        )
+    if run.tuner.tuner_type != "full":
+        for one in fields(chosen):
+            if getattr(chosen, one.name) != getattr(none, one.name):
+                raise ConfigError(
+                    f"{one.name} needs tuner_type=full, not {run.tuner.tuner_type}: adapters leave the whole model frozen."
+                )
+    for name in ("freeze_parameters_regex", "trainable_parameters_regex"):
+        _is_expression(name, getattr(chosen, name))
+    if (chosen.trainable_parameters or chosen.trainable_parameters_regex) and not (
+        chosen.freeze_parameters or chosen.freeze_parameters_regex or chosen.freeze_parameters_ratio
+    ):
+        raise ConfigError(
+            "trainable_parameters opens what is frozen, and nothing is. Add --freeze_parameters_ratio 1 to train these alone."
+        )
+
+
+def adapters_need_lora(case: Case) -> None:
+    """Adapter settings belong to LoRA training."""
+    tuner = case.run.tuner
+    if tuner.tuner_type == "lora" and not tuner.target_modules:
+        raise ConfigError("target_modules is empty. Name modules, or all-linear.")
+    for name in ("adapters", "merge_lora", "lorap_lr_ratio", "use_dora", "quant_bits", "pissa"):
+        if tuner.tuner_type != "lora" and getattr(tuner, name):
+            flag = "init_weights" if name == "pissa" else name
+            raise ConfigError(f"{flag} needs tuner_type=lora, not {tuner.tuner_type}.")
+    if tuner.init_weights != "true" and not tuner.pissa:
+        raise ConfigError(
+            f"init_weights={tuner.init_weights} is not known. Choose true, pissa or pissa_niter_N with N iterations, such as "
+            "pissa_niter_16."
+        )
+    if tuner.pissa and tuner.adapters:
+        raise ConfigError(
+            "init_weights=pissa starts from the weights, and --adapters from a folder. Leave one of them out."
+        )
+    if tuner.lorap_lr_ratio is not None and tuner.lorap_lr_ratio <= 0:
+        raise ConfigError(
+            f"lorap_lr_ratio={tuner.lorap_lr_ratio} must be above 0; LoRA+ proposes 16 for most models."
+        )
+    if (tuner.quant_bits is None) != (tuner.quant_method is None):
+        raise ConfigError(
+            "quant_method and quant_bits belong together. Give --quant_method bnb --quant_bits 4."
+        )
+    if tuner.quant_bits not in (None, 4):
+        raise ConfigError(f"quant_bits={tuner.quant_bits} is not built. Give 4.")
+    if tuner.quant_bits and case.run.precision.fp8_format != "none":
+        raise ConfigError(
+            "quant_bits=4 leaves no weights for FP8 products. Leave one of quant_bits and fp8_format out."
+        )
+    if len(tuner.adapters) > 1:
+        raise ConfigError(
+            f"adapters={' '.join(tuner.adapters)}: training starts from one adapter. Give one folder."
+        )
+
+
+def _is_expression(name: str, value: str | None) -> None:
+    """Raise ConfigError where the value of a flag is not a regular expression."""
+    try:
+        re.compile(value or "")
+    except re.error as error:
+        raise ConfigError(f"{name}={value} is not a regular expression: {error}.") from None
