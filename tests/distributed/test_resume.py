@@ -53,6 +53,13 @@ RUNS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
         "llama",
         {"tuner": {"tuner_type": "lora", "lora_dropout": 0.0, "quant_method": "bnb", "quant_bits": 4}},
     ),
+    "frozen": (
+        "qwen3",
+        {
+            "model": {"torch_dtype": "bfloat16"},
+            "freeze": {"freeze_parameters_ratio": 0.4, "trainable_parameters": ["model.layers.0.mlp"]},
+        },
+    ),
     "experts": ("qwen2_moe", {}),
     "odd heads": ("llama-odd-heads", {}),
     "hybrid": ("qwen3_5_text", {}),
@@ -87,6 +94,7 @@ CHANGES: dict[str, dict[str, list[str]]] = {
     "lora": {"tp2 sp": ["tp2 sp", "pp2", "dp2 distopt"]},
     "qlora": {"tp2 sp": ["tp2 sp"]},
     "pissa": {"tp2 sp": ["tp2 sp", "pp2"]},
+    "frozen": {"pp2": ["pp2", "tp2 sp", "dp2 distopt"]},
     "odd heads": {"tp2 sp": ["pp2"], "one": ["tp2 sp"]},
     "hybrid": {"tp2 sp": ["tp2 sp", "pp2"]},
     "experts": {"ep2": ["ep2", "dp2 distopt", "tp2 etp2", "pp2"], "one": ["one", "ep2"]},
