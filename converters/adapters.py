@@ -28,6 +28,7 @@ from megaswift.converters.check import SCORE
 from megaswift.converters.export import ExportReport, gather_columns, is_writer, raw_bytes, tensor_rank
 from megaswift.converters.live import TORCH_DTYPES, LiveParameter, live_parameters, rows_of
 from megaswift.converters.load import LoadReport
+from megaswift.converters.lora_targets import adapted_modules
 from megaswift.converters.output_folder import OutputFolder, gathered
 from megaswift.converters.peft_folder import (
     CONFIG_FILE,
@@ -162,11 +163,11 @@ def save_peft(
     live = [one for one in everything if one.adapted_module is not None]
     modules = _agree_on_modules(live, layout, usual=tuner.lora_rank)
     live += [one for one in everything if _is_head(one)]
-    shapes = file_tensors(meta)
+    shapes, chosen = file_tensors(meta), adapted_modules(meta, tuner)
     adapted = {
         tensor: modules.rank_and_blocks(tensors, tuner.lora_rank)
         for name, tensors in fused_modules(meta).items()
-        if name.rpartition(".")[2] in modules.kinds
+        if name.rpartition(".")[2] in modules.kinds and (chosen is None or name in chosen)
         for tensor in tensors
     }
     infos = [
@@ -294,6 +295,9 @@ def _config_json(
     ratio = (
         (lambda r: math.sqrt(r / tuner.lora_rank)) if tuner.use_rslora else (lambda r: r / tuner.lora_rank)
     )
+    targets = {_module(tensor) for tensor in adapted}
+    if tuner.target_regex is None:
+        targets = {name.rpartition(".")[2] for name in targets}
     has_experts = any(".experts." in tensor for tensor in adapted)
     config = {
         "peft_type": "LORA",
@@ -307,7 +311,7 @@ def _config_json(
         "use_dora": tuner.use_dora,
         "rank_pattern": others,
         "alpha_pattern": {module: tuner.lora_alpha * ratio(r) for module, r in others.items()},
-        "target_modules": sorted({_module(tensor).rpartition(".")[2] for tensor in adapted}),
+        "target_modules": sorted(targets),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

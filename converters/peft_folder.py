@@ -91,6 +91,7 @@ class PeftAdapter:
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
             target_modules=sorted(targets),
+            target_regex=None,
         )
 
     def ranks(self, meta: ModelMeta) -> dict[str, int]:

@@ -180,9 +180,8 @@ REFUSED: dict[str, Refused] = {
     ),
     # Tuners
     **_refuse(
-        "choosing LoRA modules by a pattern",
+        "training whole modules beside adapters",
         "List them in --target_modules.",
-        target_regex="none",
         modules_to_save="",
     ),
     **_refuse(

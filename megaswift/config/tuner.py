@@ -21,6 +21,10 @@ class TunerConfig:
         "modules that get an adapter: Hugging Face or Megatron names, or all-linear",
         aliases=("lora_target_modules",),
     )
+    target_regex: str | None = setting(
+        None,
+        "in place of target_modules: modules whose whole name this expression matches, such as model.layers.3.mlp.up_proj",
+    )
     lora_rank: int = setting(8, "rank r of the adapters")
     lora_alpha: int = setting(32, "the update is scaled by alpha / r")
     lora_dropout: float = setting(0.05, "dropout on the adapter's input")

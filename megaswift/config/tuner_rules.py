@@ -37,7 +37,24 @@ def adapters_need_lora(case: Case) -> None:
     tuner = case.run.tuner
     if tuner.tuner_type == "lora" and not tuner.target_modules:
         raise ConfigError("target_modules is empty. Name modules, or all-linear.")
-    for name in ("adapters", "merge_lora", "lorap_lr_ratio", "use_dora", "quant_bits", "pissa"):
+    _is_expression("target_regex", tuner.target_regex)
+    if tuner.target_regex and tuner.target_modules != ["all-linear"]:
+        raise ConfigError(
+            f"target_regex={tuner.target_regex} and target_modules={' '.join(tuner.target_modules)} both name modules. Give one of them."
+        )
+    if tuner.target_regex and tuner.adapters:
+        raise ConfigError(
+            "target_regex does not go with --adapters, whose folder says which modules it adapts. Leave one of them out."
+        )
+    for name in (
+        "adapters",
+        "merge_lora",
+        "lorap_lr_ratio",
+        "use_dora",
+        "quant_bits",
+        "pissa",
+        "target_regex",
+    ):
         if tuner.tuner_type != "lora" and getattr(tuner, name):
             flag = "init_weights" if name == "pissa" else name
             raise ConfigError(f"{flag} needs tuner_type=lora, not {tuner.tuner_type}.")

@@ -8,7 +8,7 @@ Letters: D input size, F output size, R adapter rank.
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,6 +31,7 @@ from megaswift.errors import ConfigError, nearest
 from megaswift.metadata.meta import ModelMeta
 from megaswift.models.add_product import AddProduct
 from megaswift.models.causal_lm import CausalLM
+from megaswift.models.first_gradient import let_gradients_begin
 from megaswift.models.nf4 import whole_weight
 
 COLUMN_PARALLEL = ("linear_qkv", "linear_fc1")
@@ -101,21 +102,24 @@ def apply_lora(
     *,
     seed: int,
     ranks: Mapping[str, int] | None = None,
+    modules: Collection[str] | None = None,
 ) -> None:
     """Freeze the model but for a head of scores, which is new, and give every target linear an adapter with B = 0.
 
-    `ranks` overrides --lora_rank for modules by global name (a PEFT adapter with several A matrices needs a larger one).
+    `modules` are the targets by global name where --target_modules does not name them. `ranks` overrides --lora_rank for modules by global name (a PEFT adapter with several A matrices needs a larger one).
     A depends on the seed and the module's global name alone, so it is the same under every layout.
     """
     _check_adaptable(meta)
     targets = resolve_targets(tuner.target_modules)
     for chunk in chunks:
         chunk.requires_grad_(False)
-        chunk.all_trains = False
+        chunk.all_trains, chunk.layers_alike = False, modules is None
         if chunk.scores and chunk.post_process:
             chunk.output_layer.requires_grad_(True)  # nothing, for embeddings
         with_experts = meta.moe is not None and not meta.moe.only_packed
         for name, module in adapted_linears(chunk, targets, with_experts=with_experts):
+            if modules is not None and name not in modules:
+                continue
             rank = (ranks or {}).get(name, tuner.lora_rank)
             # The scale belongs to the rank the user named; a larger block only holds several adapters of that rank.
             scale = tuner.lora_alpha / (math.sqrt(tuner.lora_rank) if tuner.use_rslora else tuner.lora_rank)
@@ -131,9 +135,8 @@ def apply_lora(
             if tuner.pissa:
                 module.lora_a.keep_start(dim=0)
                 module.lora_b.keep_start(dim=1)
-        if chunk.pre_process and chunk.config.recompute_granularity == "full":
-            # A checkpointed layer whose inputs need no gradient gives its output none: the adapters would not train.
-            chunk.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
+        if chunk.pre_process and chunk.config.recompute_granularity is not None:
+            let_gradients_begin(chunk)
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from megaswift.config.tuner import TunerConfig
 from megaswift.converters.adapters import load_peft, save_peft
 from megaswift.converters.export import ExportReport, export_hf
 from megaswift.converters.load import load_weights
+from megaswift.converters.lora_targets import adapted_modules
 from megaswift.converters.peft_folder import PeftAdapter, read_adapter
 from megaswift.errors import CheckpointError, ConfigError
 from megaswift.launch.join import this_rank
@@ -146,7 +147,8 @@ def _fill(
     adapted = run.tuner.tuner_type == "lora"
     if adapted:
         ranks = adapter.ranks(meta) if adapter else None
-        apply_lora(chunks, run.tuner, meta, seed=run.training.seed, ranks=ranks)
+        modules = adapted_modules(meta, run.tuner)
+        apply_lora(chunks, run.tuner, meta, seed=run.training.seed, ranks=ranks, modules=modules)
     if run.freeze.chooses:
         freeze(chunks, meta, layout, 0, run.freeze)
     if checkpoint is None or not chunks[0].all_trains:

@@ -7,9 +7,11 @@ its query-key pairs, half the square of every document's length, as Megatron-LM 
 norms, activations and the recurrence of linear attention are not counted.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from megaswift.config.tuner import TunerConfig
+from megaswift.converters.lora_targets import adapted_modules
 from megaswift.converters.selection import Elements
 from megaswift.metadata.meta import ModelMeta
 from megaswift.models.lora import resolve_targets
@@ -72,6 +74,7 @@ class Linear:
 def step_cost(meta: ModelMeta, tuner: TunerConfig, *, trained: Elements | None = None) -> StepCost:
     """Return the cost of training `meta` with adapters, or in full; with `trained`, only so much of it."""
     lora = tuner.tuner_type == "lora"
+    modules = adapted_modules(meta, tuner)
     targets = resolve_targets(tuner.target_modules) if lora else ()
     shares = [0.0] * meta.num_layers if lora else _trained_shares(meta, trained)
     lowest = 0 if trained is None else _lowest_trained(meta, trained)
@@ -79,6 +82,8 @@ def step_cost(meta: ModelMeta, tuner: TunerConfig, *, trained: Elements | None =
     for layer, share in enumerate(shares):
         backward = BACKWARD_INPUT if layer >= lowest else 0
         matrix = FORWARD + backward + share * BACKWARD_WEIGHT
+        if modules is not None:
+            targets = _kinds_in(modules, layer)
         for linear in _linears(meta, layer):
             per_token += matrix * linear.inputs * linear.outputs * linear.times
             if linear.name in targets:
@@ -94,6 +99,12 @@ def step_cost(meta: ModelMeta, tuner: TunerConfig, *, trained: Elements | None =
         head -= 0 if lowest < meta.num_layers or trained.final_norm else BACKWARD_INPUT
     per_loss_token = 0 if meta.scores is not None else head * meta.hidden_size * meta.vocab_size
     return StepCost(per_token=round(per_token), per_loss_token=per_loss_token, per_pair=per_pair)
+
+
+def _kinds_in(modules: Collection[str], layer: int) -> tuple[str, ...]:
+    """Return the kinds of a layer's linears that are among `modules`, which are global names."""
+    prefix = f"decoder.layers.{layer}."
+    return tuple({name.rpartition(".")[2] for name in modules if name.startswith(prefix)})
 
 
 def _trained_shares(meta: ModelMeta, trained: Elements | None) -> list[float]:
@@ -136,7 +147,9 @@ def _multiplications_of_a_pair(meta: ModelMeta, layer: int) -> int:
 def _linears(meta: ModelMeta, layer: int) -> list[Linear]:
     if meta.layer_inputs is not None:
         size, hidden = meta.layer_inputs.hidden_size, meta.hidden_size
-        own = Linear(name="input", inputs=hidden, outputs=size, times=3)  # its projection, the gate, and the way back
+        own = Linear(
+            name="input", inputs=hidden, outputs=size, times=3
+        )  # its projection, the gate, and the way back
         return [own, *_linears(replace(meta, layer_inputs=None), layer)]
     if _is_recurrent(meta, layer):
         return [*_recurrence(meta), *_feed_forward(meta, layer)]

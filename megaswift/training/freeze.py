@@ -1,15 +1,13 @@
 """Full training of a part of the model."""
 
 from collections.abc import Sequence
-from typing import Any
-
-import torch
 
 from megaswift.config.freeze import FreezeConfig
 from megaswift.converters.live import live_parameters
 from megaswift.converters.selection import trained_tensors
 from megaswift.metadata.meta import ModelMeta
 from megaswift.models.causal_lm import CausalLM
+from megaswift.models.first_gradient import let_gradients_begin
 from megaswift.parallel.layout import Layout
 
 
@@ -27,27 +25,4 @@ def freeze(
     for chunk in chunks:
         chunk.all_trains = chunk.layers_alike = False
         if chunk.pre_process:
-            _let_gradients_begin(chunk)
-
-
-def _let_gradients_begin(chunk: CausalLM) -> None:
-    """Have the first layer that trains see an input with a gradient, as in full training.
-
-    A recomputed part whose inputs need no gradient gives its output none (megatron/core/tensor_parallel/random.py, 0.16.1,
-    CheckpointFunction), and fused layers may ask their input whether there is anything to compute. Below that layer nothing is
-    kept for a backward pass, unless whole layers are recomputed: their chunks need a gradient from the bottom. Inputs of later
-    pipeline stages always have one.
-    """
-    trained = [
-        layer for layer in chunk.decoder.layers if any(one.requires_grad for one in layer.parameters())
-    ]
-    if trained and chunk.config.recompute_granularity == "full":
-        chunk.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
-    elif trained:
-        trained[0].register_forward_pre_hook(_with_gradient, with_kwargs=True)
-
-
-def _with_gradient(layer: Any, args: Any, kwargs: Any) -> None:
-    if torch.is_grad_enabled():
-        hidden_states = args[0] if args else kwargs["hidden_states"]
-        hidden_states.requires_grad_(True)
+            let_gradients_begin(chunk)

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from megaswift.config.run import RunConfig
 from megaswift.converters.adapters import load_peft
 from megaswift.converters.load import load_weights
+from megaswift.converters.lora_targets import adapted_modules
 from megaswift.converters.peft_folder import PeftAdapter
 from megaswift.metadata.meta import ModelMeta
 from megaswift.models.build import build_model
@@ -42,7 +43,9 @@ def load_model(
         alike(lambda: freeze(chunks, meta, layout, rank, run.freeze))
     if adapted:
         ranks = adapter.ranks(meta) if adapter else None
-        alike(lambda: apply_lora(chunks, run.tuner, meta, seed=run.training.seed, ranks=ranks))
+        modules = alike(lambda: adapted_modules(meta, run.tuner))
+        seed = run.training.seed
+        alike(lambda: apply_lora(chunks, run.tuner, meta, seed=seed, ranks=ranks, modules=modules))
     if not run.model.random_init and (fresh or not chunks[0].all_trains):
         folder = weights or Path(str(meta.folder))
         agree(lambda: load_weights(chunks, meta, layout, rank, folder), group=group)

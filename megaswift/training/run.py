@@ -15,6 +15,7 @@ from megaswift.config.freeze import FreezeConfig
 from megaswift.config.reference import compares, needs_copy
 from megaswift.config.rules import ResolvedRun, resolve
 from megaswift.config.run import RunConfig
+from megaswift.converters.lora_targets import adapted_modules
 from megaswift.converters.peft_folder import read_adapter
 from megaswift.converters.selection import trained_elements
 from megaswift.data.batches import TrainData
@@ -317,9 +318,13 @@ def _resolve(run: RunConfig, platform: Platform) -> tuple[ModelMeta, ResolvedRun
     run = replace(run, precision=replace(precision, fp8_format=fp8))
     resolved = resolve(run, meta, dist.get_world_size(), platform.name)
     meta = trained_model(run, meta)
+    adapted_modules(meta, run.tuner)  # names that the model does not have are found here
     notes = [*resolved.notes, *([note] if note else [])]
     if run.freeze.chooses:
-        trained, everything = trained_elements(meta, run.freeze).total, trained_elements(meta, FreezeConfig()).total
+        trained, everything = (
+            trained_elements(meta, run.freeze).total,
+            trained_elements(meta, FreezeConfig()).total,
+        )
         notes.append(f"{trained:,} of {everything:,} parameters train ({trained / everything:.2%})")
     return meta, replace(resolved, notes=tuple(notes))
 

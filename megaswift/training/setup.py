@@ -250,6 +250,7 @@ def identity_of(run: RunConfig, meta: ModelMeta) -> dict[str, Any]:
         "init_weights": tuner.init_weights,
         "quant_bits": tuner.quant_bits,
         "target_modules": list(resolve_targets(tuner.target_modules)),
+        "target_regex": tuner.target_regex,
     }
     return {
         "model_type": meta.model_type,

@@ -17,6 +17,7 @@ from megaswift.config.tuner import TunerConfig
 from megaswift.converters.adapters import load_peft, save_peft
 from megaswift.converters.export import export_hf
 from megaswift.converters.load import load_weights
+from megaswift.converters.lora_targets import adapted_modules
 from megaswift.converters.peft_folder import read_adapter
 from megaswift.errors import ConfigError, WeightsError
 from megaswift.mcore.process_groups import initialise
@@ -49,7 +50,7 @@ def build(
     initialise(layout, seed=1, timeout_min=2)
     meta = get_model_meta(folder)
     chunks = build_model(meta, RUN, layout, select_platform("cpu"))
-    apply_lora(chunks, tuner, meta, seed=3, ranks=ranks)
+    apply_lora(chunks, tuner, meta, seed=3, ranks=ranks, modules=adapted_modules(meta, tuner))
     load_weights(chunks, meta, layout, rank, folder)
     finish_tuner(chunks, tuner, device=torch.device("cpu"), seed=1, fresh=True)
     return chunks
@@ -201,6 +202,75 @@ def test_adapter_with_a_shared_a_opens_in_peft(tmp_path: Path, name: str, use_rs
     check_equal(tmp_path / "adapter", tmp_path / "again" / "adapter")
 
 
+SOME = r"model\.layers\.(0\.self_attn\.o|[13]\.mlp\.(gate|up))_proj"
+
+
+@pytest.mark.ranks(2)
+def test_an_adapter_of_some_modules_opens_in_peft(tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path / "model")
+    tuner = TunerConfig(tuner_type="lora", lora_rank=3, lora_alpha=7, target_regex=SOME)
+    run_distributed(trained, 2, folder, tmp_path, Layout(world=2, pp=2), tuner)
+    names = {
+        "model.layers.0.self_attn.o_proj",
+        *(f"model.layers.{layer}.mlp.{name}_proj" for layer in (1, 3) for name in ("gate", "up")),
+    }
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in tensors} == names
+    assert (
+        set(json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_modules"]) == names
+    )
+    opened = PeftModel.from_pretrained(base_model(folder), tmp_path / "adapter")
+    assert {name.split(".lora_A")[0] for name, _ in opened.named_modules() if name.endswith("lora_A")} == {
+        f"base_model.model.{name}" for name in names
+    }
+    expected = logits(base_model(tmp_path / "merged"))
+    assert (logits(opened) - expected).abs().max() < TOLERANCE
+    assert (expected - logits(base_model(folder))).abs().max() > 0.01
+    run_distributed(from_peft, 1, folder, tmp_path / "adapter", tmp_path / "again", LAYOUTS["one"])
+    assert (logits(base_model(tmp_path / "again" / "merged")) - expected).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("model", "expression", "message"),
+    [
+        (
+            "llama",
+            r"layers\.0\.mlp\.up_proj",
+            "matches no module of llama; it must match the whole name, such as model.layers.0",
+        ),
+        (
+            "llama",
+            r".*\.q_proj",
+            "matches model.layers.0.self_attn.q_proj without model.layers.0.self_attn.k_proj",
+        ),
+        ("llama", r"lm_head|.*down_proj", "matches lm_head, which can have no adapter"),
+        ("mixtral", r".*layers\.1.*experts\.0\..*", "or they are experts of one layer"),
+    ],
+)
+def test_an_expression_that_names_no_whole_module_is_refused(
+    tmp_path: Path, model: str, expression: str, message: str
+) -> None:
+    meta = get_model_meta(save_tiny(model, tmp_path))
+    with pytest.raises(ConfigError) as refused:
+        adapted_modules(meta, TunerConfig(tuner_type="lora", target_regex=expression))
+    assert message in str(refused.value)
+
+
+def feed_forward_gradients(rank: int, world_size: int, folder: Path) -> list[float]:
+    """Return the largest gradient of each layer's B where the feed-forward part alone has adapters and is recomputed."""
+    tuner = {"tuner_type": "lora", "lora_dropout": 0.0, "target_regex": r".*\.(gate|up)_proj"}
+    recomputed = {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
+    with prepared(folder, Case(name="mlp", settings={"tuner": tuner, "training": recomputed})) as trained:
+        steps(trained, 0, 1)
+        layers = trained.engine.chunks[0].module.decoder.layers
+        return [float(layer.mlp.linear_fc1.lora_b.weight.abs().max()) for layer in layers]
+
+
+def test_adapters_of_recomputed_parts_train_in_the_first_layer_too(tmp_path: Path) -> None:
+    (largest,) = run_distributed(feed_forward_gradients, 1, save_tiny("llama", tmp_path))
+    assert min(largest) > 0
+
+
 def mix(rank: int, world_size: int, folder: Path, adapter_folder: Path, output: Path, layout: Layout) -> None:
     """Load stacked adapters and fill the zero blocks of B, as training does."""
     meta = get_model_meta(folder)
@@ -244,10 +314,13 @@ def test_packed_experts_of_peft_are_read(tmp_path: Path, name: str, layout: str)
 
 
 @pytest.mark.ranks(1)
-@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
-def test_adapters_of_experts_open_in_peft(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "expression"),
+    [("qwen3_moe", None), ("mixtral", None), ("mixtral", r".*layers\.2\..*experts\.\d+\.w[123]")],
+)
+def test_adapters_of_experts_open_in_peft(tmp_path: Path, name: str, expression: str | None) -> None:
     folder = save_tiny(name, tmp_path / "model")
-    tuner = TunerConfig(tuner_type="lora", lora_rank=2, lora_alpha=6)
+    tuner = TunerConfig(tuner_type="lora", lora_rank=2, lora_alpha=6, target_regex=expression)
     run_distributed(trained, 1, folder, tmp_path, LAYOUTS["one"], tuner)
     opened = PeftModel.from_pretrained(base_model(folder), tmp_path / "adapter")
     assert (logits(opened) - logits(base_model(tmp_path / "merged"))).abs().max() < TOLERANCE

@@ -48,6 +48,13 @@ RUNS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
             "optimizer": {"lr": 1e-2},
         },
     ),
+    "some layers": (
+        "llama",
+        {
+            "tuner": {"tuner_type": "lora", "lora_dropout": 0.0, "target_regex": r".*\.[23]\.mlp\.down_proj"},
+            "optimizer": {"lr": 1e-2},
+        },
+    ),
     "pissa": ("llama", {"tuner": {"tuner_type": "lora", "lora_dropout": 0.0, "init_weights": "pissa"}}),
     "qlora": (
         "llama",
@@ -55,10 +62,7 @@ RUNS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     ),
     "frozen": (
         "qwen3",
-        {
-            "model": {"torch_dtype": "bfloat16"},
-            "freeze": {"freeze_parameters_ratio": 0.4, "trainable_parameters": ["model.layers.0.mlp"]},
-        },
+        {"freeze": {"freeze_parameters_ratio": 0.4, "trainable_parameters": ["model.layers.0.mlp"]}},
     ),
     "experts": ("qwen2_moe", {}),
     "odd heads": ("llama-odd-heads", {}),
@@ -92,6 +96,7 @@ CHANGES: dict[str, dict[str, list[str]]] = {
     "q-galore": {"ep2": ["ep2"]},
     "sgd": {"dp2": ["dp2", "tp2 sp"]},
     "lora": {"tp2 sp": ["tp2 sp", "pp2", "dp2 distopt"]},
+    "some layers": {"pp2": ["pp2", "tp2 sp"]},
     "qlora": {"tp2 sp": ["tp2 sp"]},
     "pissa": {"tp2 sp": ["tp2 sp", "pp2"]},
     "frozen": {"pp2": ["pp2", "tp2 sp", "dp2 distopt"]},

@@ -24,6 +24,7 @@ from megaswift.config.rules import resolve
 from megaswift.config.run import RunConfig
 from megaswift.converters.export import export_hf
 from megaswift.converters.load import load_weights
+from megaswift.converters.lora_targets import adapted_modules
 from megaswift.data.batches import BatchSettings, MicroBatch, TrainData
 from megaswift.data.encode import EncodedSet
 from megaswift.data.mismatched import mismatched_answers
@@ -174,7 +175,8 @@ def _prepare(folder: Path, case: Case, encoded: EncodedSet | None) -> Trained:
     process_groups.nest_context(layout, timeout_min=3)
     chunks = build_model(meta, run, layout, platform)
     if run.tuner.tuner_type == "lora":
-        apply_lora(chunks, run.tuner, meta, seed=run.training.seed)
+        modules = adapted_modules(meta, run.tuner)
+        apply_lora(chunks, run.tuner, meta, seed=run.training.seed, modules=modules)
     if run.freeze.chooses:
         freeze(chunks, meta, layout, dist.get_rank(), run.freeze)
     load_weights(chunks, meta, layout, dist.get_rank(), folder)

@@ -12,6 +12,7 @@ from megaswift.config import (
     preference_rules,
     report_rules,
     training_rules,
+    tuner_rules,
 )
 from megaswift.config.dump import dump_run
 from megaswift.config.parse import parse_run
@@ -155,6 +156,15 @@ def resolved(
         ("--tuner_type lora --lorap_lr_ratio 0", dense(), 1, "lorap_lr_ratio=0.0 must be above 0"),
         ("--tuner_type lora --adapters a b", dense(), 1, "training starts from one adapter"),
         ("--tuner_type lora --target_modules", dense(), 1, "target_modules is empty"),
+        ("--tuner_type lora --freeze_parameters_ratio 0.5", dense(), 1, "freeze_parameters_ratio needs tuner_type=full, not lora"),
+        ("--tuner_type lora --trainable_parameters lm_head", dense(), 1, "trainable_parameters needs tuner_type=full"),
+        ("--freeze_parameters_ratio 1.5", dense(), 1, "freeze_parameters_ratio=1.5 is not a share"),
+        ("--freeze_parameters_regex (", dense(), 1, "freeze_parameters_regex=( is not a regular expression"),
+        ("--trainable_parameters lm_head", dense(), 1, "Add --freeze_parameters_ratio 1 to train these alone"),
+        ("--target_regex a", dense(), 1, "target_regex needs tuner_type=lora"),
+        ("--tuner_type lora --target_regex [", dense(), 1, "target_regex=[ is not a regular expression"),
+        ("--tuner_type lora --target_regex a --target_modules q_proj", dense(), 1, "both name modules. Give one of them"),
+        ("--tuner_type lora --target_regex a --adapters b", dense(), 1, "target_regex does not go with --adapters"),
         ("--early_stop_interval 3", dense(), 1, "early_stop_interval=3 needs validations"),
         ("--early_stop_interval 0 --val_dataset v.jsonl", dense(), 1, "early_stop_interval=0 is too small"),
         ("--report_to wandbb", dense(), 1, "report_to=wandbb is not known. Choose from tensorboard, wandb, swanlab and none"),
@@ -215,12 +225,22 @@ def test_a_model_and_rows_must_be_named() -> None:
 def test_adapters_do_not_start_from_random_weights() -> None:
     with pytest.raises(ConfigError, match="needs tuner_type=full"):
         resolved("--random_init --tuner_type lora", dense(), task="pt")
+    with pytest.raises(ConfigError, match="leaves nothing worth freezing"):
+        resolved("--random_init --freeze_parameters model.norm", dense(), task="pt")
 
 
 def test_every_rule_is_applied() -> None:
     applied = {*RULES, *REQUEST_RULES}
-    modules = (context_rules, layout_rules, precision_rules, preference_rules, report_rules, training_rules)
-    for module in modules:
+    rules = (
+        context_rules,
+        layout_rules,
+        precision_rules,
+        preference_rules,
+        report_rules,
+        training_rules,
+        tuner_rules,
+    )
+    for module in rules:
         for name, rule in vars(module).items():
             if callable(rule) and rule.__module__ == module.__name__ and not name.startswith("_"):
                 assert rule in applied, name
