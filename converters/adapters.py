@@ -9,7 +9,7 @@ a pair of its own:
 - An adapter that started from the weights is B A - B_0 A_0 (models/pissa.py): a pair of twice the rank, for the same base.
 
 B is cut over ranks like the rows of the weight, A like its columns; the plan of the weight says where.
-A head of scores trains whole, and lies whole in the folder (modules_to_save).
+Modules that train whole, such as a head of scores, lie whole in the folder (modules_to_save).
 """
 
 import json
@@ -24,15 +24,21 @@ from typing import Any
 import torch
 
 from megaswift.config.tuner import TunerConfig
-from megaswift.converters.check import SCORE
-from megaswift.converters.export import ExportReport, gather_columns, is_writer, raw_bytes, tensor_rank
-from megaswift.converters.live import TORCH_DTYPES, LiveParameter, live_parameters, rows_of
+from megaswift.converters.export import (
+    ExportReport,
+    file_rows,
+    gather_columns,
+    is_writer,
+    raw_bytes,
+    tensor_rank,
+)
+from megaswift.converters.live import TORCH_DTYPES, LiveParameter, as_matrix, live_parameters, rows_of
 from megaswift.converters.load import LoadReport
-from megaswift.converters.lora_targets import adapted_modules
+from megaswift.converters.lora_targets import adapted_modules, whole_tensors
 from megaswift.converters.output_folder import OutputFolder, gathered
 from megaswift.converters.peft_folder import (
     CONFIG_FILE,
-    HEAD,
+    PREFIX,
     WEIGHTS_FILE,
     LowRank,
     PeftAdapter,
@@ -41,7 +47,8 @@ from megaswift.converters.peft_folder import (
     magnitude_name,
     share_a,
 )
-from megaswift.converters.plan import file_tensors
+from megaswift.converters.plan import Piece, file_tensors
+from megaswift.converters.selection import output_twin
 from megaswift.converters.shards import RowWriter, plan_files
 from megaswift.converters.table import Shard
 from megaswift.converters.tensor_files import DTYPE_NAMES, Bits, TensorInfo
@@ -53,7 +60,7 @@ from megaswift.parallel.layout import Coordinates, Layout, coordinates
 def load_peft(
     chunks: Sequence[torch.nn.Module], meta: ModelMeta, layout: Layout, rank: int, adapter: PeftAdapter
 ) -> LoadReport:
-    """Fill the LoRA parameters of this rank's chunks, and their head; a weight that the folder does not adapt gets B = 0.
+    """Fill the LoRA parameters of this rank's chunks, and what the folder has whole; a weight that the folder does not adapt gets B = 0.
 
     The modules must have been made with the settings of `adapter.adopt` and the ranks of `adapter.ranks`. No rank talks
     to another. Raises WeightsError where a module has no adapter, or one of another rank.
@@ -61,10 +68,10 @@ def load_peft(
     started = time.monotonic()
     bytes_read, tensors = 0, 0
     for parameter in live_parameters(chunks, meta, layout, rank=rank):
-        if adapter.head is not None and _is_head(parameter):
-            parameter.weight.copy_(_tensor(adapter.head.values, adapter.head.dtype))
-            bytes_read, tensors = bytes_read + adapter.head.values.nbytes, tensors + 1
-            continue
+        for piece in parameter.planned.pieces:
+            if (whole := adapter.whole.get(piece.tensor)) is not None:
+                _replace(parameter, piece, _tensor(whole.values, whole.dtype))
+                bytes_read, tensors = bytes_read + whole.values.nbytes, tensors + 1
         pairs = [adapter.pairs.get(tensor) for tensor in parameter.planned.tensors]
         present = [pair for pair in pairs if pair]
         if present and parameter.adapted_module is None:
@@ -77,6 +84,15 @@ def load_peft(
             bytes_read += sum(pair.a.nbytes + pair.b.nbytes for pair in present)
             tensors += 2 * len(present)
     return LoadReport(bytes_read=bytes_read, tensors=tensors, seconds=time.monotonic() - started)
+
+
+@torch.no_grad()
+def _replace(parameter: LiveParameter, piece: Piece, in_file_NC: torch.Tensor) -> None:
+    """Take what this rank holds of a whole tensor of the file."""
+    first, end = piece.cols
+    target = rows_of(as_matrix(parameter.weight)[:, : end - first], piece.into)
+    target.copy_(rows_of(in_file_NC[:, first:end], piece.rows).reshape(target.shape))
+    parameter.settle()
 
 
 @torch.no_grad()
@@ -152,7 +168,7 @@ def save_peft(
     dtype: str,
     base_model: str | None = None,
 ) -> ExportReport:
-    """Write the adapters and their head as a PEFT folder that appears complete or not at all; every rank of the world calls it.
+    """Write the adapters, and what trains whole beside them, as a PEFT folder that appears complete or not at all; every rank of the world calls it.
 
     `dtype` is the name of the dtype in the file, `base_model` the id or folder that peft is told. Raises WeightsError on
     every rank when any rank cannot write.
@@ -162,7 +178,8 @@ def save_peft(
     everything = live_parameters(chunks, meta, layout, rank=rank)
     live = [one for one in everything if one.adapted_module is not None]
     modules = _agree_on_modules(live, layout, usual=tuner.lora_rank)
-    live += [one for one in everything if _is_head(one)]
+    whole = whole_tensors(meta, tuner)
+    live += [one for one in everything if one.planned.tensors[0] in whole]
     shapes, chosen = file_tensors(meta), adapted_modules(meta, tuner)
     adapted = {
         tensor: modules.rank_and_blocks(tensors, tuner.lora_rank)
@@ -188,10 +205,12 @@ def save_peft(
             )
             for tensor in adapted
         ]
-    if SCORE in shapes:
-        infos.append(
-            TensorInfo(name=HEAD, dtype=DTYPE_NAMES[dtype], shape=shapes[SCORE], file=folder.growing, begin=0)
-        )
+    names = {tensor: _names_in_folder(tensor, meta) for tensor in shapes if tensor in whole}
+    infos += [
+        TensorInfo(name=name, dtype=DTYPE_NAMES[dtype], shape=shapes[tensor], file=folder.growing, begin=0)
+        for tensor, both in names.items()
+        for name in both
+    ]
     files = plan_files(
         infos, folder.growing, max_bytes=sum(info.num_bytes for info in infos), single=WEIGHTS_FILE
     )
@@ -201,14 +220,14 @@ def save_peft(
     at = coordinates(layout, rank)
     for ordinal, parameter in enumerate(live):
         if is_writer(parameter.planned, ordinal, layout, at):
-            r, blocks = adapted.get(parameter.planned.tensors[0], (0, False))
-            for name, rows, first_row in _file_rows(parameter, layout, at, rank=r, blocks=blocks):
+            for name, rows, first_row in _rows_in_folder(parameter, layout, at, adapted, names):
                 slot = writer.slot(name)
                 data = raw_bytes(rows[..., : slot.cols], slot.dtype)
                 folder.attempt(partial(writer.write, name, data, first_row=first_row))
     folder.attempt(writer.close)
     base = base_model or str(meta.folder)
-    text = _config_json(adapted, tuner, base_model=base, scores=bool(meta.scores))
+    saved = {_module(name.removeprefix(PREFIX)) for both in names.values() for name in both}
+    text = _config_json(adapted, tuner, base_model=base, scores=bool(meta.scores), saved=saved)
     folder.publish(lambda path: (path / CONFIG_FILE).write_text(text, encoding="utf-8"))
     return ExportReport(
         folder=folder.output, bytes_written=writer.bytes_written, seconds=time.monotonic() - started
@@ -247,16 +266,36 @@ def _is_mixed(parameter: LiveParameter, usual: int) -> bool:
     return False
 
 
-def _file_rows(
+def _names_in_folder(tensor: str, meta: ModelMeta) -> list[str]:
+    """Return the names of a tensor that trains whole: both of a tied matrix, which peft would part otherwise."""
+    twin = output_twin(meta)
+    both = twin if twin is not None and tensor in twin else (tensor,)
+    return [PREFIX + name for name in both]
+
+
+def _rows_in_folder(
+    parameter: LiveParameter,
+    layout: Layout,
+    at: Coordinates,
+    adapted: Mapping[str, tuple[int, bool]],
+    names: Mapping[str, list[str]],
+) -> Iterator[tuple[str, torch.Tensor, int]]:
+    """Yield (tensor, rows, first row) of what this rank writes of one parameter; every rank of its tp group calls it."""
+    if parameter.adapted_module is not None:
+        rank, blocks = adapted[parameter.planned.tensors[0]]
+        yield from _adapter_rows(parameter, layout, at, rank=rank, blocks=blocks)
+        return
+    for tensor, rows, first_row in file_rows(parameter.weight, parameter.planned, layout, at):
+        yield from ((name, rows, first_row) for name in names[tensor])
+
+
+def _adapter_rows(
     parameter: LiveParameter, layout: Layout, at: Coordinates, *, rank: int, blocks: bool
 ) -> Iterator[tuple[str, torch.Tensor, int]]:
     """Yield (tensor, rows, first row) of what this rank writes of one module; every rank of its tp group calls it."""
     planned, module = parameter.planned, parameter.adapted_module
+    assert module is not None, f"{planned.name} has no adapter"
     is_first = tensor_rank(planned, layout, at)[0] == 0
-    if module is None:  # the head
-        if is_first:
-            yield HEAD, parameter.weight, 0
-        return
     a_RD, b_FR = module.lora_a().detach(), module.lora_b().detach()
     magnitude_F1 = None if module.lora_magnitude is None else module.lora_magnitude.weight.data[:, None]
     if planned.shard is Shard.DIM1:
@@ -279,16 +318,17 @@ def _file_rows(
                         yield magnitude_name(_module(tensor)), rows_of(magnitude_F1, piece.into), first
 
 
-def _is_head(parameter: LiveParameter) -> bool:
-    return parameter.planned.tensors == (SCORE,)
-
-
 def _module(tensor: str) -> str:
-    return tensor.removesuffix(".weight")
+    return tensor.removesuffix(".weight").removesuffix(".bias")
 
 
 def _config_json(
-    adapted: Mapping[str, tuple[int, bool]], tuner: TunerConfig, *, base_model: str, scores: bool
+    adapted: Mapping[str, tuple[int, bool]],
+    tuner: TunerConfig,
+    *,
+    base_model: str,
+    scores: bool,
+    saved: set[str],
 ) -> str:
     """Return the text of adapter_config.json; a pair of another rank keeps the scale by an alpha of its own."""
     others = {_module(tensor): r for tensor, (r, _) in adapted.items() if r != tuner.lora_rank}
@@ -316,6 +356,6 @@ def _config_json(
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "modules_to_save": [_module(SCORE)] if scores else None,
+        "modules_to_save": sorted(saved) or None,
     }
     return json.dumps(config, indent=2) + "\n"

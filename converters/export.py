@@ -88,7 +88,7 @@ def export_hf(
     for ordinal, parameter in enumerate(live):
         if is_writer(parameter.planned, ordinal, layout, at):
             weight = merged_weight(parameter) if merge_lora else parameter.weight
-            for name, rows, first_row in _file_rows(weight, parameter.planned, layout, at):
+            for name, rows, first_row in file_rows(weight, parameter.planned, layout, at):
                 if name in fp8:
                     folder.attempt(partial(_write_fp8, writer, name, rows))
                     continue
@@ -136,7 +136,7 @@ def is_writer(planned: Parameter, ordinal: int, layout: Layout, at: Coordinates)
     return at.dp * layout.cp + at.cp == ordinal % (layout.dp * layout.cp)
 
 
-def _file_rows(
+def file_rows(
     weight: torch.Tensor, planned: Parameter, layout: Layout, at: Coordinates
 ) -> list[tuple[str, torch.Tensor, int]]:
     """Return (tensor, its rows [runs, width, C], first row) of what this rank writes; every rank of its tp group calls it."""

@@ -3,10 +3,32 @@
 import re
 
 from megaswift.config.tuner import TunerConfig
+from megaswift.converters.check import SCORE
 from megaswift.converters.peft_folder import fused_modules
-from megaswift.converters.selection import units_of
+from megaswift.converters.selection import saved_tensors, units_of
 from megaswift.errors import ConfigError, listing
 from megaswift.metadata.meta import ModelMeta
+
+
+def whole_tensors(meta: ModelMeta, tuner: TunerConfig) -> frozenset[str]:
+    """Return the tensors of the file that train whole beside adapters: those of --modules_to_save, and a head of scores.
+
+    Raises ConfigError as saved_tensors() does, and where a module has an adapter as well.
+    """
+    head = frozenset({SCORE} if meta.scores else ())
+    if not tuner.modules_to_save:
+        return head
+    saved, chosen = saved_tensors(meta, tuner.modules_to_save), adapted_modules(meta, tuner)
+    targets = set(tuner.target_modules)
+    for linear, tensors in fused_modules(meta).items():
+        kinds = {name.removesuffix(".weight").rpartition(".")[2] for name in (linear, *tensors)}
+        adapted = bool(targets & {*kinds, "all-linear"}) if chosen is None else linear in chosen
+        if adapted and saved & set(tensors):
+            raise ConfigError(
+                f"modules_to_save has {listing(tensors)}, which get an adapter too. Take them out of modules_to_save or of "
+                "target_modules."
+            )
+    return saved | head
 
 
 def adapted_modules(meta: ModelMeta, tuner: TunerConfig) -> frozenset[str] | None:

@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ import numpy as np
 
 from megaswift.config.tuner import TunerConfig
 from megaswift.converters.check import SCORE
-from megaswift.converters.plan import Parameter, plan_chunk
+from megaswift.converters.plan import Parameter, file_tensors, plan_chunk
+from megaswift.converters.selection import output_twin, units_of
 from megaswift.converters.tensor_files import Bits, TensorReader, read_header
 from megaswift.errors import WeightsError, listing
 from megaswift.metadata.meta import ModelMeta
@@ -26,7 +27,6 @@ from megaswift.parallel.layout import Layout, coordinates
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every tensor: the model inside a PeftModel
-HEAD = PREFIX + SCORE  # a module of modules_to_save: the whole tensor
 
 LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
@@ -36,7 +36,6 @@ _REQUIRED: dict[str, tuple[Any, ...]] = {
     "bias": ("none", None),
     "fan_in_fan_out": (False, None),
     "lora_bias": (False, None),
-    "modules_to_save": (None, []),
     "trainable_token_indices": (None, []),
     "layer_replication": (None, []),
     "alora_invocation_tokens": (None, []),
@@ -75,7 +74,9 @@ class PeftAdapter:
     use_dora: bool
     dropout: float
     pairs: Mapping[str, LowRank]  # by tensor of the base model's file
-    head: "Whole | None" = None  # of a model that scores, in place of the base model's
+    whole: Mapping[str, Whole] = field(
+        default_factory=dict
+    )  # in place of the base model's, by tensor of its file
 
     def adopt(self, tuner: TunerConfig, meta: ModelMeta) -> TunerConfig:
         """Return the settings that make modules for this adapter: its rank, scale and targets."""
@@ -92,7 +93,13 @@ class PeftAdapter:
             use_dora=self.use_dora,
             target_modules=sorted(targets),
             target_regex=None,
+            modules_to_save=sorted({*tuner.modules_to_save, *self._modules_to_save(meta)}),
         )
+
+    def _modules_to_save(self, meta: ModelMeta) -> set[str]:
+        """Return the modules that train whole: with a part of a Megatron parameter its other parts do."""
+        whole = [unit for unit in units_of(meta) if set(unit.tensors) & set(self.whole)]
+        return {tensor.rpartition(".")[0] for unit in whole for tensor in unit.tensors if tensor != SCORE}
 
     def ranks(self, meta: ModelMeta) -> dict[str, int]:
         """Return the rank of every Megatron module that needs another than `rank`, by global name.
@@ -137,7 +144,7 @@ def read_adapter(folder: Path | str, meta: ModelMeta) -> PeftAdapter:
     Raises WeightsError where the folder is incomplete, or has settings or tensors that no Megatron module can hold.
     """
     folder = Path(folder)
-    config = _read_config(folder, scores=bool(meta.scores))
+    config = _read_config(folder)
     if not (folder / WEIGHTS_FILE).is_file():
         raise WeightsError(f"{folder} has no {WEIGHTS_FILE}. Save the adapter with safe_serialization=True.")
     reader = TensorReader(read_header(folder / WEIGHTS_FILE))
@@ -164,15 +171,8 @@ def read_adapter(folder: Path | str, meta: ModelMeta) -> PeftAdapter:
                         f"The adapter {folder} has A {list(a.shape)} and B {list(b.shape)} for {piece.tensor}, which is "
                         f"[{rows}, {piece.cols[1]}]. It belongs to another model."
                     )
-    head = None
-    if meta.scores and HEAD in reader.tensors:
-        head = Whole(values=reader.matrix(HEAD), dtype=reader.tensors[HEAD].dtype)
-        used.add(HEAD)
-        if head.values.shape != (meta.scores, meta.hidden_size):
-            raise WeightsError(
-                f"The adapter {folder} has a head {list(head.values.shape)}, and the model's is "
-                f"[{meta.scores}, {meta.hidden_size}]. Give the num_labels that it was trained with."
-            )
+    whole = _whole_tensors(reader, folder, meta)
+    used.update(PREFIX + tensor for tensor in whole)
     if left := sorted(set(reader.tensors) - used):
         raise WeightsError(
             f"The adapter {folder} changes weights that no Megatron adapter can change: {listing(left)}. "
@@ -186,8 +186,33 @@ def read_adapter(folder: Path | str, meta: ModelMeta) -> PeftAdapter:
         use_dora=bool(config.get("use_dora")),
         dropout=float(config.get("lora_dropout") or 0.0),
         pairs=pairs,
-        head=head,
+        whole=whole,
     )
+
+
+def _whole_tensors(reader: TensorReader, folder: Path, meta: ModelMeta) -> dict[str, Whole]:
+    """Return the tensors that take the place of the base model's: modules_to_save, or a head of scores."""
+    shapes, twin = file_tensors(meta), output_twin(meta)
+    if twin is not None:
+        shapes[twin[1]] = shapes[twin[0]]
+    whole = {}
+    for tensor, shape in shapes.items():
+        if (name := PREFIX + tensor) not in reader.tensors:
+            continue
+        whole[tensor] = Whole(values=reader.matrix(name), dtype=reader.tensors[name].dtype)
+        if reader.tensors[name].shape != shape:
+            labels = "Give the num_labels that it was trained with."
+            raise WeightsError(
+                f"The adapter {folder} has {tensor} {list(reader.tensors[name].shape)}, and the model's is {list(shape)}. "
+                f"{labels if tensor == SCORE else 'It belongs to another model.'}"
+            )
+    if twin is not None and set(twin) & whole.keys():
+        if set(twin) - whole.keys() or not np.array_equal(whole[twin[0]].values, whole[twin[1]].values):
+            raise WeightsError(
+                f"The adapter {folder} trains {twin[0]} and {twin[1]} apart, and they are one matrix in the model. "
+                "Merge it into the model with peft (merge_and_unload) and train from the merged model."
+            )
+    return whole
 
 
 _Found = tuple[
@@ -245,7 +270,7 @@ def _scale(config: Mapping[str, Any], module: str, *, rank: int) -> float:
     return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
-def _read_config(folder: Path, *, scores: bool) -> dict[str, Any]:
+def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     try:
         config = dict(json.loads(path.read_text(encoding="utf-8")))
@@ -256,9 +281,6 @@ def _read_config(folder: Path, *, scores: bool) -> dict[str, Any]:
         ) from None
     if rank < 1 or alpha != int(alpha):
         raise WeightsError(f"r={rank} and lora_alpha={alpha} in {path} must be whole numbers, r at least 1.")
-    if scores:  # peft names both modules that a head may be, whichever the model has
-        others = set(config.get("modules_to_save") or ()) - {"score", "classifier"}
-        config["modules_to_save"] = sorted(others)
     for key, allowed in _REQUIRED.items():
         if key in config and config[key] not in allowed:
             raise WeightsError(

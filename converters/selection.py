@@ -7,7 +7,7 @@ in it.
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -159,10 +159,7 @@ def _patterns(chosen: FreezeConfig, flag: str) -> Iterator[tuple[str, re.Pattern
 
 def _matching(units: list[Unit], meta: ModelMeta, asked: str, pattern: re.Pattern[str]) -> set[str]:
     """Return the tensors whose name matches, or else those of the Megatron parameters whose name does."""
-    names = {tensor: tensor for unit in units for tensor in unit.tensors}
-    if meta.tied_embeddings and meta.scores is None:  # one matrix, under either name
-        files = {row.megatron: row.file for row in table_for(meta).rows}
-        names[files[TIED_OUTPUT]] = next(unit.tensors[0] for unit in units if unit.name == EMBEDDING)
+    names = _names(units, meta)
     found = {tensor for name, tensor in names.items() if pattern.search(name)}
     found = found or {tensor for unit in units if pattern.search(unit.name) for tensor in unit.tensors}
     if not found:
@@ -173,6 +170,62 @@ def _matching(units: list[Unit], meta: ModelMeta, asked: str, pattern: re.Patter
             f"as {units[0].tensors[0]} and {units[1].tensors[0]}."
         )
     return found
+
+
+def _names(units: list[Unit], meta: ModelMeta) -> dict[str, str]:
+    """Return name -> tensor of the file; a tied matrix has the output layer's name too."""
+    names = {tensor: tensor for unit in units for tensor in unit.tensors}
+    twin = output_twin(meta)
+    return names if twin is None else {**names, twin[1]: twin[0]}
+
+
+def output_twin(meta: ModelMeta) -> tuple[str, str] | None:
+    """Return the name of a matrix that is the embedding and the output layer, and its other name; None where there is none."""
+    if not meta.tied_embeddings or meta.scores is not None:
+        return None
+    files = {row.megatron: row.file for row in table_for(meta).rows}
+    return files[EMBEDDING], files[TIED_OUTPUT]
+
+
+def saved_tensors(meta: ModelMeta, modules: Collection[str]) -> frozenset[str]:
+    """Return the tensors of the file that are in `modules`, as peft finds those of modules_to_save: by the end of a module's name.
+
+    A module is one of another that has it (peft 0.21, utils/other.py, _set_trainable). Raises ConfigError for a name that nothing
+    ends in, for routers and experts, and for a part of a Megatron parameter.
+    """
+    units, found = units_of(meta), set[str]()
+    names = _names(units, meta)
+    for module in modules:
+        there = {
+            tensor
+            for name, tensor in names.items()
+            if any(one.endswith(module) for one in _modules_above(name))
+        }
+        if not there:
+            known = {one.rpartition(".")[2] for name in names for one in _modules_above(name)}
+            raise ConfigError(
+                f"modules_to_save={module} is no module of {meta.model_type}.{nearest(module, known)}"
+            )
+        found |= there
+    for unit in units:
+        present = [tensor for tensor in unit.tensors if tensor in found]
+        if present and unit.place in (Place.MOE, Place.EXPERT):
+            raise ConfigError(
+                f"modules_to_save is not built for {listing(present)}: transformers packs experts under other names. Leave them out."
+            )
+        if present and len(present) < len(unit.tensors):
+            rest = [tensor for tensor in unit.tensors if tensor not in found]
+            raise ConfigError(
+                f"modules_to_save has {listing(present)} without {listing(rest)}: Megatron keeps them in one matrix ({unit.name}). "
+                "Name all of them, or none."
+            )
+    return frozenset(found)
+
+
+def _modules_above(tensor: str) -> list[str]:
+    """Return the names of the modules that a tensor is in: a, a.b and a.b.c of a.b.c.weight."""
+    parts = tensor.split(".")[:-1]
+    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
 
 
 def _check_whole(unit: Unit, frozen: set[str]) -> None:

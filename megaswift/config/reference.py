@@ -17,10 +17,14 @@ def distils(run: RunConfig) -> bool:
 
 
 def needs_copy(run: RunConfig) -> bool:
-    """Whether a frozen model stands beside the trained one; an adapted model without its adapters is its own reference."""
+    """Whether a frozen model stands beside the trained one; an adapted model without its adapters is its own reference.
+
+    That holds as long as nothing but the adapters trains.
+    """
     settings = run.preference
     if distils(run):
         return settings.teacher_model is not None  # else it is behind HTTP
     if not compares(run) or settings.precompute_ref_log_probs:
         return False
-    return run.tuner.tuner_type == "full" or settings.ref_model is not None or bool(settings.ref_adapters)
+    changes = run.tuner.tuner_type == "full" or bool(run.tuner.modules_to_save)
+    return changes or settings.ref_model is not None or bool(settings.ref_adapters)

@@ -180,11 +180,6 @@ REFUSED: dict[str, Refused] = {
     ),
     # Tuners
     **_refuse(
-        "training whole modules beside adapters",
-        "List them in --target_modules.",
-        modules_to_save="",
-    ),
-    **_refuse(
         "this variant of LoRA",
         lora_bias="none",
         lora_dtype="none",

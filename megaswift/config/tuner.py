@@ -25,6 +25,11 @@ class TunerConfig:
         None,
         "in place of target_modules: modules whose whole name this expression matches, such as model.layers.3.mlp.up_proj",
     )
+    modules_to_save: list[str] = setting(
+        [],
+        "modules that train whole beside the adapters and lie whole in their folder, by the end of their name, such as "
+        "embed_tokens lm_head",
+    )
     lora_rank: int = setting(8, "rank r of the adapters")
     lora_alpha: int = setting(32, "the update is scaled by alpha / r")
     lora_dropout: float = setting(0.05, "dropout on the adapter's input")

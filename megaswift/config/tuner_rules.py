@@ -54,6 +54,7 @@ def adapters_need_lora(case: Case) -> None:
         "quant_bits",
         "pissa",
         "target_regex",
+        "modules_to_save",
     ):
         if tuner.tuner_type != "lora" and getattr(tuner, name):
             flag = "init_weights" if name == "pissa" else name

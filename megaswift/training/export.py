@@ -36,7 +36,7 @@ from megaswift.models.tuner import finish_tuner
 from megaswift.parallel.layout import Layout
 from megaswift.platforms.platform import init_distributed, select_platform
 from megaswift.tasks.catalogue import trained_model
-from megaswift.training.freeze import freeze
+from megaswift.training.freeze import freeze, open_modules
 
 logger = get_logger(__name__)
 
@@ -149,6 +149,8 @@ def _fill(
         ranks = adapter.ranks(meta) if adapter else None
         modules = adapted_modules(meta, run.tuner)
         apply_lora(chunks, run.tuner, meta, seed=run.training.seed, ranks=ranks, modules=modules)
+        if run.tuner.modules_to_save:
+            open_modules(chunks, meta, layout, 0, run.tuner)
     if run.freeze.chooses:
         freeze(chunks, meta, layout, 0, run.freeze)
     if checkpoint is None or not chunks[0].all_trains:

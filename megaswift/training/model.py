@@ -17,7 +17,7 @@ from megaswift.models.tuner import finish_tuner
 from megaswift.parallel.agreement import agree, alike
 from megaswift.parallel.layout import Layout
 from megaswift.platforms.platform import Platform
-from megaswift.training.freeze import freeze
+from megaswift.training.freeze import freeze, open_modules
 
 
 def load_model(
@@ -46,6 +46,8 @@ def load_model(
         modules = alike(lambda: adapted_modules(meta, run.tuner))
         seed = run.training.seed
         alike(lambda: apply_lora(chunks, run.tuner, meta, seed=seed, ranks=ranks, modules=modules))
+        if run.tuner.modules_to_save:
+            alike(lambda: open_modules(chunks, meta, layout, rank, run.tuner))
     if not run.model.random_init and (fresh or not chunks[0].all_trains):
         folder = weights or Path(str(meta.folder))
         agree(lambda: load_weights(chunks, meta, layout, rank, folder), group=group)

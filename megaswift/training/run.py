@@ -15,7 +15,7 @@ from megaswift.config.freeze import FreezeConfig
 from megaswift.config.reference import compares, needs_copy
 from megaswift.config.rules import ResolvedRun, resolve
 from megaswift.config.run import RunConfig
-from megaswift.converters.lora_targets import adapted_modules
+from megaswift.converters.lora_targets import adapted_modules, whole_tensors
 from megaswift.converters.peft_folder import read_adapter
 from megaswift.converters.selection import trained_elements
 from megaswift.data.batches import TrainData
@@ -319,6 +319,7 @@ def _resolve(run: RunConfig, platform: Platform) -> tuple[ModelMeta, ResolvedRun
     resolved = resolve(run, meta, dist.get_world_size(), platform.name)
     meta = trained_model(run, meta)
     adapted_modules(meta, run.tuner)  # names that the model does not have are found here
+    whole_tensors(meta, run.tuner)
     notes = [*resolved.notes, *([note] if note else [])]
     if run.freeze.chooses:
         trained, everything = (

@@ -251,6 +251,7 @@ def identity_of(run: RunConfig, meta: ModelMeta) -> dict[str, Any]:
         "quant_bits": tuner.quant_bits,
         "target_modules": list(resolve_targets(tuner.target_modules)),
         "target_regex": tuner.target_regex,
+        "modules_to_save": tuner.modules_to_save,
     }
     return {
         "model_type": meta.model_type,

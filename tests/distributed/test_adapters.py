@@ -17,7 +17,7 @@ from megaswift.config.tuner import TunerConfig
 from megaswift.converters.adapters import load_peft, save_peft
 from megaswift.converters.export import export_hf
 from megaswift.converters.load import load_weights
-from megaswift.converters.lora_targets import adapted_modules
+from megaswift.converters.lora_targets import adapted_modules, whole_tensors
 from megaswift.converters.peft_folder import read_adapter
 from megaswift.errors import ConfigError, WeightsError
 from megaswift.mcore.process_groups import initialise
@@ -27,6 +27,7 @@ from megaswift.models.lora import apply_lora
 from megaswift.models.tuner import finish_tuner
 from megaswift.parallel.layout import Layout
 from megaswift.platforms.platform import select_platform
+from megaswift.training.freeze import open_modules
 from tests.harness.distributed import run_distributed
 from tests.harness.tiny import save_tiny
 from tests.harness.training import Case, prepared, steps
@@ -51,6 +52,7 @@ def build(
     meta = get_model_meta(folder)
     chunks = build_model(meta, RUN, layout, select_platform("cpu"))
     apply_lora(chunks, tuner, meta, seed=3, ranks=ranks, modules=adapted_modules(meta, tuner))
+    open_modules(chunks, meta, layout, rank, tuner)
     load_weights(chunks, meta, layout, rank, folder)
     finish_tuner(chunks, tuner, device=torch.device("cpu"), seed=1, fresh=True)
     return chunks
@@ -88,6 +90,8 @@ def randomise(chunks: list[Any], folder: Path, layout: Layout, rank: int, tuner:
         for name, parameter in chunk.named_parameters():
             if name.endswith("lora_b.weight"):
                 parameter.data.normal_(generator=generator, std=0.3)
+            elif parameter.requires_grad and "lora_" not in name:
+                parameter.data *= 1.25
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -200,6 +204,95 @@ def test_adapter_with_a_shared_a_opens_in_peft(tmp_path: Path, name: str, use_rs
     found = run_distributed(from_peft, 2, folder, tmp_path / "adapter", tmp_path / "again", LAYOUTS["tp2"])
     assert found[0] == {}
     check_equal(tmp_path / "adapter", tmp_path / "again" / "adapter")
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("layout", ["tp2", "tp2_pp2"])
+@pytest.mark.parametrize(
+    ("name", "modules", "files"),
+    [
+        ("llama", ["embed_tokens", "lm_head"], {"model.embed_tokens.weight", "lm_head.weight"}),
+        ("llama-tied", ["lm_head", "model.norm"], {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"}),
+        ("qwen2", ["1.self_attn.o_proj", "1.input_layernorm"], {"model.layers.1.self_attn.o_proj.weight", "model.layers.1.input_layernorm.weight"}),
+    ],
+)  # fmt: skip
+def test_modules_that_train_whole_lie_in_the_folder_and_come_back(
+    tmp_path: Path, name: str, modules: list[str], files: set[str], layout: str
+) -> None:
+    folder = save_tiny(name, tmp_path / "model")
+    cut = ["q_proj", "k_proj", "v_proj"]  # their B is cut by tp: every rank may draw its own
+    tuner = TunerConfig(tuner_type="lora", lora_rank=3, target_modules=cut, modules_to_save=modules)
+    run_distributed(trained, LAYOUTS[layout].world, folder, tmp_path, LAYOUTS[layout], tuner)
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    whole = {tensor.removeprefix("base_model.model.") for tensor in tensors if "lora_" not in tensor}
+    assert whole == files
+    base = load_file(folder / "model.safetensors")
+    for tensor in files & base.keys():
+        assert torch.equal(tensors[f"base_model.model.{tensor}"], 1.25 * base[tensor])
+    expected = logits(base_model(tmp_path / "merged"))
+    opened = PeftModel.from_pretrained(base_model(folder), tmp_path / "adapter")
+    assert (logits(opened) - expected).abs().max() < TOLERANCE
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert set(config["modules_to_save"]) == {tensor.removesuffix(".weight") for tensor in files}
+    again = tmp_path / "again"
+    run_distributed(from_peft, LAYOUTS[layout].world, folder, tmp_path / "adapter", again, LAYOUTS[layout])
+    check_equal(tmp_path / "adapter", again / "adapter")
+    assert torch.equal(logits(base_model(again / "merged")), expected)
+
+
+@pytest.mark.ranks(2)
+def test_whole_modules_of_peft_are_read(tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path / "model")
+    settings = {
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": ["gate_proj", "up_proj"],
+        "modules_to_save": ["lm_head", "o_proj"],
+    }
+    torch.manual_seed(0)
+    model = get_peft_model(
+        base_model(folder), LoraConfig(init_lora_weights=False, task_type="CAUSAL_LM", **settings)
+    )
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name:
+            parameter.data *= 1.5
+    model.save_pretrained(tmp_path / "peft")
+    run_distributed(from_peft, 2, folder, tmp_path / "peft", tmp_path, LAYOUTS["tp2"])
+    assert (logits(base_model(tmp_path / "merged")) - logits(model)).abs().max() < TOLERANCE
+    check_equal(tmp_path / "peft", tmp_path / "adapter")
+
+
+def test_a_tied_matrix_that_peft_has_parted_is_refused(tmp_path: Path) -> None:
+    folder = save_tiny("llama-tied", tmp_path / "model")
+    make_peft(
+        folder,
+        tmp_path / "peft",
+        r=2,
+        lora_alpha=4,
+        target_modules=["q_proj"],
+        modules_to_save=["embed_tokens"],
+    )
+    with pytest.raises(WeightsError, match="apart, and they are one matrix"):
+        read_adapter(tmp_path / "peft", get_model_meta(folder))
+
+
+@pytest.mark.parametrize(
+    ("model", "modules", "message"),
+    [
+        ("llama", ["embed_token"], "modules_to_save=embed_token is no module of llama. Did you mean embed_tokens?"),
+        ("llama", ["down_proj"], "which get an adapter too"),
+        ("llama", ["q_proj"], "without model.layers.0.self_attn.k_proj.weight, model.layers.0.self_attn.v_proj.weight"),
+        ("qwen3_moe", ["mlp.gate"], "transformers packs experts under other names"),
+    ],
+)  # fmt: skip
+def test_modules_that_cannot_train_whole_are_refused(
+    tmp_path: Path, model: str, modules: list[str], message: str
+) -> None:
+    meta = get_model_meta(save_tiny(model, tmp_path))
+    tuner = TunerConfig(tuner_type="lora", target_modules=["down_proj"], modules_to_save=modules)
+    with pytest.raises(ConfigError) as refused:
+        whole_tensors(meta, tuner)
+    assert message in str(refused.value)
 
 
 SOME = r"model\.layers\.(0\.self_attn\.o|[13]\.mlp\.(gate|up))_proj"
@@ -331,7 +424,6 @@ def test_adapters_of_experts_open_in_peft(tmp_path: Path, name: str, expression:
     [
         ({"target_modules": ["q_proj", "lm_head"]}, r"lm_head\.lora_A"),
         ({"target_modules": ["q_proj"], "bias": "all"}, "bias='all'"),
-        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, "modules_to_save"),
     ],
 )
 def test_adapters_that_megatron_cannot_hold_are_refused(

@@ -69,8 +69,8 @@ FROZEN: dict[str, dict[str, Any]] = {
     "experts": {**EVERYTHING, "trainable_parameters_regex": r"layers\.[12]\..*experts\."},
 }
 # Adapters on the second stage alone.
-REGEX = r"model\.layers\.(2\.self_attn\.[qkv]|3\.mlp\.(gate|up))_proj"
-STEPS = dict.fromkeys(("lora", "dora", "pissa", "regex", *FROZEN), 10) | {
+REGEX = r"model\.layers\.(2\.self_attn\.[qkv]|[23]\.mlp\.(gate|up|down))_proj"
+STEPS = dict.fromkeys(("lora", "dora", "pissa", "regex", "saved", *FROZEN), 10) | {
     "full": 20
 }  # adapters take larger ones
 # what is trained -> (model, tuner, layouts)
@@ -82,7 +82,12 @@ TRAININGS: dict[str, tuple[str, str, dict[str, tuple[int, dict[str, Any]]]]] = {
     "qwen2_moe": ("qwen2_moe", "full", EXPERTS),
     "llama lora": ("llama", "lora", LORA),
     "llama pissa": ("llama", "pissa", {name: DENSE[name] for name in ("dp2 distopt", "tp2 sp", "pp2 vpp2")}),
-    "llama regex": ("llama", "regex", {name: DENSE[name] for name in ("pp2", "tp2 sp")}),
+    "llama regex": ("llama", "regex", {"pp2": DENSE["pp2"]}),
+    "qwen2-tied saved": (
+        "qwen2-tied",
+        "saved",
+        {name: DENSE[name] for name in ("pp2", "tp2 sp", "dp2 distopt")},
+    ),
     "qwen3_moe lora": ("qwen3_moe", "lora", EXPERTS_LORA),
     "llama late": ("llama", "late", {name: DENSE[name] for name in ("pp2", "pp2 vpp2", "tp2 sp")}),
     "llama early": ("llama", "early", {name: DENSE[name] for name in ("pp2", "dp2 distopt overlap")}),
@@ -94,7 +99,7 @@ TRAININGS: dict[str, tuple[str, str, dict[str, tuple[int, dict[str, Any]]]]] = {
 
 def rows_of(tuner: str) -> dict[str, dict[str, dict[str, Any]]]:
     """Return the kinds of rows to train on: what is frozen does not depend on them."""
-    return {"packed": ROWS["packed"]} if tuner in FROZEN or tuner == "regex" else ROWS
+    return {"packed": ROWS["packed"]} if tuner in (*FROZEN, "regex", "saved") else ROWS
 
 
 @cache
@@ -107,18 +112,19 @@ def all_curves(training: str, ranks: int) -> list[dict[str, Curve]]:
     """Run every layout of so many ranks in one set of processes; return what each rank saw."""
     model, tuner, layouts = TRAININGS[training]
     fully = tuner == "full" or tuner in FROZEN
-    # Adapters need larger steps to learn as much in twenty; dropout would draw other numbers under every layout. A gradient
+    # Adapters, and parts of a model, need larger steps to learn as much in twenty; dropout would draw other numbers under every layout. A gradient
     # that is zero but for rounding has a random direction, which Adam would follow: a larger eps keeps such weights still.
     adapted = {
         "tuner": {
             "tuner_type": "full" if fully else "lora",
             "target_regex": REGEX if tuner == "regex" else None,
+            "modules_to_save": ["embed_tokens", "norm"] if tuner == "saved" else [],
             "lora_dropout": 0.0,
             "use_dora": tuner == "dora",
             "init_weights": "pissa" if tuner == "pissa" else "true",
         },
         "freeze": FROZEN.get(tuner, {}),
-        "optimizer": {"lr": 1e-3 if fully else 1e-2, "adam_eps": 1e-8 if fully else 1e-3},
+        "optimizer": {"lr": 1e-3 if tuner == "full" else 1e-2, "adam_eps": 1e-8 if tuner == "full" else 1e-3},
     }
     cases = [
         Case(

@@ -51,7 +51,12 @@ RUNS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "some layers": (
         "llama",
         {
-            "tuner": {"tuner_type": "lora", "lora_dropout": 0.0, "target_regex": r".*\.[23]\.mlp\.down_proj"},
+            "tuner": {
+                "tuner_type": "lora",
+                "lora_dropout": 0.0,
+                "target_regex": r".*\.[23]\.mlp\.down_proj",
+                "modules_to_save": ["embed_tokens", "1.input_layernorm"],
+            },
             "optimizer": {"lr": 1e-2},
         },
     ),

@@ -41,7 +41,7 @@ from megaswift.tasks.catalogue import make_task, trained_model
 from megaswift.training.context import context_share, place_context
 from megaswift.training.engine import Engine
 from megaswift.training.feed import TrainFeed
-from megaswift.training.freeze import freeze
+from megaswift.training.freeze import freeze, open_modules
 from megaswift.training.loop import Progress
 from megaswift.training.optimizer import build_optimizer, wrap_chunks
 from megaswift.training.reference import frozen_copy
@@ -177,6 +177,8 @@ def _prepare(folder: Path, case: Case, encoded: EncodedSet | None) -> Trained:
     if run.tuner.tuner_type == "lora":
         modules = adapted_modules(meta, run.tuner)
         apply_lora(chunks, run.tuner, meta, seed=run.training.seed, modules=modules)
+        if run.tuner.modules_to_save:
+            open_modules(chunks, meta, layout, dist.get_rank(), run.tuner)
     if run.freeze.chooses:
         freeze(chunks, meta, layout, dist.get_rank(), run.freeze)
     load_weights(chunks, meta, layout, dist.get_rank(), folder)
