@@ -81,13 +81,14 @@ def trained_tensors(meta: ModelMeta, chosen: FreezeConfig) -> frozenset[str]:
 
 
 def trained_elements(meta: ModelMeta, chosen: FreezeConfig) -> Elements:
-    """Return how many elements train; raises ConfigError as trained_tensors() does."""
-    trained = trained_tensors(meta, chosen)
-    layers, experts, ends = (
-        [0] * meta.num_layers,
-        [0] * meta.num_layers,
-        dict.fromkeys(Elements.__annotations__, 0),
-    )
+    """Return how many elements train in full training; raises ConfigError as trained_tensors() does."""
+    return elements_of(meta, trained_tensors(meta, chosen))
+
+
+def elements_of(meta: ModelMeta, trained: Collection[str]) -> Elements:
+    """Return how many elements the Megatron parameters have that hold these tensors of the file."""
+    layers, experts = [0] * meta.num_layers, [0] * meta.num_layers
+    ends = dict.fromkeys(("embedding", "head", "final_norm", "other"), 0)
     for unit in units_of(meta):
         if unit.tensors[0] not in trained:
             continue

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from megaswift.config.reference import needs_copy
 from megaswift.config.rows import texts_of_a_row
 from megaswift.config.run import RunConfig
-from megaswift.converters.selection import Elements, trained_elements
+from megaswift.converters.selection import Elements, elements_of, saved_tensors, trained_elements
 from megaswift.errors import ConfigError
 from megaswift.metadata.meta import ModelMeta
 from megaswift.planner.job import Job, job_of
@@ -42,14 +42,16 @@ class Question:
 
 
 def trained_of(run: RunConfig, meta: ModelMeta) -> Elements | None:
-    """Return how much of the model trains where some of it is frozen.
+    """Return how much of the model trains, beside adapters where there are some; None: all of it, or the adapters alone.
 
     Names of a head that the task puts in place of the language model's are not known here: all is taken to train.
     """
     scores = run.task == "rlhf" and run.preference.rlhf_type == "rm"
-    if not run.freeze.chooses or run.model.task_type != "causal_lm" or scores:
+    if run.model.task_type != "causal_lm" or scores:
         return None
-    return trained_elements(meta, run.freeze)
+    if run.tuner.modules_to_save:
+        return elements_of(meta, saved_tensors(meta, run.tuner.modules_to_save))
+    return trained_elements(meta, run.freeze) if run.freeze.chooses else None
 
 
 def ask(

@@ -19,6 +19,7 @@ class Job:
     trained: str = "full"  # or "lora"
     lora_rank: int = 8
     lora_dropout: bool = False  # every adapter's input is kept once more, with its mask
+    whole_modules: bool = False  # something of the model trains beside the adapters
     use_dora: bool = False  # every adapted output is kept before its rows are scaled
     four_bits: bool = False  # the frozen matrices are asked for in four bits
     document_len: int | None = None  # mean tokens of the documents in a pack; None: one document
@@ -58,13 +59,14 @@ def job_of(
     answers: int = 1,
     trained_elements: Elements | None = None,
 ) -> Job:
-    """Return the job of training `meta`, in full training so much of it; None: all of it."""
+    """Return the job of training `meta`, of which so much trains; None: all of it, or the adapters alone."""
     return Job(
         meta=meta,
         parts=parts_of(meta, trained_elements),
         seq_len=seq_len,
         global_batch=global_batch,
         trained=trained,
+        whole_modules=trained == "lora" and trained_elements is not None,
         lora_rank=lora_rank,
         lora_dropout=lora_dropout,
         use_dora=use_dora,

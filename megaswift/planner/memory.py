@@ -126,13 +126,12 @@ def _states(
     copies = WEIGHT_COPIES.get(candidate.precision, 0.0) * (params.linear + params.experts)
     copies += size * params.base if job.reference else 0.0
     if job.frozen:
-        trained = params.trained
         if job.four_bits or candidate.four_bits:
             copies -= (size - FOUR_BITS) * (params.linear + params.experts)
         return (
-            size * (params.base + trained) + copies,
-            software.gradient_bytes * trained,
-            MASTER * trained / shards,
+            size * (params.base + params.adapters) + copies,
+            software.gradient_bytes * params.trained,
+            MASTER * params.trained / shards,
         )
     own = params.trained / shards + params.trained_experts / expert_shards
     if candidate.fully_sharded:

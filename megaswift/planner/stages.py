@@ -71,7 +71,7 @@ class StageParams:
     linear: float  # of these, the matrices that FP8 recipes keep a second time
     experts: float  # copied over edp
     adapters: float  # of LoRA, on every linear of attention and the feed-forward part
-    trained: float  # what has gradients of dense, or the adapters
+    trained: float  # what has gradients of dense, and the adapters
     trained_experts: float  # and of the experts
 
     @property
@@ -114,7 +114,7 @@ def stage_params(job: Job, layout: Layout, stage: Stage) -> StageParams:
         linear=linear,
         experts=experts,
         adapters=adapters if job.frozen else 0.0,
-        trained=adapters if job.frozen else trained,
+        trained=adapters + (trained if job.whole_modules else 0.0) if job.frozen else trained,
         trained_experts=0.0 if job.frozen else trained_experts,
     )
 

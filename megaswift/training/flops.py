@@ -72,12 +72,12 @@ class Linear:
 
 
 def step_cost(meta: ModelMeta, tuner: TunerConfig, *, trained: Elements | None = None) -> StepCost:
-    """Return the cost of training `meta` with adapters, or in full; with `trained`, only so much of it."""
+    """Return the cost of training `meta` with adapters, or in full; `trained` is what trains of it, if not nothing or everything."""
     lora = tuner.tuner_type == "lora"
     modules = adapted_modules(meta, tuner)
     targets = resolve_targets(tuner.target_modules) if lora else ()
-    shares = [0.0] * meta.num_layers if lora else _trained_shares(meta, trained)
-    lowest = 0 if trained is None else _lowest_trained(meta, trained)
+    shares = [0.0] * meta.num_layers if lora and trained is None else _trained_shares(meta, trained)
+    lowest = 0 if lora or trained is None else _lowest_trained(meta, trained)
     per_token, per_pair = 0.0, dict[Reach, int]()
     for layer, share in enumerate(shares):
         backward = BACKWARD_INPUT if layer >= lowest else 0
@@ -93,10 +93,9 @@ def step_cost(meta: ModelMeta, tuner: TunerConfig, *, trained: Elements | None =
             # Attention has no weights: its backward pass is the same with adapters, two products for one.
             pair = (FORWARD + 2 * backward) * _multiplications_of_a_pair(meta, layer)
             per_pair[reach] = per_pair.get(reach, 0) + pair
-    head = FORWARD + BACKWARD_INPUT + (0 if lora else BACKWARD_WEIGHT)
-    if trained is not None:
-        head -= 0 if trained.head or (meta.tied_embeddings and trained.embedding) else BACKWARD_WEIGHT
-        head -= 0 if lowest < meta.num_layers or trained.final_norm else BACKWARD_INPUT
+    learns = not lora if trained is None else trained.head or (meta.tied_embeddings and trained.embedding)
+    passes_on = trained is None or lowest < meta.num_layers or trained.final_norm
+    head = FORWARD + (BACKWARD_INPUT if passes_on else 0) + (BACKWARD_WEIGHT if learns else 0)
     per_loss_token = 0 if meta.scores is not None else head * meta.hidden_size * meta.vocab_size
     return StepCost(per_token=round(per_token), per_loss_token=per_loss_token, per_pair=per_pair)
 

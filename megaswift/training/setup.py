@@ -24,7 +24,8 @@ from megaswift.config.rollout_rules import distils_completions, distils_nothing_
 from megaswift.config.run import RunConfig
 from megaswift.converters.adapters import save_peft
 from megaswift.converters.export import export_hf
-from megaswift.converters.selection import trained_elements
+from megaswift.converters.lora_targets import whole_tensors
+from megaswift.converters.selection import elements_of, trained_elements
 from megaswift.data.batches import BatchSettings, MicroBatch, TrainData, ValidationData
 from megaswift.data.encode import EncodedSet
 from megaswift.data.forms import form_of
@@ -225,6 +226,8 @@ def _room(run: RunConfig) -> int | None:
 def cost_of(run: RunConfig, meta: ModelMeta) -> StepCost:
     """Return the FLOPs of what a run trains."""
     trained = trained_elements(meta, run.freeze) if run.freeze.chooses else None
+    if run.tuner.modules_to_save:
+        trained = elements_of(meta, whole_tensors(meta, run.tuner))
     return step_cost(meta, run.tuner, trained=trained)
 
 

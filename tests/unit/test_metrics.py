@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from megaswift.config.freeze import FreezeConfig
 from megaswift.config.tuner import TunerConfig
+from megaswift.converters.selection import trained_elements
 from megaswift.metadata.meta import MLAMeta, ModelMeta, MoEMeta
 from megaswift.training.engine import StepResult
 from megaswift.training.flops import Reach, step_cost
@@ -48,6 +50,18 @@ def test_adapters_save_the_weight_gradients_of_frozen_matrices() -> None:
     cost = step_cost(DENSE, LORA)
     assert cost.per_token == 4 * 2 * LAYER + 6 * adapters
     assert cost.per_loss_token == 4 * 800
+
+
+def test_below_what_trains_there_is_no_backward_pass() -> None:
+    upper = FreezeConfig(freeze_parameters=["model.embed_tokens", "model.layers.0."])
+    cost = step_cost(DENSE, FULL, trained=trained_elements(DENSE, upper))
+    assert cost.per_token == (2 + 6) * LAYER and cost.per_loss_token == 6 * 800
+    assert sum(cost.per_pair.values()) == (2 + 6) * (2 * 4 * 2)
+    head = FreezeConfig(freeze_parameters_ratio=1.0, trainable_parameters=["lm_head"])
+    alone = step_cost(DENSE, FULL, trained=trained_elements(DENSE, head))
+    assert alone.per_token == 2 * 2 * LAYER and alone.per_loss_token == 4 * 800
+    beside = step_cost(DENSE, LORA, trained=trained_elements(DENSE, head))
+    assert beside.per_token == step_cost(DENSE, LORA).per_token and beside.per_loss_token == 6 * 800
 
 
 def test_a_token_meets_the_chosen_experts_alone() -> None:

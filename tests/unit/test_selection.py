@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from megaswift.config.freeze import FreezeConfig
-from megaswift.converters.selection import trained_elements, trained_tensors
+from megaswift.converters.selection import elements_of, saved_tensors, trained_elements, trained_tensors
 from megaswift.errors import ConfigError
 from megaswift.metadata.count import count_parameters
 from megaswift.parallel.layout import Layout
@@ -126,3 +126,21 @@ def test_the_planner_counts_gradients_and_optimizer_state_of_what_trains(model: 
     copy = elements.embedding if job.parts.head == 0 else 0
     spread = first.trained + first.trained_experts + last.trained + last.trained_experts
     assert spread == pytest.approx(elements.total + copy)
+
+
+def test_modules_that_train_whole_beside_adapters_are_counted_with_them() -> None:
+    meta = golden_meta(LLAMA)
+    elements = elements_of(
+        meta, saved_tensors(meta, ["lm_head", "norm"])
+    )  # what ends in norm: of the layers too
+    assert elements.total == ENDS + (2 * 32 + 1) * 4096
+    job, plain = (
+        golden_job(LLAMA, trained="lora", trained_elements=elements),
+        golden_job(LLAMA, trained="lora"),
+    )
+    one, other = (
+        memory_of(each, Candidate(layout=Layout()), stages_of(each.parts, Layout())[0], software=Software())
+        for each in (job, plain)
+    )
+    assert one.weights == other.weights
+    assert one.optimizer - other.optimizer == pytest.approx(12 * elements.total)
