@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,11 @@ from megaswift.parallel.layout import Layout, coordinates
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every tensor: the model inside a PeftModel
+
+HEADS = (
+    "score",
+    "classifier",
+)  # peft names both modules that a head of scores may be, whichever the model has
 
 LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
@@ -74,9 +79,7 @@ class PeftAdapter:
     use_dora: bool
     dropout: float
     pairs: Mapping[str, LowRank]  # by tensor of the base model's file
-    whole: Mapping[str, Whole] = field(
-        default_factory=dict
-    )  # in place of the base model's, by tensor of its file
+    whole: Mapping[str, Whole]  # in place of the base model's, by tensor of its file
 
     def adopt(self, tuner: TunerConfig, meta: ModelMeta) -> TunerConfig:
         """Return the settings that make modules for this adapter: its rank, scale and targets."""
@@ -172,6 +175,12 @@ def read_adapter(folder: Path | str, meta: ModelMeta) -> PeftAdapter:
                         f"[{rows}, {piece.cols[1]}]. It belongs to another model."
                     )
     whole = _whole_tensors(reader, folder, meta)
+    for module in config.get("modules_to_save") or ():
+        if module not in HEADS and not any(tensor.rpartition(".")[0].endswith(module) for tensor in whole):
+            raise WeightsError(
+                f"modules_to_save={module} in {folder / CONFIG_FILE} has no tensor of the model's in {WEIGHTS_FILE}. Merge the adapter "
+                "into the model with peft (merge_and_unload) and train from the merged model."
+            )
     used.update(PREFIX + tensor for tensor in whole)
     if left := sorted(set(reader.tensors) - used):
         raise WeightsError(

@@ -424,6 +424,7 @@ def test_adapters_of_experts_open_in_peft(tmp_path: Path, name: str, expression:
     [
         ({"target_modules": ["q_proj", "lm_head"]}, r"lm_head\.lora_A"),
         ({"target_modules": ["q_proj"], "bias": "all"}, "bias='all'"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["act_fn"]}, "modules_to_save=act_fn in"),
     ],
 )
 def test_adapters_that_megatron_cannot_hold_are_refused(

@@ -42,6 +42,19 @@ def test_each_loss_has_its_defaults(words: str, loss_type: str, beta: float, cpo
     assert (chosen.loss_type, chosen.beta, chosen.cpo_alpha) == (loss_type, beta, cpo_alpha)
 
 
+@pytest.mark.parametrize(
+    ("words", "copies"),
+    [
+        ("--rlhf_type dpo", True),
+        ("--rlhf_type dpo --tuner_type lora", False),
+        ("--rlhf_type dpo --tuner_type lora --modules_to_save embed_tokens", True),
+        ("--rlhf_type orpo --tuner_type lora --modules_to_save embed_tokens", False),
+    ],
+)
+def test_a_model_is_its_own_reference_where_adapters_alone_train(words: str, copies: bool) -> None:
+    assert needs_copy(rlhf(words).config) is copies
+
+
 def test_several_forms_of_a_loss_are_one_setting(tmp_path: Path) -> None:
     """In words, in a YAML list, and in what a run writes down."""
     words = "--loss_type sigmoid exo_pair sft --loss_weights 0.8 0.2 1"
