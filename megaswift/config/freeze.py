@@ -15,7 +15,8 @@ class FreezeConfig:
 
     freeze_parameters: list[str] = setting(
         [],
-        "full training leaves tensors as they are whose names start with one of these, such as model.embed_tokens",
+        "full training leaves tensors as they are whose names start with one of these, such as model.embed_tokens or "
+        "model.layers.1. (with its dot: model.layers.1 is the start of model.layers.10 too)",
     )
     freeze_parameters_regex: str | None = setting(None, "and those in whose names this expression is found")
     freeze_parameters_ratio: float = setting(

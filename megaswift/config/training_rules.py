@@ -294,8 +294,6 @@ def text_is_split_for_pre_training_only(case: Case) -> None:
         )
 
 
-
-
 def a_run_without_optimizer_state_does_not_resume(case: Case) -> Case | None:
     """Say at the start what a checkpoint will be good for."""
     if case.run.checkpoint.save_optim:
