@@ -25,10 +25,11 @@ LOSS_TYPES: dict[str, tuple[str, ...]] = {
     "cpo": ("sigmoid", "hinge", "ipo"),
     "kto": ("kto", "apo_zero_unpaired"),
     "rm": (),
-    "grpo": ("grpo", "bnpo", "dr_grpo", "dapo"),
+    "grpo": ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "fipo", "real"),
     "gkd": (),
 }
 
+CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "fipo")  # forms of grpo with PPO's clipped objective
 JUDGE_ALONE = frozenset({"nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down"})  # forms of dpo
 
 

@@ -16,7 +16,7 @@ class PreferenceConfig:
         None,
         "form of the loss: sigmoid, ipo, hinge, robust, sigmoid_norm, exo_pair, discopop, nca_pair, bco_pair, sppo_hard, "
         "apo_zero, apo_down or sft for dpo, of which there may be several, sigmoid, hinge or ipo for cpo, "
-        "kto or apo_zero_unpaired for kto, grpo, bnpo, dr_grpo or dapo for grpo, infonce, cosine_similarity or contrastive "
+        "kto or apo_zero_unpaired for kto, grpo, bnpo, dr_grpo, dapo, cispo, sapo, fipo or real for grpo, infonce, cosine_similarity or contrastive "
         "for --task_type embedding; default: the first",
         several=True,
     )

@@ -34,7 +34,8 @@ _RLHF = """
     vllm_enable_lora use_ray
     reward_adapters num_ppo_epochs kl_coef cliprange vf_coef
     cliprange_value gamma lam num_mini_batches response_length async_generate whiten_rewards
-    missing_eos_penalty
+    missing_eos_penalty gym_env move_model_batches reward_model_plugin num_generations_eval
+    vllm_limit_mm_per_prompt vllm_disable_cascade_attn vllm_mm_processor_cache_gb wandb_log_unique_prompts
 """.split()
 
 REFUSED: dict[str, Refused] = {
@@ -264,6 +265,11 @@ REFUSED: dict[str, Refused] = {
         ref_adapter_load="none",
         mcore_ref_model="none",
         mcore_ref_adapter="none",
+    ),
+    **_refuse(
+        "counting the tokens of all turns together",
+        "--max_completion_length is of each turn; --max_length bounds the whole.",
+        completion_length_limit_scope="per_round",
     ),
     **{
         flag: Refused(what="reinforcement learning and distillation", harmless=("false", "none"))

@@ -30,24 +30,32 @@ class RolloutConfig:
     )
     advantage_estimator: str = setting(
         "grpo",
-        "what a completion is compared with: the mean of its group (grpo), or of the others in it (rloo)",
-        choices=("grpo", "rloo"),
+        "what a completion is compared with: the mean of its group (grpo, reinforce_plus_plus), or of the others in it (rloo); "
+        "reinforce_plus_plus scales by the standard deviation of the differences, and takes the reference into the reward",
+        choices=("grpo", "rloo", "reinforce_plus_plus"),
     )
     scale_rewards: str | None = setting(
         None,
-        "divide advantages by the standard deviation of the rewards of a group, of the batch, or not; default: group, none for "
-        "rloo and for loss_type dr_grpo",
-        choices=("group", "batch", "none"),
+        "divide advantages by the standard deviation of the rewards of a group, of the batch, or not; gdpo: of each reward function "
+        "over a group before they are added up, then of their sum over the batch; default: group, batch for reinforce_plus_plus, "
+        "none for rloo and for loss_type dr_grpo and real",
+        choices=("group", "batch", "none", "gdpo"),
     )
-    kl_in_reward: bool = setting(
-        False,
-        "subtract beta times the log-ratio to the reference from the rewards instead of adding a term to the loss",
+    kl_in_reward: bool | None = setting(
+        None,
+        "subtract beta times the log-ratio to the reference from the rewards instead of adding a term to the loss; default: for "
+        "reinforce_plus_plus",
     )
     importance_sampling_level: str = setting(
-        "token", "ratio of each token, or of the whole completion (GSPO)", choices=("token", "sequence")
+        "token",
+        "ratio of each token, of the whole completion (GSPO), or of the completion with the gradient of the token (GSPO-token)",
+        choices=("token", "sequence", "sequence_token"),
     )
     epsilon: float = setting(0.2, "ratios are clipped below 1 - epsilon")
-    epsilon_high: float | None = setting(None, "and above 1 + epsilon_high; default: --epsilon")
+    epsilon_high: float | None = setting(
+        None,
+        "and above 1 + epsilon_high; default: --epsilon. For loss_type cispo the greatest weight of a token; default: 5",
+    )
     delta: float | None = setting(
         None,
         "and, for completions that are worse than others, above this: a second clip, above 1 + epsilon_high; default: none",

@@ -1,9 +1,9 @@
 """Rules of completions, of `megaswift rlhf --rlhf_type grpo` and gkd: which settings belong together, and their defaults."""
 
 from importlib.metadata import entry_points
-from typing import Any
 
 from megaswift.config.case import Case
+from megaswift.config.policy import PolicyConfig
 from megaswift.config.reward import RewardConfig
 from megaswift.config.rollout import RolloutConfig
 from megaswift.config.run import RunConfig
@@ -34,8 +34,9 @@ def completions_are_for_grpo_and_gkd(run: RunConfig) -> None:
     """Settings of completions and rewards mean nothing to other tasks."""
     if generates(run):
         return
-    blank, samples = {**vars(RolloutConfig()), **vars(RewardConfig())}, distils_completions(run)
-    for name, value in {**vars(run.rollout), **vars(run.reward)}.items():
+    sections, samples = (run.rollout, run.policy, run.reward), distils_completions(run)
+    blank = {**vars(RolloutConfig()), **vars(PolicyConfig()), **vars(RewardConfig())}
+    for name, value in ((name, value) for section in sections for name, value in vars(section).items()):
         if value == blank[name] or (samples and name in SAMPLING):
             continue
         text = " ".join(value) if isinstance(value, list) else value
@@ -182,18 +183,3 @@ def completions_may_be_of_another_policy(case: Case) -> None:
 def uses_of_a_generation(chosen: RolloutConfig) -> int:
     """Return the optimizer steps between two generations."""
     return chosen.num_iterations * (chosen.steps_per_generation or 1)
-
-
-def rollout_settings_have_defaults(case: Case) -> Case | None:
-    """Fill what depends on other settings; Dr. GRPO and RLOO do not scale rewards."""
-    chosen = case.run.rollout
-    if not generates(case.run):
-        return None
-    unscaled = chosen.advantage_estimator == "rloo" or case.run.preference.loss_type == "dr_grpo"
-    filled: dict[str, Any] = {
-        "epsilon_high": chosen.epsilon if chosen.epsilon_high is None else chosen.epsilon_high,
-        "scale_rewards": chosen.scale_rewards or ("none" if unscaled else "group"),
-    }
-    if chosen.kl_in_reward and not case.run.preference.beta:
-        raise ConfigError("kl_in_reward=true needs beta above 0. Leave one of them out.")
-    return case.change("rollout", **filled)

@@ -7,6 +7,7 @@ from megaswift.config import context_rules as context
 from megaswift.config import data_rules as data
 from megaswift.config import head_rules as head
 from megaswift.config import layout_rules as layout
+from megaswift.config import policy_rules as policy
 from megaswift.config import precision_rules as precision
 from megaswift.config import preference_rules as preference
 from megaswift.config import report_rules as report
@@ -48,7 +49,10 @@ REQUEST_RULES = (
     reward.rewards_are_named,
     reward.reward_numbers_are_in_range,
     rollout.turns_have_a_scheduler,
+    policy.policy_settings_belong_to_the_loss,
     rollout.rollout_numbers_are_in_range,
+    policy.policy_numbers_are_in_range,
+    policy.advantages_have_one_scale,
     rollout.what_rollouts_do_not_reach,
     rollout.what_distilled_completions_do_not_reach,
     vllm.vllm_is_for_completions,
@@ -106,7 +110,7 @@ RULES: tuple[Rule, ...] = (
     rollout.generations_are_whole_steps,
     rollout.completions_may_be_of_another_policy,
     rollout.completions_have_room,
-    rollout.rollout_settings_have_defaults,
+    policy.policy_settings_have_defaults,
     reward.reward_settings_have_defaults,
 )
 

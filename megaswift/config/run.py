@@ -12,6 +12,7 @@ from megaswift.config.model import ModelConfig
 from megaswift.config.moe import MoEConfig
 from megaswift.config.optimizer import OptimizerConfig
 from megaswift.config.parallel import ParallelConfig
+from megaswift.config.policy import PolicyConfig
 from megaswift.config.precision import PrecisionConfig
 from megaswift.config.preference import PreferenceConfig
 from megaswift.config.reward import RewardConfig
@@ -37,6 +38,7 @@ class RunConfig:
     embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     vllm: VllmConfig = field(default_factory=VllmConfig)

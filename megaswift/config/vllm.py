@@ -34,10 +34,10 @@ class SamplerConfig:
         False, "keep the trainer's weights in host memory while completions are written"
     )
     offload_optimizer: bool = setting(False, "keep the optimizer's state in host memory meanwhile")
-    rollout_importance_sampling_mode: str = setting(
-        "token_truncate",
+    rollout_importance_sampling_mode: str | None = setting(
+        None,
         "weight each token, or each completion, by its probability under the trainer / under vLLM: at most the threshold, or 0 "
-        "above it; none: only log how they differ (ms-swift's default)",
+        "above it; none: only log how they differ (ms-swift's default); default: token_truncate, none for loss_type real",
         choices=CORRECTIONS,
     )
     rollout_importance_sampling_threshold: float = setting(2.0, "the greatest such weight")

@@ -81,7 +81,7 @@ def make_task(
     if settings.rlhf_type == "gkd":
         return Distillation(settings, teacher=reference, run=run_model)
     if settings.rlhf_type == "grpo":
-        return Grpo(settings, run.rollout, run.sampler, run=run_model)
+        return Grpo(settings, run.rollout, run.sampler, run.policy, run=run_model)
     if settings.rlhf_type == "rm":
         return _document_scores(partial(rm.rm_loss, settings=settings), rm.METRICS, meta, run_model)
     pair_loss, metrics = PAIR_LOSSES[settings.rlhf_type]

@@ -1,27 +1,25 @@
 """Group relative policy optimisation and its kin: each prompt is answered G times, and better answers than the others' gain.
 
-With A the advantage of a completion o, r_t = pi(o_t|..)/pi_old(o_t|..) the ratio of a token, and c(r) = min(r A, clip(r, 1-e, 1+e_high) A):
-token loss     -c(r_t) + beta * k3_t        Shao et al. 2024 (arXiv 2402.03300), eq. 3; e_high apart: Yu et al. 2025, DAPO (2503.14476), eq. 8
-  sequence     -c(s), s = (pi(o)/pi_old(o))^(1/|o|)  Zheng et al. 2025, GSPO (arXiv 2507.18071), eq. 5 and 7
-  delta        c(r) = min(min(r, delta) A, clip(r, 1-e, 1+e_high) A), as r A has no bound where A < 0: Prime Intellect 2025, INTELLECT-2
-               (arXiv 2505.07291), two-sided GRPO clipping
-  mask         the policy loss of a completion is 0 where A < 0 and mean_t log(pi_drawn/pi) > --off_policy_sequence_mask_delta:
-               DeepSeek-AI 2025, DeepSeek-V3.2 (arXiv 2512.02556), off-policy sequence masking; pi_drawn is q of the sampler, or else
-               pi_old. The divergence from the reference stays, as in TRL 1.16 and unlike ms-swift 4.6
-  entropy      the policy loss of a token is 0 unless its entropy is among the highest --top_entropy_quantile of the global batch: Wang
-               et al. 2025 (arXiv 2506.01939); a micro batch, in which ms-swift looks, is a matter of the layout here
-k3             pi_ref/pi - log(pi_ref/pi) - 1   the unbiased estimate of KL(pi || pi_ref): Shao et al., eq. 4
-A              (r - mean r) / std r over the group   Shao et al., section 4.1.2; without the division: Liu et al. 2025, Dr. GRPO (2503.20783)
-  rloo         r - mean r of the others     Ahmadian et al. 2024 (arXiv 2402.14740), as is kl_in_reward: r - beta log(pi_old/pi_ref)
---loss_type    how token losses become one: grpo, the mean over each completion, then over completions (Shao et al., eq. 3); dapo and bnpo,
-               the mean over the tokens of the global batch (Yu et al., eq. 8; a micro batch, by which TRL's bnpo divides, is a matter of
-               the layout here); dr_grpo, the sum over completions / (completions * max_completion_length) (Liu et al., section 3).
+With A the advantage of a completion o (tasks/advantages.py) and r_t = pi(o_t|..)/pi_old(o_t|..) the ratio of a token, or of the
+completion with GSPO, the loss of a token is one of tasks/policy_terms.py, and besides:
+reference      + beta * k3_t, k3 = pi_ref/pi - log(pi_ref/pi) - 1, the unbiased estimate of KL(pi || pi_ref): Shao et al. 2024
+               (arXiv 2402.03300), eq. 3 and 4
+mask           the policy loss of a completion is 0 where A < 0 and mean_t log(pi_drawn/pi) > --off_policy_sequence_mask_delta:
+               DeepSeek-AI 2025, DeepSeek-V3.2 (arXiv 2512.02556), off-policy sequence masking; pi_drawn is q of the sampler, or
+               else pi_old. The divergence from the reference stays, as in TRL 1.16 and unlike ms-swift 4.6
+entropy        the policy loss of a token is 0 unless its entropy is among the highest --top_entropy_quantile of the global batch:
+               Wang et al. 2025 (arXiv 2506.01939); a micro batch, in which ms-swift looks, is a matter of the layout here
+--loss_type    how token losses become one: grpo and sapo, the mean over each completion, then over completions (Shao et al., eq.
+               3); dapo, bnpo, cispo and fipo, the mean over the tokens of the global batch (Yu et al. 2025, DAPO, arXiv 2503.14476,
+               eq. 8, as is e_high apart; a micro batch, by which TRL's bnpo divides, is a matter of the layout here); dr_grpo, the
+               sum over completions / (completions * max_completion_length) (Liu et al. 2025, Dr. GRPO, 2503.20783, section 3); real
+               has no token losses but those of the reference, as grpo: tasks/labels.py
 sampler        Where another engine drew the completions, with probability q, token losses that compare with pi_old are weighted by
                w = pi_old/q, held to a threshold C: min(w, C) (truncated importance sampling: Yao et al. 2025, "Your efficient RL
                framework secretly brings you off-policy RL training"), or w where w <= C and 0 elsewhere. For a sequence w is the
                geometric mean over its tokens, as in GSPO and in ms-swift 4.6.
 
-Letters: B batch, S sequence, C rows of values, N completions of a micro batch, T their tokens end to end, P prompts, G completions of a prompt.
+Letters: B batch, S sequence, C rows of values, N completions of a micro batch, T their tokens end to end.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,6 +29,7 @@ from typing import Any
 
 import torch
 
+from megaswift.config.policy import PolicyConfig
 from megaswift.config.preference import PreferenceConfig
 from megaswift.config.rollout import RolloutConfig
 from megaswift.config.vllm import SamplerConfig
@@ -38,6 +37,16 @@ from megaswift.data.batches import MicroBatch
 from megaswift.metadata.meta import ModelMeta
 from megaswift.tasks.answers import Outcome, document_sums, whole_rows
 from megaswift.tasks.entropy import entropies_of, quantile_of_all_ranks
+from megaswift.tasks.labels import Peers, label_losses, peers_of_batches
+from megaswift.tasks.policy_terms import (
+    clipped_losses,
+    future_weights,
+    gated_losses,
+    log_ratios,
+    means_of,
+    sums_of,
+    weighted_losses,
+)
 from megaswift.tasks.preference import rows_loss
 from megaswift.tasks.task import Loss, RunModel, run_model
 
@@ -45,6 +54,10 @@ METRICS = (
     "kl",
     "clip_ratio/low_mean",
     "clip_ratio/high_mean",
+    "cispo_clip_ratio",
+    "fipo/future_kl_mean",
+    "fipo/influence_weight_mean",
+    "fipo/safety_keep_ratio",
     "off_policy/masked",
     "entropy/mean",
     "entropy/max",
@@ -54,10 +67,9 @@ METRICS = (
     "sampling/importance_sampling_ratio/mean",
     "sampling/importance_sampling_ratio/max",
 )
-TINY = 1e-4  # beside a standard deviation, as in TRL 1.16
 # Nats by which a token may be below the quantile: the first tokens of a group's completions are equally unsure but for rounding.
 ROUNDING = 1e-4
-BY_TOKENS = ("dapo", "bnpo")  # losses that are divided by tokens, not by completions
+BY_TOKENS = ("dapo", "bnpo", "cispo", "fipo")  # losses that are divided by tokens, not by completions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +83,15 @@ class Completions:
     references_T: torch.Tensor | None = None  # log pi_ref
     sampler_T: torch.Tensor | None = None  # log q; None: pi itself drew them
     entropies_T: torch.Tensor | None = None  # of pi
+    peers: Peers | None = None  # of REAL
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Prepared:
+    """What is found of a micro batch before the step."""
+
+    entropies_BS: torch.Tensor | None = None
+    peers: Peers | None = None
 
 
 class Grpo:
@@ -83,25 +104,31 @@ class Grpo:
         settings: PreferenceConfig,
         rollout: RolloutConfig,
         sampler: SamplerConfig,
+        policy: PolicyConfig,
         *,
         run: RunModel = run_model,
     ) -> None:
         self._settings, self._rollout, self._sampler, self._run = settings, rollout, sampler, run
+        self._policy = policy
         self._least_entropy = 0.0
 
     def prepare(self, batches: list[MicroBatch], chunks: Sequence[Any]) -> list[MicroBatch]:
-        """Return the batches with the entropies of completions [B, S], where the loss or the log needs them."""
-        share = self._rollout.top_entropy_quantile
-        if share == 1 and not self._rollout.log_entropy:
-            return batches
-        found = entropies_of(batches, chunks, run=self._run)
-        if found and share < 1:
-            self._least_entropy = quantile_of_all_ranks(batches, found, 1 - share)
-        return (
-            [replace(batch, prepared=values) for batch, values in zip(batches, found, strict=True)]
-            if found
-            else batches
-        )
+        """Return the batches with the entropies of completions, and the peers, where the loss or the log needs them."""
+        chosen, empty = self._rollout, [None] * len(batches)
+        entropies: Sequence[torch.Tensor | None] = empty
+        peers: Sequence[Peers | None] = empty
+        if chosen.top_entropy_quantile < 1 or chosen.log_entropy:
+            found = entropies_of(batches, chunks, run=self._run)
+            if found and chosen.top_entropy_quantile < 1:
+                self._least_entropy = quantile_of_all_ranks(batches, found, 1 - chosen.top_entropy_quantile)
+            entropies = found or empty
+        if self._settings.loss_type == "real":
+            tau, group = self._policy.real_tau, chosen.num_generations
+            peers = peers_of_batches(batches, chunks, temperature=tau, group=group, run=self._run) or empty
+        return [
+            replace(batch, prepared=_Prepared(entropies_BS=values, peers=others))
+            for batch, values, others in zip(batches, entropies, peers, strict=True)
+        ]
 
     def forward_step(self, data_iterator: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Any]:
         """Run one micro batch of prompts with their completions."""
@@ -115,7 +142,12 @@ class Grpo:
     def _loss(self, batch: MicroBatch, losses_BS: torch.Tensor) -> Loss:
         completions = completions_of(batch, losses_BS)
         outcome = grpo_loss(
-            completions, self._settings, self._rollout, self._sampler, least_entropy=self._least_entropy
+            completions,
+            self._settings,
+            self._rollout,
+            self._sampler,
+            self._policy,
+            least_entropy=self._least_entropy,
         )
         tokens = completions.lengths_N.sum()
         return rows_loss(
@@ -130,16 +162,17 @@ def completions_of(batch: MicroBatch, losses_BS: torch.Tensor) -> Completions:
     """
     device = losses_BS.device
     chosen_BS = (batch.loss_mask != 0).to(device, non_blocking=True)
+    prepared = batch.prepared if isinstance(batch.prepared, _Prepared) else _Prepared()
     given = {
         "old_T": batch.old_logps,
         "references_T": batch.reference_logps,
         "sampler_T": batch.sampler_logps,
-        "entropies_T": batch.prepared,
+        "entropies_T": prepared.entropies_BS,
     }
     found = {
         name: values_BS.to(device, non_blocking=True)
         for name, values_BS in given.items()
-        if isinstance(values_BS, torch.Tensor)
+        if values_BS is not None
     }
     values_CS = torch.cat([chosen_BS, -losses_BS, *found.values()]).double()
     row_CS = whole_rows(values_CS, batch)
@@ -149,6 +182,7 @@ def completions_of(batch: MicroBatch, losses_BS: torch.Tensor) -> Completions:
         logps_T=logps_T,
         lengths_N=document_sums(chosen_BS, batch).long(),
         advantages_N=batch.targets.to(device, torch.float64, non_blocking=True),
+        peers=prepared.peers,
         **dict(zip(found, others, strict=True)),
     )
 
@@ -158,6 +192,7 @@ def grpo_loss(
     settings: PreferenceConfig,
     rollout: RolloutConfig,
     sampler: SamplerConfig,
+    policy: PolicyConfig,
     *,
     least_entropy: float = 0.0,
 ) -> Outcome:
@@ -165,21 +200,10 @@ def grpo_loss(
 
     Tokens of less than `least_entropy` have no policy loss.
     """
-    logps_T, lengths_N = completions.logps_T, completions.lengths_N
-    assert settings.beta is not None and rollout.epsilon_high is not None, "resolved"
+    logps_T, lengths_N, form = completions.logps_T, completions.lengths_N, settings.loss_type
+    assert settings.beta is not None, "resolved"
     old_T = logps_T.detach() if completions.old_T is None else completions.old_T
-    log_ratio_T = logps_T - old_T
-    if rollout.importance_sampling_level == "sequence":
-        means_N = sums_of(log_ratio_T, lengths_N) / lengths_N.clamp(min=1)
-        log_ratio_T = means_N.repeat_interleave(lengths_N)
-    advantages_T = completions.advantages_N.repeat_interleave(lengths_N)
-    ratio_T = log_ratio_T.exp()
-    clipped_T = ratio_T.clamp(1 - rollout.epsilon, 1 + rollout.epsilon_high)
-    bounded_T = ratio_T if rollout.delta is None else ratio_T.clamp(max=rollout.delta)
-    losses_T = -torch.minimum(bounded_T * advantages_T, clipped_T * advantages_T)
-    low_T = (ratio_T < 1 - rollout.epsilon) & (advantages_T < 0)
-    high_T = (ratio_T > 1 + rollout.epsilon_high) & (advantages_T > 0)
-    metrics = {"clip_ratio/low_mean": low_T.double(), "clip_ratio/high_mean": high_T.double()}
+    losses_T, metrics = policy_losses(completions, old_T, form, rollout, policy)
     if rollout.off_policy_sequence_mask_delta is not None:
         is_left_N = left_behind(completions, old_T, most=rollout.off_policy_sequence_mask_delta)
         losses_T = losses_T.masked_fill(is_left_N.repeat_interleave(lengths_N), 0.0)
@@ -198,31 +222,64 @@ def grpo_loss(
         if not rollout.kl_in_reward:
             losses_T = losses_T + settings.beta * divergence_T
     losses_N = sums_of(losses_T, lengths_N)
-    if settings.loss_type == "grpo":
-        losses_N = losses_N / lengths_N.clamp(min=1)
-    elif settings.loss_type == "dr_grpo":
+    if form == "dr_grpo":
         losses_N = losses_N / rollout.max_completion_length
+    elif form not in BY_TOKENS:
+        losses_N = losses_N / lengths_N.clamp(min=1)
+    if form == "real":
+        assert completions.peers is not None, "found before the step"
+        scores_N, group = means_of(logps_T - old_T, lengths_N), rollout.num_generations
+        losses_N = losses_N + label_losses(
+            scores_N, completions.peers, temperature=policy.real_tau, group=group
+        )
     return Outcome(losses_R=losses_N, metrics=metrics)
+
+
+def policy_losses(
+    completions: Completions,
+    old_T: torch.Tensor,
+    form: str | None,
+    rollout: RolloutConfig,
+    policy: PolicyConfig,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Return what each token adds to the loss for the sake of the rewards [T], and what is logged of it."""
+    logps_T, lengths_N = completions.logps_T, completions.lengths_N
+    if form == "real":
+        return torch.zeros_like(logps_T), {}
+    advantages_T = completions.advantages_N.repeat_interleave(lengths_N)
+    ratio_T = log_ratios(logps_T, old_T, lengths_N, rollout.importance_sampling_level).exp()
+    if form == "cispo":
+        assert rollout.epsilon_high is not None, "resolved"
+        return weighted_losses(ratio_T, advantages_T, logps_T, most=rollout.epsilon_high)
+    if form == "sapo":
+        return gated_losses(ratio_T, advantages_T, policy), {}
+    losses_T, metrics = clipped_losses(ratio_T, advantages_T, rollout)
+    if form == "fipo":
+        weights_T, more = future_weights(
+            logps_T - old_T, ratio_T, advantages_T, lengths_N, policy, delta=rollout.delta
+        )
+        losses_T, metrics = losses_T * weights_T, metrics | more
+    return losses_T, metrics
 
 
 def left_behind(completions: Completions, old_T: torch.Tensor, *, most: float) -> torch.Tensor:
     """Return which completions are worse than others and no longer the model's own, bool [N]."""
     drawn_T = old_T if completions.sampler_T is None else completions.sampler_T
     lead_T, lengths_N = drawn_T - completions.logps_T.detach(), completions.lengths_N
-    means_N = sums_of(lead_T, lengths_N) / lengths_N.clamp(min=1)
-    return (means_N > most) & (completions.advantages_N < 0)
+    return (means_of(lead_T, lengths_N) > most) & (completions.advantages_N < 0)
 
 
 def sampler_weights(
     log_weight_T: torch.Tensor, lengths_N: torch.Tensor, sampler: SamplerConfig
 ) -> torch.Tensor:
     """Return what the loss of each token is multiplied by, given log pi_old/q."""
-    level, _, limit = sampler.rollout_importance_sampling_mode.partition("_")
+    mode = sampler.rollout_importance_sampling_mode
+    assert mode is not None, "resolved"
+    level, _, limit = mode.partition("_")
     if level == "none":
         return torch.ones_like(log_weight_T)
     if level == "sequence":
-        means_N = sums_of(log_weight_T, lengths_N) / lengths_N.clamp(min=1)
-        log_weight_T = means_N.repeat_interleave(lengths_N)
+        log_weight_T = means_of(log_weight_T, lengths_N).repeat_interleave(lengths_N)
     weight_T, most = log_weight_T.exp(), sampler.rollout_importance_sampling_threshold
     return weight_T.clamp(max=most) if limit == "truncate" else weight_T.where(weight_T <= most, 0.0)
 
@@ -251,14 +308,6 @@ def _mismatch(log_weight_T: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
-def sums_of(values_T: torch.Tensor, lengths_N: torch.Tensor) -> torch.Tensor:
-    """Return the sum over each completion [N]; piece by piece, so that a GPU adds in a fixed order."""
-    pieces = values_T.split(lengths_N.tolist())
-    return (
-        torch.stack([piece.sum() for piece in pieces]) if pieces else values_T
-    )  # nothing, which is differentiable
-
-
 def at_temperature(meta: ModelMeta, temperature: float) -> ModelMeta:
     """Return the facts of the model whose logits are divided by `temperature`: log-probabilities are then those of its samples.
 
@@ -271,14 +320,3 @@ def at_temperature(meta: ModelMeta, temperature: float) -> ModelMeta:
         logits_softcap=None if cap is None else cap / temperature,
     )
     return replace(meta, multipliers=cooled)
-
-
-def advantages(rewards_PG: torch.Tensor, rollout: RolloutConfig) -> torch.Tensor:
-    """Return the advantage of every completion over its group [P, G], float64."""
-    size = rewards_PG.shape[1]
-    found_PG = rewards_PG - rewards_PG.mean(1, keepdim=True)
-    if rollout.advantage_estimator == "rloo":
-        found_PG = found_PG * (size / (size - 1))  # a mean without the completion itself
-    if rollout.scale_rewards == "group":
-        return found_PG / (rewards_PG.std(1, keepdim=True) + TINY)
-    return found_PG / (rewards_PG.std() + TINY) if rollout.scale_rewards == "batch" else found_PG

@@ -33,8 +33,8 @@ from megaswift.rollout.engine import Answer, Prompt
 from megaswift.rollout.rewards import Judged, RewardFunction, load_rewards, rewards_of
 from megaswift.rollout.rollout import Rollout, joined
 from megaswift.rollout.turns import Talked, Talks, load_scheduler
+from megaswift.tasks.advantages import advantages, decoupled_advantages
 from megaswift.tasks.answers import whole_rows
-from megaswift.tasks.grpo import advantages
 from megaswift.tasks.task import RunModel, look
 from megaswift.training.author import Author, stop_ids_of
 from megaswift.training.context import context_share
@@ -260,6 +260,10 @@ class Roller:
         return table_T.cpu().numpy()
 
     def _with_advantages(self, rollout: Rollout) -> Rollout:
+        if self.run.rollout.scale_rewards == "gdpo":
+            rewards_PGF = torch.from_numpy(rollout.rewards).unflatten(0, (-1, rollout.group))
+            found_PG = decoupled_advantages(rewards_PGF, self.weights)
+            return replace(rollout, advantages=found_PG.flatten().float().numpy())
         totals_N = rollout.rewards @ np.array(self.weights)
         if self.run.rollout.kl_in_reward:
             assert rollout.old_logps is not None and rollout.reference_logps is not None

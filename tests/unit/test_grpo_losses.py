@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from megaswift.config.policy import PolicyConfig
 from megaswift.config.preference import PreferenceConfig
 from megaswift.config.rollout import RolloutConfig
 from megaswift.config.vllm import CORRECTIONS, SamplerConfig
+from megaswift.tasks.advantages import advantages, decoupled_advantages
 from megaswift.tasks.answers import Outcome
-from megaswift.tasks.grpo import BY_TOKENS, METRICS, Completions, advantages, grpo_loss
+from megaswift.tasks.grpo import BY_TOKENS, METRICS, Completions, grpo_loss
 
 # Losses and gradients are of order 1. Central differences of step 1e-5 are wrong by 1e-10 times a third derivative.
 TOLERANCE, STEP = 1e-6, 1e-5
@@ -100,11 +102,14 @@ def completions(*, old: bool = True, reference: bool = True, sampler: bool = Fal
     )
 
 
-def settings_of(name: str, **sampler: Any) -> tuple[PreferenceConfig, RolloutConfig, SamplerConfig]:
+Settings = tuple[PreferenceConfig, RolloutConfig, SamplerConfig, PolicyConfig]
+
+
+def settings_of(name: str, **sampler: Any) -> Settings:
     loss_type, more, beta, _ = CASES[name]
     rollout = RolloutConfig(epsilon=LOW, epsilon_high=HIGH, max_completion_length=LONGEST, **more)
     settings = PreferenceConfig(rlhf_type="grpo", loss_type=loss_type, beta=beta)
-    return settings, rollout, SamplerConfig(**sampler)
+    return settings, rollout, SamplerConfig(**sampler), PolicyConfig()
 
 
 def total(outcome: Outcome, loss_type: str, given: Completions) -> torch.Tensor:
@@ -161,9 +166,9 @@ def test_a_second_bound_changes_the_loss_of_worse_completions() -> None:
     """Its bite, which the cases above compare with the paper: the gradient of the token beyond it is that of the reference alone."""
     plain, bounded = completions(reference=False), completions(reference=False)
     for given, more in ((plain, {}), (bounded, {"delta": DELTA})):
-        settings, rollout, sampler = settings_of("grpo without a reference")
+        settings, rollout, *others = settings_of("grpo without a reference")
         grpo_loss(
-            given, settings, RolloutConfig(**{**vars(rollout), **more}), sampler
+            given, settings, RolloutConfig(**{**vars(rollout), **more}), *others
         ).losses_R.sum().backward()
     assert plain.logps_T.grad is not None and bounded.logps_T.grad is not None
     changed = plain.logps_T.grad != bounded.logps_T.grad
@@ -181,7 +186,7 @@ def test_worse_completions_that_the_model_has_left_have_no_policy_loss(sampler: 
     ]
     masked = [lead > most and advantage < 0 for lead, advantage in zip(leads, worse, strict=True)]
     assert masked == [False, False, True] and max(leads[:2]) > most - 0.5 and (sampler or leads[0] > most)
-    settings, rollout, none = settings_of("grpo", rollout_importance_sampling_mode="none")
+    settings, rollout, *others = settings_of("grpo", rollout_importance_sampling_mode="none")
     rollout = RolloutConfig(**{**vars(rollout), "off_policy_sequence_mask_delta": most})
     older = OLD if sampler else raised
 
@@ -201,14 +206,14 @@ def test_worse_completions_that_the_model_has_left_have_no_policy_loss(sampler: 
         old_T=flat(older),
         sampler_T=flat(raised) if sampler else None,
     )
-    outcome = grpo_loss(given, settings, rollout, none)
+    outcome = grpo_loss(given, settings, rollout, *others)
     agrees(outcome, given, paper)
     assert outcome.metrics["off_policy/masked"].tolist() == masked
 
 
 def test_tokens_that_the_model_is_sure_of_have_no_policy_loss() -> None:
     least = 1.0
-    settings, rollout, sampler = settings_of("grpo")
+    settings, rollout, *others = settings_of("grpo")
     rollout = RolloutConfig(**{**vars(rollout), "top_entropy_quantile": 0.5, "log_entropy": True})
 
     def paper(logps: Tokens) -> float:
@@ -222,7 +227,7 @@ def test_tokens_that_the_model_is_sure_of_have_no_policy_loss() -> None:
         )
 
     given = replace(completions(), entropies_T=flat(ENTROPIES))
-    outcome = grpo_loss(given, settings, rollout, sampler, least_entropy=least)
+    outcome = grpo_loss(given, settings, rollout, *others, least_entropy=least)
     agrees(outcome, given, paper)
     means = [statistics.mean(row) for row in ENTROPIES]
     assert outcome.metrics["entropy/mean"].tolist() == pytest.approx(means)
@@ -276,7 +281,7 @@ def test_completions_of_another_engine_are_weighted(mode: str, old: bool) -> Non
     if old:
         assert sum(one in (most, 0.0) for one in flattened) >= touched, "the threshold must bite"
     assert set(outcome.metrics) == {
-        name for name in METRICS if not name.startswith(("off_policy/", "entropy/"))
+        name for name in METRICS if not name.startswith(("off_policy/", "entropy/", "cispo", "fipo/"))
     }
     ratios = [math.exp(a - b) for a, b in zip(sum(before, ()), sum(DRAWN, ()), strict=True)]
     assert float(outcome.metrics["sampling/importance_sampling_ratio/max"].max()) == pytest.approx(
@@ -315,15 +320,20 @@ def test_fresh_completions_have_the_gradient_of_the_plain_policy_gradient() -> N
 
 
 def test_a_divergence_in_the_reward_is_not_in_the_loss() -> None:
-    settings, rollout, sampler = settings_of("grpo")
+    settings, rollout, *others = settings_of("grpo")
     in_reward = RolloutConfig(**{**vars(rollout), "kl_in_reward": True})
-    plain = grpo_loss(completions(reference=False), settings, rollout, sampler)
-    outcome = grpo_loss(completions(), settings, in_reward, sampler)
+    plain = grpo_loss(completions(reference=False), settings, rollout, *others)
+    outcome = grpo_loss(completions(), settings, in_reward, *others)
     assert torch.equal(outcome.losses_R, plain.losses_R)
     assert "kl" in outcome.metrics
 
 
 REWARDS = ((1.0, 0.0, 0.5, 0.25), (2.0, 2.0, 2.0, 2.0))
+
+
+def differences() -> list[float]:
+    """What REINFORCE++ with a baseline scales: rewards less the mean of their group."""
+    return [reward - statistics.mean(group) for group in REWARDS for reward in group]
 
 
 @pytest.mark.parametrize(
@@ -342,10 +352,29 @@ REWARDS = ((1.0, 0.0, 0.5, 0.25), (2.0, 2.0, 2.0, 2.0))
             {"scale_rewards": "none", "advantage_estimator": "rloo"},
             lambda r, group: r - (sum(group) - r) / (len(group) - 1),
         ),
+        (
+            {"scale_rewards": "batch", "advantage_estimator": "reinforce_plus_plus"},
+            lambda r, group: (r - statistics.mean(group)) / (statistics.stdev(differences()) + 1e-4),
+        ),
     ],
-    ids=["grpo", "dr_grpo", "batch", "rloo"],
+    ids=["grpo", "dr_grpo", "batch", "rloo", "reinforce_plus_plus"],
 )
 def test_advantages_are_those_of_the_paper(chosen: dict[str, str], paper: Callable[..., float]) -> None:
     found = advantages(torch.tensor(REWARDS, dtype=torch.float64), RolloutConfig(**chosen))
     expected = [[paper(reward, group) for reward in group] for group in REWARDS]
     assert found.tolist() == [pytest.approx(row, abs=1e-12) for row in expected]
+
+
+def test_reward_functions_are_scaled_before_they_are_added_up() -> None:
+    """GDPO: a function by which all are alike adds nothing, and one of large numbers no more than its weight."""
+    functions = [REWARDS, ((300.0, 100.0, 100.0, 100.0), (0.0, 500.0, 0.0, 200.0))]
+    weights = [1.0, 0.5]
+    sums = [0.0] * 8
+    for weight, function in zip(weights, functions, strict=True):
+        for group, rewards in enumerate(function):
+            spread = statistics.stdev(rewards) + 1e-4
+            for place, reward in enumerate(rewards):
+                sums[4 * group + place] += weight * (reward - statistics.mean(rewards)) / spread
+    expected = [(one - statistics.mean(sums)) / (statistics.stdev(sums) + 1e-4) for one in sums]
+    given = torch.tensor(functions, dtype=torch.float64).permute(1, 2, 0)
+    assert decoupled_advantages(given, weights).flatten().tolist() == pytest.approx(expected, abs=1e-12)
