@@ -61,12 +61,16 @@ TRAININGS: dict[str, tuple[str, ...]] = {
     "rloo": ("--advantage_estimator", "rloo", "--beta", "0", "--loss_type", "dapo", "--temperature", "0.7", "--top_k", "40"),
 }  # fmt: skip
 # what is trained besides: on conversations of several turns and with a reward model; on shares of generations, whose tokens have
-# second thoughts, half of which the model is too sure of -> flags
+# second thoughts, half of which the model is too sure of; by forms of the loss that look beyond a token -> flags
 TALKS: dict[str, tuple[str, ...]] = {
     "talks": ("--multi_turn_scheduler", "{folder}/plugin.py:again", "--max_turns", "3", "--reward_model", "{folder}/rm",
               "--reward_weights", "1", "0.5", "2", "--num_iterations", "2", *CALM),
     "shares": ("--generation_batch_size", "16", "--loss_type", "dapo", "--delta", "1.25", "--top_entropy_quantile", "0.5",
                "--log_entropy", "true", "--off_policy_sequence_mask_delta", "1e-3", "--repetition_penalty", "1.3", *CALM),
+    # What a token's weight is made of comes behind it, and what a completion's score is compared with may be on any rank.
+    "future": ("--loss_type", "fipo", "--num_iterations", "2", "--fipo_decay_rate", "3", "--fipo_clip_range", "none",
+               "--scale_rewards", "gdpo", *CALM),
+    "labels": ("--loss_type", "real", "--num_iterations", "2", "--log_entropy", "true", *CALM),
 }  # fmt: skip
 CP2 = ("--context_parallel_size", "2", "--cp_comm_type", "p2p")
 ASIDE = ("--offload_model", "true", "--offload_optimizer", "true")
@@ -105,6 +109,10 @@ ON_TWO = [
     ("shares", "tp2"),
     ("shares", "cp2 packed"),
     ("shares", "dp2 packed"),
+    ("future", "cp2 packed"),
+    ("labels", "dp2 packed"),
+    ("labels", "cp2 packed"),
+    ("labels", "pp2"),
 ]
 OTHERS = [*ON_TWO, ("lora", "packed"), ("twice", "packed"), ("twice", "tp2 pp2"), ("shares", "tp2 pp2")]
 TIMED = ("step_time_s", "tokens_per_s", "model_tflops_per_s", "memory_gib")
