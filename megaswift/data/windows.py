@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing.connection import wait
@@ -51,7 +52,8 @@ class Shelf:
         """Return a window, once it is there. Raises DataError where it never will be."""
         while str(number) not in (names := os.listdir(self._folder)):
             if FAILED in names:
-                raise DataError((self._folder / FAILED).read_text(encoding="utf-8"))
+                message = (self._folder / FAILED).read_text(encoding="utf-8")
+                raise DataError(message or "The rank that has windows made could not, and its disk is full.")
             time.sleep(POLL_S)
         return _read(self._folder, number)
 
@@ -82,22 +84,12 @@ class Workshop(Shelf):
         )
 
     def get(self, number: int) -> Window:
-        """Return a window, and let those after it be made. Raises DataError."""
+        """Return a window, and let those after it be made. Raises DataError, and whatever stops the making of windows."""
         try:
-            while self._stream.position.window <= number + self._ahead:
-                self._order()
-            coming = self._coming.pop(number, None)
-            if coming is not None:
-                report = coming.result()
-                if report.bad:
-                    report.log(f"window {number} of the stream")
-        except (DataError, BrokenProcessPool) as error:
-            known = isinstance(error, DataError)
-            message = (
-                str(error) if known else "A process that tokenises was killed, most often for want of memory."
-            )
-            _leave_word(self._folder, message)
-            raise error if known else DataError(message) from error
+            self._have_made(number)
+        except Exception as error:
+            _leave_word(self._folder, str(error) or type(error).__name__)  # or its readers wait for ever
+            raise
         return _read(self._folder, number)
 
     def forget(self, before: int) -> None:
@@ -109,6 +101,19 @@ class Workshop(Shelf):
     def close(self) -> None:
         """End the processes."""
         self._pool.shutdown(cancel_futures=True)
+
+    def _have_made(self, number: int) -> None:
+        while self._stream.position.window <= number + self._ahead:
+            self._order()
+        coming = self._coming.pop(number, None)
+        if coming is None:
+            return
+        try:
+            report = coming.result()
+        except BrokenProcessPool as error:
+            raise DataError("A process that tokenises was killed, most often for want of memory.") from error
+        if report.bad:
+            report.log(f"window {number} of the stream")
 
     def _order(self) -> None:
         position, rows = self._stream.window()
@@ -174,6 +179,9 @@ def _read(folder: Path, number: int) -> Window:
 
 
 def _leave_word(folder: Path, message: str) -> None:
+    """Let the readers know; on a full disk by an empty file, for which there is room."""
     growing = folder / f".{FAILED}"
-    growing.write_text(message, encoding="utf-8")
-    os.replace(growing, folder / FAILED)
+    with suppress(OSError):
+        growing.write_text(message, encoding="utf-8", errors="backslashreplace")
+    with suppress(OSError):  # what went wrong first is what is raised
+        os.replace(growing, folder / FAILED)

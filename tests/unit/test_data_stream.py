@@ -5,6 +5,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow
@@ -308,6 +309,35 @@ def test_a_bad_row_stops_a_strict_stream_on_every_rank(folder, tmp_path, monkeyp
         with pytest.raises(DataError, match=r"a\.jsonl:18: json"):
             rank.get(1)
     shop.close()
+
+
+def test_no_rank_waits_for_windows_that_cannot_be_made(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        windows, "ProcessPoolExecutor", lambda processes, *_, **__: ThreadPoolExecutor(processes)
+    )
+    monkeypatch.setattr(windows.time, "sleep", lambda seconds: pytest.fail("a reader waits"))
+    config = config_of(folder)
+    recipe = recipe_of(folder, config)
+    for number, error in enumerate([OSError("the disk is gone"), ValueError()]):
+        monkeypatch.setattr(windows, "_make", Mock(side_effect=error))
+        place = tmp_path / f"w{number}"
+        shop = Workshop(place, RowStream(recipe.sets, config, seed=5), recipe, processes=1)
+        with pytest.raises(type(error)):
+            shop.get(0)
+        with pytest.raises(DataError, match=str(error) or "ValueError"):
+            Shelf(place).get(0)
+        shop.close()
+
+
+def test_word_is_left_on_a_full_disk(tmp_path, monkeypatch):
+    def write_nothing(path, *_, **__):
+        path.touch()
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", write_nothing)
+    windows._leave_word(tmp_path, "lost")
+    with pytest.raises(DataError, match="disk is full"):
+        Shelf(tmp_path).get(0)
 
 
 def test_sets_without_rows_are_errors(folder, tmp_path):
