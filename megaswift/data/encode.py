@@ -15,7 +15,7 @@ from megaswift.data.packing import Packs
 from megaswift.data.pool import forked_map
 from megaswift.data.prompts import encode_prompts
 from megaswift.data.report import BadRow, Report, stop_at
-from megaswift.data.sample import RowError, Sample
+from megaswift.data.sample import STUMBLES, RowError, Sample, row_error
 from megaswift.data.template import Template
 from megaswift.errors import DataError
 
@@ -222,8 +222,8 @@ def _encode_chunk(samples: Sequence[Sample], template: Template, form: Form, chu
 def _documents(sample: Sample, form: Form) -> tuple[Sample, ...] | RowError:
     try:
         return form.documents(sample)
-    except RowError as error:
-        return error
+    except (RowError, *STUMBLES) as error:
+        return row_error(error)
 
 
 def _joined(parts: Iterable[_Part], form: Form) -> EncodedSet:

@@ -57,7 +57,7 @@ def to_sample(
         add_column(media, kind, named.get(kind))
     rejected = _rejected(named, messages, media)
     if rejected and "chosen" in named:
-        messages = _with_chosen(named, messages, media)
+        messages = _answered(named, "chosen", messages, media)
     text = None if rejected or named.get("label") is not None else answer_only(messages)
     if text is None:
         messages = match_tags(messages, media, folder)
@@ -236,7 +236,7 @@ def _pair_only(named: Columns, media: MediaList) -> list[Message]:
     if not isinstance(chosen, list):
         raise RowError("pair", "chosen holds one answer and there is no prompt to it")
     messages = messages_of(chosen, column="chosen", media=media)
-    return messages[: _last_user(messages) + 1]
+    return _prompt(messages)
 
 
 def _last_user(messages: list[Message]) -> int:
@@ -265,21 +265,20 @@ def _rejected(named: Columns, messages: list[Message], media: MediaList) -> list
         return []
     if "chosen" not in named and present[0] == "rejected":
         raise RowError("pair", "there is a rejected answer and no chosen one")
-    rejected = _answer_turns(named[present[0]], present[0], _prompt(messages), media)
-    if rejected[0]["role"] != "system" and messages[0]["role"] == "system":
-        rejected = [messages[0], *rejected]
-    return _ends_with_answer(rejected, present[0])
+    return _answered(named, present[0], messages, media)
 
 
-def _with_chosen(named: Columns, messages: list[Message], media: MediaList) -> list[Message]:
-    chosen = _answer_turns(named["chosen"], "chosen", _prompt(messages), media)
-    if chosen[0]["role"] != "system" and messages[0]["role"] == "system":
-        chosen = [messages[0], *chosen]
-    return _ends_with_answer(chosen, "chosen")
+def _answered(named: Columns, column: str, messages: list[Message], media: MediaList) -> list[Message]:
+    """Return the prompt of a conversation with the answer of a column, and the system turn in any case."""
+    turns = _answer_turns(named[column], column, _prompt(messages), media)
+    system = [message for message in messages[:1] if message["role"] == "system"]
+    if turns and turns[0]["role"] != "system":
+        turns = [*system, *turns]
+    return _ends_with_answer(turns, column)
 
 
 def _ends_with_answer(messages: list[Message], column: str) -> list[Message]:
-    if messages[-1]["role"] != "assistant":
+    if not messages or messages[-1]["role"] != "assistant":
         raise RowError("pair", f"{column} does not end with an assistant turn")
     return messages
 

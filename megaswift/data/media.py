@@ -1,5 +1,6 @@
 """Images, videos and audios of a row: collected from columns and content blocks, matched with the tags in the text."""
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,7 @@ def _locate(item: Any, name: str, folder: Path) -> Any:
     if len(item) > 1024:  # longer than any path: bare base64
         return item
     for candidate in (folder / item, Path(item)):
-        if candidate.is_file():
-            return str(candidate)
-    raise RowError("media", f"{name[:-1]} {item} is neither in {folder} nor in the working directory")
+        with suppress(OSError):  # no file system takes so long a name
+            if candidate.is_file():
+                return str(candidate)
+    raise RowError("media", f"{name[:-1]} {item:.200} is neither in {folder} nor in the working directory")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from megaswift.data.forms import asked_of
-from megaswift.data.sample import Message, RowError, Sample
+from megaswift.data.sample import STUMBLES, Message, RowError, Sample, row_error
 from megaswift.data.template import Encoded, Template
 
 FILE, STARTS = "rows.jsonl", "rows.npy"
@@ -70,8 +70,8 @@ def encode_prompts(
 def _text_or_error(template: Template, sample: Sample) -> str | RowError:
     try:
         return template.prompt(sample)
-    except RowError as error:
-        return error
+    except (RowError, *STUMBLES) as error:
+        return row_error(error)
 
 
 def save_rows(folder: Path, samples: Iterable[Sample]) -> None:

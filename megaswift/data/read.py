@@ -13,7 +13,7 @@ from megaswift.data.layouts import to_sample
 from megaswift.data.mixture import draw, log_mixture, select
 from megaswift.data.report import BadRow, Report, merge, stop_at
 from megaswift.data.rows import Row
-from megaswift.data.sample import RowError, Sample
+from megaswift.data.sample import STUMBLES, RowError, Sample, row_error
 from megaswift.data.sources import Source, open_source, parse_source
 from megaswift.errors import DataError
 from megaswift.logs import get_logger
@@ -127,8 +127,9 @@ def _sample_or_bad(
         return row
     try:
         return to_sample(row, place, columns=config.columns, folder=folder, dataset=dataset)
-    except RowError as error:
-        return BadRow(source=place, kind=error.kind, reason=error.reason)
+    except (RowError, *STUMBLES) as error:
+        refused = row_error(error)
+        return BadRow(source=place, kind=refused.kind, reason=refused.reason)
 
 
 def _named(sample: Sample, config: DataConfig) -> Sample:

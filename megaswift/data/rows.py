@@ -115,7 +115,7 @@ def _parse_json_line(line: bytes, source: str) -> Row:
         return _object(json.loads(line), source)
     except UnicodeDecodeError as error:
         return source, BadRow(source=source, kind="encoding", reason=f"not UTF-8 at byte {error.start}")
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also an integer of more than 4300 digits
         return source, BadRow(source=source, kind="json", reason=f"not JSON: {error}")
 
 
@@ -145,7 +145,7 @@ def _concatenated_objects(path: Path, text: str) -> Iterator[Row]:
     lines = text.split("\n")  # splitlines() would break texts at Unicode's own line ends
     try:
         json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         yield from (
             _parse_json_line(line.encode(), f"{path}:{i}") for i, line in enumerate(lines, 1) if line.strip()
         )
@@ -170,7 +170,7 @@ def _array(path: Path, text: str, start: int) -> Iterator[Row]:
                 position += 1
             if text[position : position + 1] not in (",", "]"):
                 raise json.JSONDecodeError("Expecting ',' or ']' after a row", text, position)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(
                 f"{path}:{line}: the row that begins here is not JSON ({error}), so the rows after it cannot be told apart. "
                 "Mend the file, or save it as .jsonl, where one broken row costs one row."

@@ -42,3 +42,14 @@ class RowError(Exception):
         super().__init__(f"{kind}: {reason}")
         self.kind = kind
         self.reason = reason
+
+
+# What code raises that stumbles over a value it did not expect; memory and files that fail are no fault of a row.
+STUMBLES = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+
+def row_error(error: Exception) -> RowError:
+    """Return the RowError of a row that cannot be used for a foreseen reason, or for one of STUMBLES."""
+    return (
+        error if isinstance(error, RowError) else RowError("unexpected", f"{type(error).__name__}: {error}")
+    )

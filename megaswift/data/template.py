@@ -15,7 +15,7 @@ import numpy as np
 
 from megaswift.config.data import DataConfig
 from megaswift.data.agent_format import check_agent_format
-from megaswift.data.sample import Message, RowError, Sample
+from megaswift.data.sample import STUMBLES, Message, RowError, Sample, row_error
 from megaswift.data.spans import Span, SpanFinder, drops_thinking
 from megaswift.data.tokenizer import TextEncoder
 from megaswift.errors import DataError
@@ -147,7 +147,7 @@ class Template:
     def render(self, sample: Sample) -> Rendered:
         """Return the text of a sample and the spans that carry loss. Raises RowError."""
         if sample.text is not None:
-            return Rendered(text=sample.text, spans=((0, len(sample.text), 1.0),), is_text=True)
+            return Rendered(text=_unicode(sample.text), spans=((0, len(sample.text), 1.0),), is_text=True)
         media = len(sample.images) + len(sample.videos) + len(sample.audios)
         if media:
             raise RowError(
@@ -200,11 +200,15 @@ class Template:
             raise RowError("media", "the row has images, videos or audios, and the model reads text only")
         plain = [_for_template(message) for message in self.messages(sample)]
         if not self.uses_chat_template:
-            return "".join(
-                message["content"] + self.eos_token * (message["role"] == "assistant") for message in plain
+            return _unicode(
+                "".join(
+                    message["content"] + self.eos_token * (message["role"] == "assistant")
+                    for message in plain
+                )
             )
         variables = {**self.variables, **sample.template_kwargs}
-        return self._apply(plain, list(sample.tools) or None, variables, plain[-1]["role"] != "assistant")
+        waits = plain[-1]["role"] != "assistant"
+        return _unicode(self._apply(plain, list(sample.tools) or None, variables, waits))
 
     def _apply(
         self,
@@ -268,6 +272,7 @@ class Template:
         return self._rendered(text, ((0, len(text), 1.0),) if self.loss_scale == "all" else tuple(spans))
 
     def _rendered(self, text: str, spans: tuple[tuple[int, int, float], ...]) -> Rendered:
+        text = _unicode(text)
         if not self.ignores_empty_think:
             return Rendered(text=text, spans=spans)
         kept = []
@@ -367,14 +372,25 @@ class Template:
     def _render_or_error(self, sample: Sample) -> Rendered | RowError:
         try:
             return self.render(sample)
-        except RowError as error:
-            return error
+        except (RowError, *STUMBLES) as error:
+            return row_error(error)
 
 
 def _template_errors() -> tuple[type[Exception], ...]:
     import jinja2  # transformers' own requirement for chat templates, loaded with them
 
     return (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
+
+
+def _unicode(text: str) -> str:
+    """Return a text that tokenizers take: JSON can spell half of a pair of surrogates, which is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RowError(
+            "encoding", f"character {error.start + 1} of the text is half of a pair of surrogates"
+        ) from error
+    return text
 
 
 def _is_text(message: Message) -> bool:

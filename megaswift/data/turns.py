@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -24,11 +25,11 @@ def parse_literal(value: Any) -> Any:
         return value
     try:
         return json.loads(value)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         pass
     try:
         return ast.literal_eval(value)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return value
 
 
@@ -70,11 +71,23 @@ def _messages_of_turn(turn: dict[str, Any], number: int, media: MediaList) -> li
         raise RowError("type", f"the content of turn {number} is {type(content).__name__}, not text")
     message["content"] = content
     message.update((key, turn[key]) for key in KEPT_KEYS if key in turn)
+    _check_kept(message, number)
     if turn.get("tool_calls"):
         message["tool_calls"] = _calls_of(turn["tool_calls"], number)
     if before and not content:
         return before  # an Anthropic turn that only carries tool results
     return [*before, message]
+
+
+def _check_kept(message: Message, number: int) -> None:
+    """Raise RowError for thinking that is not text, and for a loss or loss_scale that weighs nothing."""
+    for key in ("reasoning_content", "thinking"):
+        if key in message:
+            _string(message[key], f"the {key} of turn {number}")
+    for key in ("loss", "loss_scale"):
+        value = message.get(key, 1)
+        if not isinstance(value, bool | int | float) or not 0 <= value < math.inf:
+            raise RowError("type", f"the {key} of turn {number} is {value!r}, not a number from 0 on")
 
 
 def _text_of_blocks(
@@ -132,6 +145,7 @@ def _calls_of(calls: Any, number: int) -> list[dict[str, Any]]:
     found = []
     for call in calls:
         function = call.get("function", call)
+        function = function if isinstance(function, dict) else {}
         arguments = parse_literal(function.get("arguments", function.get("parameters", {})) or {})
         if not isinstance(function.get("name"), str) or not isinstance(arguments, dict):
             raise RowError(

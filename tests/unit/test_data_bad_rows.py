@@ -61,13 +61,33 @@ PLANTED: list[tuple[str, str | bytes | dict]] = [  # (kind, row)
     ("pair", {"prompt": "q", "chosen": "a", "rejected": "a"}),
     ("pair", {"messages": [Q], "rejected_response": "b"}),
     ("label", {"messages": [Q, A], "label": "perhaps"}),
+    ("json", '{"text": "t", "size": ' + "1" * 5000 + "}"),
+    ("json", '{"text": ' + "[" * 100_000),
+    ("pair", {"chosen": [], "rejected": []}),
+    ("pair", {"prompt": "q", "chosen": [], "rejected": "b"}),
+    ("order", {"chosen": [A], "rejected": [{"role": "assistant", "content": "b"}]}),
+    ("order", {"prompt": [], "chosen": "a", "rejected": "b"}),
+    ("empty conversation", {"messages": [], "rejected_response": "b"}),
+    ("tool call", {"messages": [Q, {"role": "assistant", "content": "", "tool_calls": [{"function": "f"}]}]}),
+    ("type", {"messages": [Q, {**A, "loss_scale": "high"}]}),
+    ("type", {"messages": [Q, {**A, "loss_scale": float("nan")}]}),
+    ("type", {"messages": [Q, {**A, "loss_scale": -1}]}),
+    ("type", {"messages": [Q, {**A, "loss": "false"}]}),
+    ("type", {"messages": [Q, {**A, "reasoning_content": 5}]}),
+    ("label", {"messages": [Q, A], "label": "1" * 5000}),
+    ("label", {"messages": [Q, A], "label": "[" * 100_000}),
+    ("media", {"messages": [Q, A], "images": ["x" * 300]}),
+    ("unexpected", {"messages": "[{1: 2}]"}),  # a Python literal whose keys are no names
     # kinds that show only with a template
+    ("encoding", {"query": "q", "response": "a \ud83d"}),
+    ("encoding", {"query": "\udc80", "response": "a"}),
+    ("encoding", {"text": "t \ud83d"}),
     ("no answer", {"messages": [Q]}),
     ("too long", {"query": "q", "response": "yes " * 500}),
     ("media", {"query": "what is it?", "response": "a cat", "images": ["https://x/1.png"]}),  # for a model of text
     ("template", {"messages": [Q, {"role": "assistant", "content": "a"}], "chat_template_kwargs": {"fail": True}}),
 ]  # fmt: skip
-READING = [kind for kind, _ in PLANTED[:-4]]  # the last four show only with a template
+READING = [kind for kind, _ in PLANTED[:-7]]  # the last seven show only with a template
 
 
 @pytest.fixture

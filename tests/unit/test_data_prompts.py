@@ -110,3 +110,11 @@ def test_conversations_have_their_prompts_beside_them_and_rows_without_are_left_
         with_prompts(encoded.take(np.array([1])), samples, short, config)
     with pytest.raises(DataError, match="too long"):
         with_prompts(encoded, samples, short, DataConfig(dataset=config.dataset, strict=True))
+
+
+@pytest.mark.parametrize("use_chat_template", [True, False])
+def test_prompts_that_are_no_unicode_are_reported(tmp_path: Path, use_chat_template: bool) -> None:
+    rows = [{"messages": [USER]}, {"messages": [{**USER, "content": "half a pair \ud83d"}]}]
+    _, report, _ = encoded_rows(tmp_path, rows, PROMPTS, use_chat_template=use_chat_template)
+    (bad,) = report.bad
+    assert report.kept == 1 and bad.source.endswith(":2") and bad.kind == "encoding"
