@@ -14,6 +14,7 @@ Every span is checked against the text of its turn. Where that fails the row is 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from megaswift.data.sample import Message, RowError
 
@@ -139,12 +140,13 @@ class SpanFinder:
                 continue
             prompt = render(messages[:turn], True)
             finished = text if turn == len(messages) - 1 else render(messages[: turn + 1], False)
-            start = _answer_start(prompt, finished, messages, turn)
+            asked = partial(_asked, messages[:turn], prompt, render)
+            start = _answer_start(prompt, finished, asked, turn)
             body, ender = self._split(finished[start:])
             if finished is text:
                 span = Span(turn=turn, start=start, end=start + len(body) + len(ender))
             else:
-                span = self._place(text, finished[:start], body, ender, messages, turn, previous_end)
+                span = self._place(text, finished[:start], asked, body, ender, messages, turn, previous_end)
             _check(text, span, message, previous_end)
             spans.append(span)
             previous_end = span.end
@@ -164,6 +166,7 @@ class SpanFinder:
         self,
         text: str,
         before: str,
+        asked: Callable[[], int],
         body: str,
         ender: str,
         messages: Sequence[Message],
@@ -171,7 +174,7 @@ class SpanFinder:
         previous_end: int,
     ) -> Span:
         """Find an earlier turn's answer in the whole conversation."""
-        for start, end in _candidates(text, before, body, messages, turn, previous_end):
+        for start, end in _candidates(text, before, asked, body, messages, turn, previous_end):
             if self._special.search(text, start, end) and not self._special.search(body):
                 continue
             if not ender:
@@ -188,8 +191,12 @@ class SpanFinder:
 def visible(message: Message) -> str:
     """Return the part of a turn's text that every template shows: what follows the thinking, without outer blanks."""
     content = message["content"]
-    thinking = list(THINK_END.finditer(content))
-    return (content[thinking[-1].end() :] if thinking else content).strip()
+    return content[_thinking_end(content) :].strip()
+
+
+def _thinking_end(answer: str) -> int:
+    """Return where the thinking of an answer ends, which may hold any of its words; 0 without any."""
+    return max((tag.end() for tag in THINK_END.finditer(answer)), default=0)
 
 
 def drops_thinking(text: str, message: Message, span: Span) -> bool:
@@ -201,15 +208,22 @@ def drops_thinking(text: str, message: Message, span: Span) -> bool:
     return thinking.strip() not in text[span.start : span.end]
 
 
-def _answer_start(prompt: str, finished: str, messages: Sequence[Message], turn: int) -> int:
+def _asked(turns: Sequence[Message], prompt: str, render: Render) -> int:
+    """Return where the text of the last turn ends in its prompt; -1 where it is not shown.
+
+    The word may also be one that the generation prompt adds ("assistant", "think"), which is not looked at.
+    """
+    question = visible(turns[-1])
+    at = prompt.rfind(question, 0, _common(prompt, render(turns, False))) if question else -1
+    return at + len(question) if at >= 0 else -1
+
+
+def _answer_start(prompt: str, finished: str, asked: Callable[[], int], turn: int) -> int:
     """Return where the answer begins in a conversation that it ends."""
     if finished.startswith(prompt):
         return len(prompt)
-    question = visible(messages[turn - 1])
-    asked = prompt.rfind(question) + len(question)
-    common = _common(prompt, finished)
-    start = _before_thinking(prompt, common, asked)
-    if common < asked or start is None:
+    start = _before_thinking(prompt, _common(prompt, finished), max(0, asked()))
+    if start is None:
         raise _ambiguous(
             turn, "the template renders the turns before an answer differently once it is answered"
         )
@@ -222,21 +236,27 @@ def _before_thinking(prompt: str, common: int, asked: int) -> int | None:
 
 
 def _candidates(
-    text: str, before: str, body: str, messages: Sequence[Message], turn: int, previous_end: int
+    text: str,
+    before: str,
+    asked: Callable[[], int],
+    body: str,
+    messages: Sequence[Message],
+    turn: int,
+    previous_end: int,
 ) -> Iterator[tuple[int, int]]:
     """Yield where an earlier answer (without what ends it) may be: after the same characters as when it was the last
     turn, or else after the end of the question before it, with or without what a prompt adds to open the thinking."""
     key = _key(messages[turn])
-    key_at = body.find(key)
+    key_at = body.find(key, _thinking_end(body))
     if not key or key_at < 0:
         return
     if text.startswith(before):
         yield from _forms(text, len(before), body, key_at)
     question = visible(messages[turn - 1])
-    asked = before.rfind(question) if question else -1
-    if asked < 0:
+    question_end = asked()
+    if question_end < 0:
         return
-    gap = before[asked + len(question) :]  # from the question to the answer
+    gap = before[question_end:]  # from the question to the answer
     position = text.find(question, previous_end)
     while position >= 0:
         gap_at = position + len(question)

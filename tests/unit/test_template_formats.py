@@ -113,6 +113,27 @@ def test_remembered_shapes_give_the_same_spans_as_a_fresh_derivation(name):
         trained_parts(template, messages)
 
 
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("word", ["hi", "think", "assistant", "s"])
+def test_words_that_a_template_writes_too_are_masked_whatever_came_before(name, word):
+    """\"think\" is also in the <think> that a prompt opens, and "hi" in the middle of it."""
+    form = FORMATS[name]
+    messages = [user(word), assistant(word), user(word), assistant(word)]
+    sample = Sample(source="t:1", messages=tuple(messages))
+    template = template_of(form)
+    template._finder._skeletons.clear()  # of the probe
+    fresh = template.render(sample)
+    template.render(
+        Sample(source="t:2", messages=(user("Tell"), assistant("me"), user("more"), assistant("now")))
+    )
+    assert template.render(sample) == fresh
+    answers = [
+        answer.replace(old, word)
+        for answer, old in zip(form.answers, ("First answer", "Second answer"), strict=True)
+    ]
+    assert trained_parts(template, messages) == answers
+
+
 def test_thinking_of_the_last_turn_is_trained_and_of_earlier_turns_is_as_rendered():
     template = template_of(FORMATS["thinking of earlier turns dropped (Qwen3)"])
     messages = [
