@@ -11,7 +11,7 @@ from megaswift.data.forms import Form
 from megaswift.data.sources import FileSet
 from megaswift.data.template import Template
 
-ENCODING = 1  # raised whenever the same rows would become other tokens
+ENCODING = 2  # raised whenever the same rows would become other tokens
 BLOCK = 1 << 20  # bytes hashed at once
 SETTINGS = (
     "columns",

@@ -127,7 +127,9 @@ def join(
         rows.append(first + drawn)
         first += report.kept
     counts = [len(one) for one in rows]
-    chosen = select(counts[:num_train], counts[num_train:], config, seed=seed)
+    chosen = select(
+        counts[:num_train], counts[num_train:], config, seed=seed, drawn=np.concatenate(rows[:num_train])
+    )
     if config.interleave_prob:
         log_mixture([one.source.name for one in sets[:num_train]], counts[:num_train], chosen.train)
     table, numbers = _table(heads), np.concatenate(rows)

@@ -29,12 +29,22 @@ class Selection:
     val: np.ndarray
 
 
-def select(train: Sequence[int], val: Sequence[int], config: DataConfig, *, seed: int) -> Selection:
+def select(
+    train: Sequence[int],
+    val: Sequence[int],
+    config: DataConfig,
+    *,
+    seed: int,
+    drawn: np.ndarray | None = None,
+) -> Selection:
     """Return which rows train and which validate, given how many each set has; raises DataError for a ratio that takes all.
 
     --split_dataset_ratio is taken off first, so that no row is on both sides; --interleave_prob then mixes what is left.
+    `drawn` (int64) says which row each of the training rows is where some come several times: such a row validates once.
     """
-    total = sum(train)
+    drawn = np.arange(sum(train)) if drawn is None else drawn
+    _, firsts, row_of = np.unique(drawn, return_index=True, return_inverse=True)
+    total = len(firsts)
     held_back = round(config.split_dataset_ratio * total)
     if config.split_dataset_ratio and not 0 < held_back < total:
         raise DataError(
@@ -43,10 +53,10 @@ def select(train: Sequence[int], val: Sequence[int], config: DataConfig, *, seed
         )
     validates = np.zeros(total, bool)
     validates[shuffled(total, seed=seed, stream=SPLIT_STREAM)[:held_back]] = True
-    own = np.arange(total, total + sum(val))
+    own = np.arange(sum(train), sum(train) + sum(val))
     return Selection(
-        train=_mixed(_by_set(train, ~validates), config, seed=seed),
-        val=np.concatenate([own, np.flatnonzero(validates)]).astype(np.int64),
+        train=_mixed(_by_set(train, ~validates[row_of]), config, seed=seed),
+        val=np.concatenate([own, firsts[validates]]).astype(np.int64),
     )
 
 

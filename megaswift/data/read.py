@@ -2,11 +2,13 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from megaswift.config.data import DataConfig
 from megaswift.data.layouts import to_sample
@@ -30,6 +32,7 @@ class ReadSet:
 
     name: str
     samples: tuple[Sample, ...]  # after sampling
+    drawn: Sequence[int]  # which of its usable rows they are
     report: Report  # of all its rows, before sampling
     layouts: dict[str, int] = field(default_factory=dict)  # rows of each recognised layout
 
@@ -64,7 +67,11 @@ def read_datasets(config: DataConfig, *, seed: int = 42, use_hf: bool = True) ->
     sets = (*train_sets, *val_sets)
     samples = [sample for read in sets for sample in read.samples]
     counts = [len(read.samples) for read in train_sets]
-    chosen = select(counts, [len(read.samples) for read in val_sets], config, seed=seed)
+    firsts = accumulate((read.report.kept for read in train_sets), initial=0)
+    drawn = [np.array(read.drawn) + first for read, first in zip(train_sets, firsts, strict=False)]
+    chosen = select(
+        counts, [len(read.samples) for read in val_sets], config, seed=seed, drawn=np.concatenate(drawn)
+    )
     if config.interleave_prob:
         log_mixture([read.name for read in train_sets], counts, chosen.train)
     return ReadData(
@@ -84,9 +91,15 @@ def read_set(source: Source, config: DataConfig, *, seed: int) -> ReadSet:
     if not samples:
         raise no_usable_row(source.name, report)
     layouts = dict(Counter(sample.layout for sample in samples).most_common())
-    if source.rows is not None:
-        samples = [samples[i] for i in draw(len(samples), source.rows, seed=seed)]
-    return ReadSet(name=source.name, samples=tuple(samples), report=report, layouts=layouts)
+    wanted = source.rows
+    drawn = range(len(samples)) if wanted is None else draw(len(samples), wanted, seed=seed)
+    return ReadSet(
+        name=source.name,
+        samples=tuple(samples[i] for i in drawn),
+        drawn=drawn,
+        report=report,
+        layouts=layouts,
+    )
 
 
 def read_first(source: Source, config: DataConfig, *, count: int) -> tuple[list[Sample], list[BadRow]]:

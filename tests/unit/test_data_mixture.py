@@ -99,6 +99,20 @@ def test_no_row_that_validates_is_interleaved(sets):
     assert len(read.val) == 10 and not set(questions(read.val)) & set(questions(read.train))
 
 
+@pytest.mark.parametrize("repeated", [0, 1])
+def test_no_row_that_validates_is_trained_on_where_a_set_is_repeated(sets, repeated):
+    sets[repeated] += "#90"
+    read = read_datasets(DataConfig(dataset=sets, split_dataset_ratio=0.2))
+    asked, held_back = questions(read.train), questions(read.val)
+    assert len(held_back) == len(set(held_back)) == 10, "a share of the different rows"
+    assert not set(held_back) & set(asked) and len(set(asked)) == 40
+    assert len(asked) == 90 + (40 if repeated == 0 else 10) - sum(
+        questions(read.sets[number].samples).count(name) for number in (0, 1) for name in held_back
+    )
+    once = DataConfig(dataset=[name.removesuffix("#90") for name in sets], split_dataset_ratio=0.2)
+    assert questions(read_datasets(once).val) == held_back
+
+
 def test_a_set_that_only_validates_cannot_be_interleaved():
     config = DataConfig(split_dataset_ratio=0.9, interleave_prob=["0.5", "0.5"])
     with pytest.raises(DataError, match="all rows of a set are held back"):

@@ -88,6 +88,7 @@ MIXTURES = {
         "split_dataset_ratio": 0.1,
     },
     "drawn": {"sampled": "#50"},
+    "repeated and split": {"sampled": "#100", "split_dataset_ratio": 0.2},
 }
 
 
