@@ -52,10 +52,7 @@ def load_data(
     stop_ids = tuple(stop_ids)
     template = Template.from_config(config, tokenizer, max_length=max_length, stop_ids=stop_ids)
     prepared = named_prepared(config)
-    if prepared is not None:
-        own = template_facts(template, form=form, stop_ids=stop_ids)
-        check_fits(prepared, own, strict=config.strict)
-    elif config.prepared_dir is not None:
+    if prepared is None and config.prepared_dir is not None:
         packing_length = config.packing_length if config.packing else None
         plan = make_plan(
             config,
@@ -73,6 +70,9 @@ def load_data(
             logger.warning(
                 "%s is not there: nothing was prepared of these sets, so that they are tokenised now", folder
             )
+    if prepared is not None:
+        own = template_facts(template, form=form, stop_ids=stop_ids)
+        check_fits(prepared, own, strict=config.strict)
     loaded = _open(prepared) if prepared else _encode(config, template, form, seed=seed, use_hf=use_hf)
     lengths = loaded.train.lengths
     logger.info(

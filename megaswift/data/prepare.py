@@ -29,6 +29,7 @@ from megaswift.data.encode import encode_or_report
 from megaswift.data.forms import Form
 from megaswift.data.join import join, write_part
 from megaswift.data.pool import forked_map
+from megaswift.data.prepared import check_strict, read_prepared
 from megaswift.data.read import take_rows
 from megaswift.data.sources import MANIFEST, FileSet, find_files, is_prepared, parse_source
 from megaswift.data.template import Template
@@ -109,9 +110,16 @@ def prepare(plan: Plan, home: Path, *, piece_rows: int = PIECE_ROWS) -> Path | N
     Raises DataError for rows that training would refuse; nothing of the address is then there.
     """
     done = home / plan.address
-    if is_prepared(done):
-        return done
-    parts = home / f"{plan.address}.parts"
+    if not is_prepared(done) and not _make(plan, done, piece_rows=piece_rows):
+        return None
+    if plan.config.strict:
+        check_strict(read_prepared(done))  # others may have made it, or a part of it, without
+    return done
+
+
+def _make(plan: Plan, done: Path, *, piece_rows: int) -> bool:
+    """Do what is left to do; False while others are still at work on it."""
+    parts = done.with_name(f"{plan.address}.parts")
     parts.mkdir(parents=True, exist_ok=True)
     pieces = [
         (number, piece) for number, one in enumerate(plan.sets) for piece in cut(one.files, rows=piece_rows)
@@ -126,18 +134,18 @@ def prepare(plan: Plan, home: Path, *, piece_rows: int = PIECE_ROWS) -> Path | N
                 len(files) - len(missing),
                 len(files),
             )
-            return None
+            return False
         with held(parts / "join.lock") as mine:
             if not mine:
                 logger.info("all %d pieces are done; another process is joining them", len(files))
-                return None
+                return False
             if not is_prepared(done):
                 _join_once(plan, [number for number, _ in pieces], files, done)
     except FileNotFoundError:
         if not is_prepared(done):  # else another process joined the pieces and removed them under our feet
             raise
     shutil.rmtree(parts, ignore_errors=True)
-    return done
+    return True
 
 
 @contextmanager

@@ -59,12 +59,9 @@ def check_fits(prepared: Prepared, own: Facts, *, strict: bool) -> None:
 
     With --strict also where some of them were bad.
     """
-    made, bad = prepared.manifest["facts"], prepared.manifest["bad_rows"]
-    if strict and bad:
-        raise DataError(
-            f"dataset={prepared.folder} was prepared from rows of which {bad} are bad (bad_rows.jsonl there), and --strict true does "
-            "not allow any. Mend the rows and prepare them again, or leave --strict out."
-        )
+    if strict:
+        check_strict(prepared)
+    made = prepared.manifest["facts"]
     for name, value in own.items():
         if json.loads(json.dumps(value)) != made.get(name):
             shown = (
@@ -76,3 +73,13 @@ def check_fits(prepared: Prepared, own: Facts, *, strict: bool) -> None:
                 f"dataset={prepared.folder} was prepared with another {name}{shown}. Prepare the rows again with this run's "
                 "model and settings."
             )
+
+
+def check_strict(prepared: Prepared) -> None:
+    """Raise DataError where some of the rows were bad, which --strict does not allow."""
+    bad = prepared.manifest["bad_rows"]
+    if bad:
+        raise DataError(
+            f"dataset={prepared.folder} was prepared from rows of which {bad} are bad (bad_rows.jsonl there), and --strict true does "
+            "not allow any. Mend the rows and prepare them again, or leave --strict out."
+        )

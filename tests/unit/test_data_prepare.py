@@ -239,6 +239,10 @@ def test_a_run_finds_its_own_sets_below_the_folder(files, tmp_path, caplog):
     found = load_data(config, tokenizer(), max_length=64)
     assert found.prepared is not None and found.prepared.folder == folder
     assert load_data(replace(config, loss_scale="all"), tokenizer(), max_length=64).prepared is None
+    with pytest.raises(DataError, match="4 are bad"):
+        load_data(replace(config, strict=True), tokenizer(), max_length=64)
+    with pytest.raises(DataError, match="4 are bad"):
+        prepare(plan_of(replace(config, strict=True)), tmp_path / "home")
 
 
 def test_a_set_without_a_usable_row_leaves_nothing(tmp_path):
