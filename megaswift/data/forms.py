@@ -11,7 +11,7 @@ from megaswift.config.rows import embedding_loss_of
 from megaswift.config.run import RunConfig
 from megaswift.config.teachers import BY_SET, shares_rows_out, teachers_by_tag
 from megaswift.data.channels import channel_of
-from megaswift.data.sample import Message, RowError, Sample
+from megaswift.data.sample import MAX_FLOAT32, Message, RowError, Sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,10 +156,15 @@ def _several_labels(sample: Sample, *, num_labels: int) -> tuple[float, ...]:
 def _numbers(sample: Sample, *, num_labels: int) -> tuple[float, ...]:
     """Return the numbers to predict."""
     label = sample.label if isinstance(sample.label, tuple) else (sample.label,)
-    if len(label) != num_labels or any(not isinstance(one, bool | int | float) for one in label):
-        wanted = "a number" if num_labels == 1 else f"a list of {num_labels} numbers"
+    if len(label) != num_labels or not all(map(_is_number, label)):
+        wanted = "a finite number" if num_labels == 1 else f"a list of {num_labels} finite numbers"
         raise RowError("label", f"label is {sample.label!r}, not {wanted}")
     return tuple(float(one) for one in label if one is not None)
+
+
+def _is_number(value: object) -> bool:
+    """Return whether a value is a number that a float32 holds: NaN and infinity make a loss of nothing."""
+    return isinstance(value, bool | int | float) and abs(value) <= MAX_FLOAT32
 
 
 def grouped(negatives: int) -> Form:
@@ -187,7 +192,7 @@ def _group(sample: Sample, *, negatives: int) -> tuple[Sample, ...]:
 
 def _compared(sample: Sample) -> tuple[Sample, ...]:
     """Return the two texts whose similarity the label gives."""
-    if not isinstance(sample.label, bool | int | float):
+    if not _is_number(sample.label):
         raise RowError("label", f"label is {sample.label!r}, not the similarity of two texts")
     return _two_texts(sample)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megaswift.data.media import TAGS, MediaList, add_column, match_tags
-from megaswift.data.sample import Message, RowError, Sample
+from megaswift.data.sample import MAX_FLOAT32, Message, RowError, Sample
 from megaswift.data.turns import answer_only, check_conversation, messages_of, parse_literal, tools_of
 
 ALIASES = {  # canonical column -> names it goes by
@@ -289,7 +289,10 @@ def _group(named: Columns, column: str, media: MediaList) -> tuple[tuple[Message
         raise RowError("type", f"{column} is not a list of conversations")
     if conversations and isinstance(conversations[0], dict):
         conversations = [conversations]
-    return tuple(tuple(messages_of(turns, column=column, media=media)) for turns in conversations)
+    group = tuple(tuple(messages_of(turns, column=column, media=media)) for turns in conversations)
+    if not all(any(message["content"].strip() for message in messages) for messages in group):
+        raise RowError("empty text", f"a text of {column} is empty")
+    return group
 
 
 def _label(named: Columns) -> bool | int | float | tuple[float, ...] | None:
@@ -306,9 +309,10 @@ def _label(named: Columns) -> bool | int | float | tuple[float, ...] | None:
 
 def _number(named: Columns, column: str) -> float | None:
     value = parse_literal(named.get(column))
-    if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value is None or (is_number and not abs(value) > MAX_FLOAT32):  # NaN: nothing is said
         return value
-    raise RowError("type", f"{column} is {value!r}, not a number")
+    raise RowError("type", f"{column} is {value!r}, not a finite number")
 
 
 LAYOUTS: tuple[tuple[str, tuple[str, ...], Callable[[Columns, MediaList], list[Message]]], ...] = (

@@ -63,6 +63,9 @@ def encode_prompts(
                 outcomes.append(RowError("too long", f"{len(ids)} tokens, and there is room for {limit}"))
                 continue
             ids = ids[-limit:] if template.truncation_strategy == "left" else ids[:limit]
+        if not len(ids):
+            outcomes.append(RowError("empty text", "the text has no tokens"))
+            continue
         outcomes.append([Encoded(input_ids=ids, loss_weights=np.zeros(len(ids), np.float32))])
     return outcomes
 

@@ -161,6 +161,7 @@ def _array(path: Path, text: str, start: int) -> Iterator[Row]:
         while text[position : position + 1] and text[position] in whitespace:
             position += 1
         if text[position : position + 1] == "]":
+            _check_nothing_follows(path, text, position + 1)
             return
         line += text.count("\n", counted, position)
         counted = position
@@ -177,6 +178,16 @@ def _array(path: Path, text: str, start: int) -> Iterator[Row]:
             ) from error
         yield _object(row, f"{path}:{line}")
         position += text[position] == ","
+
+
+def _check_nothing_follows(path: Path, text: str, end: int) -> None:
+    """Raise DataError where something comes after the array, which would be lost."""
+    rest = text[end:].lstrip()
+    if rest:
+        line = 1 + text.count("\n", 0, len(text) - len(rest))
+        raise DataError(
+            f"{path}:{line}: something follows the end of the array, {rest[:20]!r}. Save all rows in one array, or one a line."
+        )
 
 
 def _csv(path: Path) -> Iterator[Row]:

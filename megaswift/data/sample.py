@@ -7,6 +7,7 @@ Message = dict[
     str, Any
 ]  # role, content (str), and where given: reasoning_content, tool_calls, name, loss, loss_scale
 
+MAX_FLOAT32 = (2 - 2.0**-23) * 2.0**127  # IEEE 754: what is above is infinite in training
 ROLES = ("system", "user", "assistant", "tool")
 
 

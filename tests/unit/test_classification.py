@@ -119,8 +119,11 @@ def test_several_labels_are_numbers_of_labels_or_floats(tmp_path: Path) -> None:
             "not a list of whole numbers from 0 to 2, nor one of 3 floats",
         ),
         ("multi_label_classification", 3, [0.5, 1.0], "not a list of whole numbers"),
-        ("regression", 1, [1.0, 2.0], "not a number"),
-        ("regression", 2, 1.0, "not a list of 2 numbers"),
+        ("regression", 1, [1.0, 2.0], "not a finite number"),
+        ("regression", 2, 1.0, "not a list of 2 finite numbers"),
+        ("regression", 1, math.nan, "label is nan, not a finite number"),
+        ("regression", 1, 1e39, "not a finite number"),  # infinite as float32
+        ("regression", 2, [0.5, -math.inf], "not a list of 2 finite numbers"),
     ],
 )
 def test_a_label_that_does_not_fit_is_reported(

@@ -77,6 +77,7 @@ PLANTED: list[tuple[str, str | bytes | dict]] = [  # (kind, row)
     ("label", {"messages": [Q, A], "label": "1" * 5000}),
     ("label", {"messages": [Q, A], "label": "[" * 100_000}),
     ("media", {"messages": [Q, A], "images": ["x" * 300]}),
+    ("type", {"prompt": "q", "chosen": "a", "rejected": "b", "margin": float("inf")}),
     ("unexpected", {"messages": "[{1: 2}]"}),  # a Python literal whose keys are no names
     # kinds that show only with a template
     ("encoding", {"query": "q", "response": "a \ud83d"}),
@@ -170,6 +171,15 @@ def test_a_broken_json_array_names_the_line_of_the_row(tmp_path):
     path.write_text('[\n{"query": "q", "response": "a"}')
     with pytest.raises(DataError, match=r"rows\.json:2"):
         read_datasets(DataConfig(dataset=[str(path)]))
+
+
+def test_what_follows_a_json_array_is_an_error_and_no_lost_rows(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(f"[{json.dumps(GOOD)}]\n\n[{json.dumps(GOOD)}]\n")
+    with pytest.raises(DataError, match=r"rows\.json:3: something follows the end of the array, '\[\{"):
+        read_datasets(DataConfig(dataset=[str(path)]))
+    path.write_text(f"[{json.dumps(GOOD)}]\n \n")
+    assert read_datasets(DataConfig(dataset=[str(path)])).report.kept == 1
 
 
 def test_bad_rows_of_csv_carry_their_line(tmp_path):

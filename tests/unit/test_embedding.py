@@ -1,17 +1,24 @@
 """Embeddings: the losses of the papers, the texts of a row, and the settings that they need."""
 
+import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
 
+from megaswift.config.data import DataConfig
 from megaswift.config.embedding import EmbeddingConfig
 from megaswift.config.parse import parse_run
 from megaswift.config.rules import resolve
+from megaswift.data.encode import encode_samples
 from megaswift.data.forms import COMPARED, grouped
-from megaswift.errors import ConfigError
+from megaswift.data.read import read_datasets
+from megaswift.data.sample import Sample
+from megaswift.data.template import Template
+from megaswift.errors import ConfigError, DataError
 from megaswift.tasks.embedding import METRICS, _same_random_numbers, embedding_loss
+from tests.unit.small_tokenizers import small_tokenizer
 from tests.unit.test_config_rules import dense, resolved
 from tests.unit.test_data_pairs import encoded_rows, text
 
@@ -178,6 +185,24 @@ def test_rows_without_what_the_loss_needs_are_reported(tmp_path: Path) -> None:
         "the row has 1 negatives, and infonce_hard_negatives=0 asks for others",
         "a row of layout messages has 2 positive_messages, not one",
     ]
+
+
+def test_texts_without_a_token_are_reported(tmp_path: Path) -> None:
+    """An entry of no tokens has no last one to read: what is read there belongs to another text."""
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "sun", "positive_messages": [turns("")]}))
+    with pytest.raises(DataError, match="empty text: a text of positive_messages is empty"):
+        read_datasets(DataConfig(dataset=[str(tmp_path / "rows.jsonl")]))
+    made = Sample(source="f:1", messages=tuple(turns("sun")), positives=(tuple(turns("")),))
+    template = Template(small_tokenizer(), use_chat_template=False)
+    with pytest.raises(DataError, match="empty text: the text has no tokens"):
+        encode_samples([made], template, form=grouped(0))
+
+
+@pytest.mark.parametrize("label", [math.nan, math.inf, 1e39])
+def test_a_similarity_is_a_finite_number(tmp_path: Path, label: float) -> None:
+    rows = [{"query": "sun", "response": "star", "label": one} for one in (0.5, label)]
+    _, report, _ = encoded_rows(tmp_path, rows, COMPARED)
+    assert [bad.kind for bad in report.bad] == ["label"]
 
 
 @pytest.mark.parametrize(
