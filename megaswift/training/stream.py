@@ -41,8 +41,7 @@ def load_stream(
     """
     folder, leads = output_dir / TOKENISED, dist.get_rank() == 0
     tokenizer = agree(lambda: load_tokenizer(str(meta.folder), trust_remote_code=run.model.trust_remote_code))
-    files = agree_on_first(lambda: _files(run), group=group)
-    nature = _nature(run, files)
+    files, nature = agree_on_first(lambda: _files_and_nature(run), group=group)  # rank 0 alone may see them
     position, first_item = None, 0
     if checkpoint is not None:
         stored, first_item = alike(lambda: where_to_go_on(checkpoint.folder, nature))
@@ -76,6 +75,11 @@ def load_stream(
     return Sets(
         train=train, val=val, lengths=first.lengths, num_items=items, settings=settings, pad_id=pad_id
     )
+
+
+def _files_and_nature(run: RunConfig) -> tuple[tuple[FileSet, ...], dict[str, Any]]:
+    files = _files(run)
+    return files, _nature(run, files)
 
 
 def _files(run: RunConfig) -> tuple[FileSet, ...]:

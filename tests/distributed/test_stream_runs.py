@@ -25,13 +25,21 @@ def train(rank: int, world_size: int, words: list[str]) -> None:
         ]  # the harness's ranks may not start processes; tests/unit/test_data_stream.py does
         return ThreadPoolExecutor(processes)
 
+    def stat(path: Path, **how: Any) -> Any:
+        if rank and str(path) == rows:
+            raise FileNotFoundError(f"{path} is on the disk of rank 0 alone")
+        return stat_of(path, **how)
+
+    rows, stat_of = words[words.index("--dataset") + 1], Path.stat
     whole = windows.ProcessPoolExecutor
+    Path.stat = stat  # type: ignore[method-assign,assignment]  # for this run
     windows.ProcessPoolExecutor = threads  # type: ignore[misc,assignment]  # for this run
     windows._kitchen.cache_clear()
     try:
         train_in_world(parse_run("sft", words), select_platform("cpu"))
     finally:
         windows.ProcessPoolExecutor = whole  # type: ignore[misc]
+        Path.stat = stat_of  # type: ignore[method-assign]
     for found in gc.get_objects():  # see prepared() in tests/harness/training.py
         if isinstance(found, DistributedDataParallel):
             vars(found).clear()
