@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import numpy as np
 
@@ -91,7 +92,14 @@ def write_part(
             float_weights=encoded.loss_weights.dtype != np.uint8,
             ledger=np.frombuffer(json.dumps(ledger).encode(), np.uint8),
         )
+        opened.flush()
+        os.fsync(opened.fileno())  # or a node that dies may leave the name without the bytes
     os.replace(growing, file)
+
+
+def is_part(file: Path) -> bool:
+    """Return whether a part is there to its end, which is where the directory of a zip file lies."""
+    return is_zipfile(file)
 
 
 def join(
@@ -175,13 +183,15 @@ def _reading(heads: Sequence[_Head]) -> Report:
 def _table(heads: Sequence[_Head]) -> _Table:
     firsts = np.cumsum([0, *(head.num_samples for head in heads)])[:-1].tolist()
     channels = [head.channels for head in heads if head.channels is not None]
+    # Those of a part without a row do not say how many numbers a row has.
+    targets = [head.targets for head in heads]
     return _Table(
         heads=heads,
         row=np.concatenate([head.samples + first for head, first in zip(heads, firsts, strict=True)]),
         length=np.concatenate([head.lengths for head in heads]),
         part=np.repeat(np.arange(len(heads)), [len(head.lengths) for head in heads]),
         start=np.concatenate([np.cumsum(head.lengths) - head.lengths for head in heads]),
-        targets=np.concatenate([head.targets for head in heads]),
+        targets=np.concatenate([one for one in targets if len(one)] or targets[:1]),
         channels=join_channels(channels) if channels else None,
         untokenised={
             first + number: row

@@ -27,7 +27,7 @@ from megaswift.data.address import Facts, address_of, set_facts, template_facts
 from megaswift.data.cursor import Piece, cut, read_piece
 from megaswift.data.encode import encode_or_report
 from megaswift.data.forms import Form
-from megaswift.data.join import join, write_part
+from megaswift.data.join import is_part, join, write_part
 from megaswift.data.pool import forked_map
 from megaswift.data.prepared import check_strict, read_prepared
 from megaswift.data.read import take_rows
@@ -127,7 +127,7 @@ def _make(plan: Plan, done: Path, *, piece_rows: int) -> bool:
     files = [parts / f"{number:06d}.{piece_rows}.npz" for number in range(len(pieces))]
     try:
         _encode_all(plan, pieces, files, done)
-        missing = [file for file in files if not file.exists()]
+        missing = [file for file in files if not is_part(file)]
         if missing and not is_prepared(done):
             logger.info(
                 "%d of %d pieces are done; other processes are at work on the rest",
@@ -168,7 +168,7 @@ def _encode_all(plan: Plan, pieces: Sequence[tuple[int, Piece]], files: Sequence
     """Tokenise every piece that is not there and that nobody holds, beginning anywhere, so that processes keep apart."""
     begin = crc32(f"{socket.gethostname()} {os.getpid()}".encode()) % max(1, len(pieces))
     order = [*range(begin, len(pieces)), *range(begin)]
-    todo = [number for number in order if not files[number].exists()]
+    todo = [number for number in order if not is_part(files[number])]
     work = partial(_encode_piece, plan, pieces, files, done)
     mine = sum(forked_map(work, todo, processes=min(plan.config.dataset_num_proc, len(todo))))
     if mine:
@@ -182,7 +182,7 @@ def _encode_piece(
     file = files[number]
     owner, piece = pieces[number]
     with held(file.with_suffix(".lock")) as mine:
-        if not mine or file.exists() or is_prepared(done):
+        if not mine or is_part(file) or is_prepared(done):
             return False
         files_of_set = plan.sets[owner]
         rows = read_piece(files_of_set.files, piece)
@@ -204,8 +204,16 @@ def _join_once(plan: Plan, owners: Sequence[int], files: Sequence[Path], done: P
         }
         manifest = {"address": plan.address, "names": names, **found, "facts": plan.facts}
         (growing / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        _sync(growing)
         os.rename(growing, done)
     except BaseException as error:
         shutil.rmtree(growing, ignore_errors=True)
         if not (isinstance(error, OSError) and is_prepared(done)):
             raise
+
+
+def _sync(folder: Path) -> None:
+    """Bring all files below a folder to the disk, so that a node that dies leaves no complete name with half of its bytes."""
+    for path in (file for file in folder.rglob("*") if file.is_file()):
+        with path.open("rb") as opened:
+            os.fsync(opened.fileno())

@@ -18,7 +18,7 @@ from megaswift.data import prepare as module
 from megaswift.data.batches import BatchSettings, TrainData
 from megaswift.data.cursor import Cursor, cut, read_from, read_piece
 from megaswift.data.encode import EncodedSet
-from megaswift.data.forms import CONVERSATIONS, PAIRS, PROMPTS
+from megaswift.data.forms import CONVERSATIONS, PAIRS, PROMPTS, labelled
 from megaswift.data.load import load_data
 from megaswift.data.prepare import held, make_plan, prepare
 from megaswift.data.rows import files_of, read_path
@@ -184,6 +184,50 @@ def test_pieces_that_others_hold_are_left_and_a_later_start_does_the_rest(files,
         assert set(done) < {path.stat().st_mtime_ns for path in parts.glob("*.npz")}  # the others stand
     folder = prepare(plan, home, piece_rows=8)
     assert same(load_data(plan.config, tokenizer(), max_length=64).train, EncodedSet.load(folder / "train"))
+
+
+def test_a_part_that_was_cut_off_is_made_again(files, tmp_path):
+    plan, home = plan_of(DataConfig(dataset=files)), tmp_path / "home"
+    parts = home / f"{plan.address}.parts"
+    parts.mkdir(parents=True)
+    with held(parts / "000002.8.lock"):
+        assert prepare(plan, home, piece_rows=8) is None
+    for number, share in ((0, 0.0), (1, 0.5), (3, 0.99)):
+        part = parts / f"{number:06d}.8.npz"
+        part.write_bytes(part.read_bytes()[: int(share * part.stat().st_size)])
+    folder = prepare(plan, home, piece_rows=8)
+    assert same(load_data(plan.config, tokenizer(), max_length=64).train, EncodedSet.load(folder / "train"))
+
+
+def test_complete_names_have_their_bytes_on_the_disk(files, tmp_path, monkeypatch):
+    """Without fsync a node that dies leaves renamed files that are empty or cut off."""
+    synced, renamed = set(), []
+
+    def fsync(number):
+        synced.add(os.fstat(number).st_ino)
+
+    def rename(source, target, *, move=os.rename):
+        inside = Path(source).rglob("*") if Path(source).is_dir() else [Path(source)]
+        renamed.append({file.stat().st_ino for file in inside if file.is_file()})
+        assert renamed[-1] <= synced
+        move(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename)
+    monkeypatch.setattr(os, "replace", rename)
+    prepare(plan_of(DataConfig(dataset=files), packing=128), tmp_path / "home", piece_rows=40)
+    assert len(renamed) == 3, "two parts and the folder"
+
+
+def test_a_piece_without_a_usable_row_does_not_hinder_labels_of_several_numbers(tmp_path):
+    labels = [[9], [9], [0, 2], [1], [9], [9]]
+    file = tmp_path / "labels.jsonl"
+    file.write_text("\n".join(json.dumps({"query": f"q{i}", "label": one}) for i, one in enumerate(labels)))
+    config, form = DataConfig(dataset=[str(file)]), labelled("multi_label_classification", num_labels=3)
+    folder = prepare(plan_of(config, form=form), tmp_path / "home", piece_rows=2)
+    now = load_data(config, tokenizer(), max_length=64, form=form)
+    ahead = EncodedSet.load(folder / "train")
+    assert same(now.train, ahead) and ahead.targets.tolist() == [[1, 0, 1], [0, 1, 0]]
 
 
 def _prepare_in_a_process(files, home, started):
