@@ -15,7 +15,8 @@ logger = get_logger(__name__)
 SELF_COGNITION = Path(__file__).with_name("self_cognition.jsonl")
 SELF_COGNITION_NAMES = ("swift/self-cognition", "self-cognition")
 MANIFEST = "prepared.json"  # in a folder of data/prepare.py
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]*/[\w.-]+")  # huggingface_hub takes no -- and no ..
+SHARD = re.compile(r"(?P<before>.*)-(?P<number>\d{5})-of-(?P<total>\d{5})(?P<after>\.[^/]*)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ def parse_source(argument: str, *, use_hf: bool = True) -> Source:
     name, mark, number = argument.rpartition("#")
     rows = None
     if mark:
-        if not number.isdigit() or not int(number):
+        if not number.isdecimal() or not int(number):
             raise DataError(
                 f"dataset={argument} asks for {number!r} rows. After # comes a number of rows, as in data.jsonl#500."
             )
@@ -109,8 +110,30 @@ def _find(source: Source) -> tuple[Path, Path] | None:
         raise DataError(
             f"dataset={source.name} is not there. Give a file ({', '.join(READERS)}), a folder, or a hub id like owner/name."
         )
-    folder = _in_a_cache(source) or _downloaded(source)
-    return None if folder is None else (_subset_of(folder, source), folder)
+    folder = _in_a_cache(source)
+    if folder is None or _missing_shards(_subset_of(folder, source)):
+        folder = _downloaded(source) or folder
+    if folder is None:
+        return None
+    path = _subset_of(folder, source)
+    missing = _missing_shards(path)
+    if missing:
+        raise DataError(
+            f"dataset={source.name} is not whole in {folder}: {missing} files that the names of the others count are not there. "
+            f"Run `hf download --repo-type dataset {source.name}` (or `modelscope download --dataset {source.name}`), or give "
+            "the path of the files to train on."
+        )
+    return path, folder
+
+
+def _missing_shards(path: Path) -> int:
+    """Return how many of the files "...-00002-of-00004..." that the train files of a snapshot count are missing."""
+    found: dict[tuple[str, ...], set[str]] = {}
+    for file in files_of(path):
+        shard = SHARD.fullmatch(file.as_posix())
+        if shard:
+            found.setdefault(shard.group("before", "total", "after"), set()).add(shard["number"])
+    return sum(max(0, int(total) - len(numbers)) for (_, total, _), numbers in found.items())
 
 
 def _in_a_cache(source: Source) -> Path | None:

@@ -231,6 +231,31 @@ def test_a_hub_id_is_found_in_the_hugging_face_cache(tmp_path, monkeypatch):
     assert len(questions("owner/name#7")) == 7
 
 
+def test_a_snapshot_that_lacks_files_is_no_whole_set(tmp_path, monkeypatch):
+    snapshot = tmp_path / "datasets--owner--name" / "snapshots" / "abc"
+    (snapshot / "data").mkdir(parents=True)
+    (tmp_path / "datasets--owner--name" / "refs").mkdir()
+    (tmp_path / "datasets--owner--name" / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    shards = [snapshot / "data" / f"train-{number:05d}-of-00003.jsonl" for number in range(3)]
+    for number, shard in enumerate(shards):
+        if number:
+            with pytest.raises(DataError, match=f"owner/name is not whole in .*: {3 - number} files"):
+                questions("owner/name")
+        write_jsonl(shard, ROWS[:2])
+    assert len(questions("owner/name")) == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("rows.jsonl#\u00b2", "a number of rows"), ("a/b..c", "not there"), ("a/b--c", "not there")],
+)
+def test_names_that_nothing_can_have_are_errors(name, reason):
+    with pytest.raises(DataError, match=reason):
+        read_datasets(DataConfig(dataset=[name]))
+
+
 def test_a_hub_id_is_found_in_the_modelscope_cache(tmp_path, monkeypatch):
     folder = tmp_path / "hub" / "datasets" / "owner" / "name"
     folder.mkdir(parents=True)
