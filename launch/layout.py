@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from megaswift.config.parse import with_flags
 from megaswift.config.run import RunConfig
+from megaswift.config.training_rules import DEFAULT_GLOBAL_BATCH
 from megaswift.errors import LaunchError
 from megaswift.launch.profile import profile_here
 from megaswift.metadata.meta import ModelMeta
@@ -11,12 +12,11 @@ from megaswift.parallel.layout import Layout
 from megaswift.planner.ask import Question, ask, software_on
 from megaswift.planner.costs import Costs
 from megaswift.planner.flags import flags_of
-from megaswift.planner.job import Candidate
+from megaswift.planner.job import Candidate, Job
 from megaswift.planner.machine import GIB, Machine
-from megaswift.planner.plan import memory_limit
+from megaswift.planner.plan import Plan, memory_limit
 from megaswift.planner.rescue import nothing_fits
-from megaswift.planner.search import search
-from megaswift.planner.trainable import refusal
+from megaswift.planner.trainable import search_runnable
 
 USUAL_LENGTH = 4096  # tokens of a sample that is planned for where nobody says how long samples are
 PRECISIONS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
@@ -46,33 +46,45 @@ class Chosen:
 def choose_layout(run: RunConfig, meta: ModelMeta, machine: Machine) -> Chosen | None:
     """Return the fastest layout that fits; None where the user has named one (launch.auto_layout).
 
-    Micro batch, dtype and what else was said are kept. Raises LaunchError where no layout fits the memory of the GPUs; on
-    processors, whose memory is shared with who knows what, the run is left as it is.
+    Micro batch, dtype and what else was said are kept. Raises LaunchError where no layout fits the memory of the GPUs, or
+    none that fits can run; on processors, whose memory is shared with who knows what, the run is left as it is.
     """
     if not run.launch.auto_layout:
         return None
     on_cpu = machine.device.generation == "cpu"
     question, software = _question(run, meta, machine), software_on(machine.device)
     job = question.job
-    found = search(job, machine, software=software, space=question.space)
-    if not found.plans and not on_cpu:
-        raise nothing_fits(job, machine, found, software=software, space=question.space)
-    plan = next((one for one in found.plans if refusal(one, job, machine) is None), None)
-    if plan is None:
-        return None
     left_out = {"micro_batch_size"}  # is as the run says
     if on_cpu or not run.parallel.use_distributed_optimizer:
         left_out |= OVERLAP
     if run.training.gradient_accumulation_steps is not None:
         left_out.add("global_batch_size")
+
+    def flags(plan: Plan, job: Job) -> dict[str, str]:
+        return {name: value for name, value in flags_of(plan, job).items() if name not in left_out}
+
+    tried = search_runnable(question, run, machine, software=software, flags=flags)
+    found, plan = tried.found, tried.best
+    if plan is None:
+        if on_cpu:
+            return None
+        if not found.plans:
+            raise nothing_fits(job, machine, found, software=software, space=question.space)
+        raise LaunchError(
+            f"{len(found.plans)} layouts fit {machine.num_devices} x {machine.device.name} and none of them can run. The "
+            f"fastest: {tried.refusals[0]}"
+        )
     sizes = plan.candidate.layout
     axes = {"dp": sizes.dp, "tp": sizes.tp, "pp": sizes.pp, "cp": sizes.cp, "ep": sizes.ep}
+    assumed = run.training.global_batch_size is None and "global_batch_size" not in left_out
+    rounded = assumed and job.global_batch != DEFAULT_GLOBAL_BATCH
+    batch = f" in steps of {job.global_batch}, so that every rank may be a replica" if rounded else ""
     named = " ".join(f"{name}={size}" for name, size in axes.items() if size > 1) or "one rank"
     return Chosen(
-        flags={name: value for name, value in flags_of(plan, job).items() if name not in left_out},
+        flags=flags(plan, job),
         note=f"layout: {named}, recomputation {plan.candidate.recompute}; of {found.tried} tried the fastest that fits, with "
         f"{plan.memory_gib:.1f} of {machine.device.memory_gib:.0f} GiB on the fullest of {machine.num_devices} "
-        f"{machine.device.name} for samples of {job.max_length} tokens. Parallel flags override it",
+        f"{machine.device.name} for samples of {job.max_length} tokens{batch}. Parallel flags override it",
     )
 
 

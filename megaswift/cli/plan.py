@@ -30,9 +30,9 @@ from megaswift.planner.job import Job
 from megaswift.planner.machine import GIGA, Machine
 from megaswift.planner.plan import Plan, evaluate, memory_limit, rates
 from megaswift.planner.rescue import nothing_fits
-from megaswift.planner.search import Found, search
+from megaswift.planner.search import Found
 from megaswift.planner.software import Software
-from megaswift.planner.trainable import refusal
+from megaswift.planner.trainable import search_runnable
 
 HELP = """\
 usage: megaswift plan --model MODEL [--gpu H100-80G --num_gpus 64] [--max_length 8192] [--global_batch_size 256]
@@ -108,7 +108,8 @@ def find_answer(config: PlanConfig, settings: RunConfig, *, given: frozenset[str
         document_len=config.search.document_length,
         offload=config.search.offload,
     )
-    found = search(question.job, machine, software=software, space=question.space)
+    tried = search_runnable(question, settings, machine, software=software)
+    found = tried.found
     if not found.plans:
         raise nothing_fits(question.job, machine, found, software=software, space=question.space)
     eight_bits = None
@@ -122,7 +123,7 @@ def find_answer(config: PlanConfig, settings: RunConfig, *, given: frozenset[str
         profile=profile,
         software=software,
         eight_bits=eight_bits,
-        refusals=tuple(refusal(plan, question.job, machine) for plan in found.plans),
+        refusals=tried.refusals,
     )
 
 

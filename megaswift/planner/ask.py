@@ -1,10 +1,12 @@
 """From settings of a run to a job and a search space: what the user fixed, and what is left to choose."""
 
 from dataclasses import dataclass
+from math import ceil
 
 from megaswift.config.reference import needs_copy
 from megaswift.config.rows import texts_of_a_row
 from megaswift.config.run import RunConfig
+from megaswift.config.training_rules import DEFAULT_GLOBAL_BATCH
 from megaswift.converters.selection import Elements, elements_of, saved_tensors, trained_elements
 from megaswift.errors import ConfigError
 from megaswift.metadata.meta import ModelMeta
@@ -25,7 +27,6 @@ AXIS_OF = {
     "recompute_granularity": "recompute",
     "cp_comm_type": "cp_comm",
 }
-USUAL_BATCH = 16  # config/training.py: global_batch_size
 RUNS_IN = (
     "fp8",
     "mxfp8",
@@ -75,9 +76,13 @@ def ask(
     texts = texts_of_a_row(run) if run.data.packing_length is None else 1
     if texts > 1:
         document_len = document_len or length
-    batch = run.training.global_batch_size
+    batch, micro_batch = run.training.global_batch_size, run.training.micro_batch_size
+    if micro_batch < 1:
+        raise ConfigError(f"micro_batch_size={micro_batch} is not a size. Give 1 or more.")
     if batch is None:
-        batch = max(USUAL_BATCH, machine.num_devices)
+        # As config/training_rules.py rounds it up; here so that all devices may be replicas.
+        once = machine.num_devices * (micro_batch if "micro_batch_size" in given else 1)
+        batch = once * ceil(DEFAULT_GLOBAL_BATCH / once)
         assumed.append(f"global_batch_size={batch}")
     if batch < 1:
         raise ConfigError(f"global_batch_size={batch} is not a size. Give 1 or more.")

@@ -1,12 +1,13 @@
 """What would work where nothing fits: more devices, shorter sequences, or adapters alone."""
 
+import math
 from dataclasses import replace
 
 from megaswift.errors import LaunchError
 from megaswift.planner.explain import does_not_fit
 from megaswift.planner.job import Job
 from megaswift.planner.machine import Machine
-from megaswift.planner.search import Found, Space, anything_fits, layouts, tensor_sizes
+from megaswift.planner.search import Found, Space, anything_divides, anything_fits, tensor_sizes
 from megaswift.planner.software import Software
 
 MOST_DEVICES = 4096
@@ -19,7 +20,7 @@ def nothing_fits(
     """Return the error that says what is missing and what would work."""
     name = job.meta.folder.name if job.meta.folder else job.meta.model_type
     where = f"{machine.num_devices} x {machine.device.name}"
-    if space.fixed and not any(True for _ in layouts(job, machine, space)):
+    if not anything_divides(job, machine, software=software, space=space):
         return LaunchError(_no_layout(job, machine, space, name=name, where=where))
     if found.by_axis:
         nearest = min(found.by_axis.values(), key=lambda plan: plan.memory.total)
@@ -35,14 +36,14 @@ def nothing_fits(
 
 def _no_layout(job: Job, machine: Machine, space: Space, *, name: str, where: str) -> str:
     """Say which of the sizes that were given leave nothing to choose from."""
-    axes = ", ".join(f"{axis}={value}" for axis, value in space.fixed.items())
+    axes = ", ".join(f"{axis}={value}" for axis, value in space.fixed.items()) or "the number of devices"
     tp = space.fixed.get("tp")
     sizes = tensor_sizes(job, machine)
     if tp is not None and tp not in sizes:
         return f"tp={tp} does not divide {name} on {where}. Choose tp from {', '.join(map(str, sizes))}."
     return (
         f"{axes} leaves no layout of {name} on {where} with global_batch_size={job.global_batch}: tp x pp x cp must divide "
-        "the devices, what remains the batch, and ep the experts. Leave axes out and they are chosen for you."
+        "the devices, what remains x micro_batch the batch, and ep the experts. Leave axes out and they are chosen for you."
     )
 
 
@@ -55,7 +56,8 @@ def _ways(job: Job, machine: Machine, *, software: Software, space: Space) -> li
     ways = []
     count = machine.num_devices * 2
     while count <= MOST_DEVICES:
-        wide = replace(job, global_batch=max(job.global_batch, count))
+        once = count * int(str(space.fixed.get("micro_batch", 1)))
+        wide = replace(job, global_batch=once * math.ceil(job.global_batch / once))
         bigger = replace(
             machine, num_devices=count, per_node=max(machine.per_node, min(count, machine.device.per_node))
         )

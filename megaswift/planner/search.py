@@ -16,7 +16,7 @@ from megaswift.planner.splits import pipeline_splits
 from megaswift.planner.stages import Stage
 from megaswift.planner.steptime import step_time
 
-MICRO_BATCHES = (1, 2, 4, 8)
+MICRO_BATCHES = (1, 2, 4, 8)  # that are tried where none is fixed
 MOST_TENSOR = 16  # ranks of tp, also where a link domain is larger: GEMMs become too narrow
 # Tokens of a sequence that one cp rank has at least: usually, and where nothing else is left.
 SHORT_PIECE, SHORTEST_PIECE = 4096, 512
@@ -90,7 +90,7 @@ def anything_fits(job: Job, machine: Machine, *, software: Software, space: Spac
     least = space.fixed.get("recompute", "full")
     for piece in (SHORT_PIECE, SHORTEST_PIECE) if space.context_parallel else (SHORT_PIECE,):
         for last_resort in (False, True) if space.last_resort and not job.four_bits else (False,):
-            for candidate in _candidates(costs, space, piece, last_resort):
+            for candidate in _candidates(costs, space, piece, last_resort, limit=limit):
                 stages = costs.stages(candidate.layout)
                 if costs.memory(replace(candidate, recompute=str(least)), stages).total <= limit:
                     return True
@@ -99,7 +99,7 @@ def anything_fits(job: Job, machine: Machine, *, software: Software, space: Spac
 
 def _search(costs: Costs, space: Space, *, piece: int, last_resort: bool, keep: int) -> Found:
     """Look at candidates in the order of what they cost at least: most then need no second look."""
-    modules = recompute_modules(costs.job)
+    modules, limit = recompute_modules(costs.job), memory_limit(costs.machine)
     kinds = [
         kind
         for kind in ("none", "selective", "full")
@@ -107,7 +107,7 @@ def _search(costs: Costs, space: Space, *, piece: int, last_resort: bool, keep: 
     ]
     candidates = [
         (cost_of(one, step_time(costs, one, costs.stages(one.layout))), number, one)
-        for number, one in enumerate(_candidates(costs, space, piece, last_resort))
+        for number, one in enumerate(_candidates(costs, space, piece, last_resort, limit=limit))
     ]
     chosen = _Chosen(keep)
     for least, _, candidate in sorted(candidates, key=lambda entry: entry[:2]):
@@ -193,12 +193,19 @@ def _fewest_layers(costs: Costs, candidate: Candidate, stages: tuple[Stage, ...]
     return replace(candidate, recompute_layers=high)
 
 
-def _candidates(costs: Costs, space: Space, piece: int, last_resort: bool) -> Iterator[Candidate]:
-    """Yield every candidate without recomputation whose weights alone leave room."""
-    job, machine = costs.job, costs.machine
-    limit = memory_limit(machine)
+def anything_divides(job: Job, machine: Machine, *, software: Software, space: Space) -> bool:
+    """Say whether the devices, the model and the batch divide at all, whatever memory that takes."""
+    costs = Costs(job, machine, software)
+    return any(True for _ in _candidates(costs, space, SHORTEST_PIECE, last_resort=False, limit=math.inf))
+
+
+def _candidates(
+    costs: Costs, space: Space, piece: int, last_resort: bool, *, limit: float
+) -> Iterator[Candidate]:
+    """Yield every candidate without recomputation whose weights alone leave room in `limit` bytes."""
+    job = costs.job
     offload, four_bits = last_resort and not job.frozen, last_resort and job.frozen
-    for layout in layouts(job, machine, space, piece):
+    for layout in layouts(job, costs.machine, space, piece):
         if _least_bytes(job, layout, costs.software, last_resort) > limit:
             continue
         per_rank = job.global_batch // layout.dp
@@ -220,12 +227,11 @@ def _candidates(costs: Costs, space: Space, piece: int, last_resort: bool) -> It
 
 def _micro_batches(per_rank: int, layout: Layout, space: Space) -> list[int]:
     """Return the sizes that divide a rank's rows; the interleaved schedule works in rounds of pp of them (megatron-core, schedules.py)."""
+    fixed = space.fixed.get("micro_batch")
     return [
         size
-        for size in MICRO_BATCHES
-        if per_rank % size == 0
-        and (layout.vpp == 1 or per_rank // size % layout.pp == 0)
-        and space.allows("micro_batch", size)
+        for size in (MICRO_BATCHES if fixed is None else (int(str(fixed)),))
+        if per_rank % size == 0 and (layout.vpp == 1 or per_rank // size % layout.pp == 0)
     ]
 
 

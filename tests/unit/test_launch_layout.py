@@ -3,6 +3,7 @@
 import pytest
 
 from megaswift.config.parse import Parsed, parse
+from megaswift.config.rules import resolve
 from megaswift.errors import LaunchError
 from megaswift.launch.layout import check_memory, choose_layout
 from megaswift.launch.profile import profile_here, profile_of_name
@@ -59,6 +60,62 @@ def test_a_flag_that_says_no_stays_no(llama: ModelMeta, node: Machine) -> None:
     words = ["--max_length", "4096", "--overlap_param_gather", "false", *chosen.words(asked.given)]
     for run in (chosen.adopt(asked.config, asked.given), parsed(*words).config):
         assert run.parallel.overlap_grad_reduce and not run.parallel.overlap_param_gather
+
+
+@pytest.mark.parametrize("size", [3, 6, 16])
+def test_any_micro_batch_gets_a_layout(llama: ModelMeta, node: Machine, size: int) -> None:
+    for batch in ("", "--gradient_accumulation_steps 2"):
+        words = f"--micro_batch_size {size} --max_length 256 --tuner_type lora {batch}".split()
+        asked = parsed(*words)
+        chosen = choose_layout(asked.config, llama, node)
+        assert chosen is not None and "dp=8" in chosen.note
+        assert resolve(chosen.adopt(asked.config, asked.given), llama, 8, "cuda").layout.dp == 8
+
+
+def test_a_batch_that_does_not_divide_is_not_taken_for_a_lack_of_memory(
+    llama: ModelMeta, node: Machine
+) -> None:
+    asked = parsed("--micro_batch_size", "3", "--global_batch_size", "16", "--tuner_type", "lora")
+    with pytest.raises(LaunchError, match="micro_batch=3 leaves no layout .* with global_batch_size=16"):
+        choose_layout(asked.config, llama, node)
+
+
+@pytest.mark.parametrize(("gpus", "batch"), [(3, 18), (5, 20), (6, 18), (7, 21)])
+def test_any_number_of_gpus_can_be_replicas(gpus: int, batch: int) -> None:
+    asked = parsed("--max_length", "1024", "--tuner_type", "lora")
+    machine = profile_of_name("H100", num_gpus=gpus).machine
+    chosen = choose_layout(asked.config, golden_meta("qwen3-0.6b"), machine)
+    assert chosen is not None and f"layout: dp={gpus}, " in chosen.note
+    assert chosen.flags["global_batch_size"] == str(batch) and f"in steps of {batch}" in chosen.note
+
+
+def test_a_layout_that_the_runs_own_settings_forbid_is_not_chosen(llama: ModelMeta, node: Machine) -> None:
+    words = ["--max_length", "32768"]
+    plain = choose_layout(parsed(*words).config, llama, node)
+    assert plain is not None and plain.flags["context_parallel_size"] != "1"
+    asked = parsed(*words, "--attention_dropout", "0.1")
+    chosen = choose_layout(asked.config, llama, node)
+    assert chosen is not None
+    assert resolve(chosen.adopt(asked.config, asked.given), llama, 8, "cuda").layout.cp == 1
+
+
+def test_a_model_whose_best_layouts_cannot_run_gets_one_that_can() -> None:
+    meta, machine = golden_meta("qwen3-next-80b-a3b"), profile_of_name("H100", num_gpus=32).machine
+    asked = parsed("--max_length", "131072", "--tuner_type", "lora")
+    chosen = choose_layout(asked.config, meta, machine)
+    assert chosen is not None and chosen.flags["context_parallel_size"] == "1"
+
+
+def test_where_no_layout_that_fits_can_run_the_reason_is_told() -> None:
+    meta, machine = golden_meta("qwen3-next-80b-a3b"), profile_of_name("H100", num_gpus=32).machine
+    with pytest.raises(
+        LaunchError, match=r"layouts fit 32 x H100-80G and none of them can run.*linear attention"
+    ):
+        choose_layout(
+            parsed("--max_length", "262144", "--tuner_type", "lora", "--micro_batch_size", "4").config,
+            meta,
+            machine,
+        )
 
 
 @pytest.mark.parametrize("words", ["--tp 1", "--pp 2", "--recompute_granularity full"])
