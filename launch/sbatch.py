@@ -36,6 +36,11 @@ class Job:
         return len(self.commands) > 1
 
     @property
+    def own_id(self) -> str:
+        """How the script names its job to Slurm: the id of one of an array's tasks is also that of the whole array."""
+        return '"${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"' if self.is_array else '"$SLURM_JOB_ID"'
+
+    @property
     def tasks_per_node(self) -> int:
         """Processes that srun starts on a node."""
         return 1 if self.launcher == "torchrun" else self.ranks_per_node
@@ -145,7 +150,7 @@ def _rendezvous(job: Job) -> list[str]:
         "# Where the ranks meet, and when this slice is over",
         'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
         f"MASTER_PORT=$(({FIRST_PORT} + SLURM_JOB_ID % {NUM_PORTS}))",
-        'END=$(squeue -h -j "$SLURM_JOB_ID" -o %e 2>/dev/null)',
+        f"END=$(squeue -h -j {job.own_id} -o %e 2>/dev/null)",
         'SLURM_JOB_END_TIME=${SLURM_JOB_END_TIME:-$(date -d "${END:-unknown}" +%s 2>/dev/null)}',
         "export MASTER_ADDR MASTER_PORT SLURM_JOB_END_TIME",
         *([SRUN_CPUS] if job.cpus_per_task else []),
@@ -243,7 +248,7 @@ def _afterwards(job: Job) -> list[str]:
         '    exit "$((code ? code : 1))"',
         "fi",
         'echo "this slice ended (code $code) with $(newest): requeueing"',
-        'scontrol requeue "$SLURM_JOB_ID"',
+        f"scontrol requeue {job.own_id}",
         "sleep 60  # Slurm ends this script",
     ]
 

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from megaswift.config.submit import RuntimeConfig, SlurmConfig
+from megaswift.launch.sbatch import Job, sbatch_script
 from tests.harness.slurm import CallError, SlurmCluster, running_cluster, wait_for, why_not
 from tests.harness.tiny_run import make_tiny_run
 
@@ -236,6 +238,46 @@ def test_a_user_error_ends_the_job_with_one_message(cluster: SlurmCluster, jobs:
         cluster, jobs.ids["wrong"]
     )  # in which srun tells of the tasks that it ended, as "srun: error: ..."
     assert len(re.findall(r"^(?:\[rank \d+\] )?error: ", log, re.MULTILINE)) == 1, log
+
+
+# Stands in for the program: the task that has the array's own id needs two slices, the others one, which lasts longer.
+TWO_SLICES = """#!/bin/sh
+echo "$SLURM_JOB_END_TIME" >> starts-$SLURM_ARRAY_TASK_ID
+[ "$SLURM_JOB_ID" = "$SLURM_ARRAY_JOB_ID" ] || exec sleep 8
+[ -e row-$SLURM_ARRAY_TASK_ID/unfinished ] && rm row-$SLURM_ARRAY_TASK_ID/unfinished && exit 0
+sleep 3
+touch row-$SLURM_ARRAY_TASK_ID/unfinished
+echo checkpoint-1 > row-$SLURM_ARRAY_TASK_ID/latest
+"""
+
+
+def test_a_task_of_an_array_is_requeued_alone_and_knows_its_end(
+    cluster: SlurmCluster, tmp_path: Path
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(TWO_SLICES)
+    python.chmod(0o755)
+    job = Job(
+        name="array",
+        commands=(("sft",),) * 3,
+        output_dirs=("row-0", "row-1", "row-2"),
+        log_dir=str(tmp_path),
+        ranks_per_node=1,
+        gpus_per_node=0,
+        cpus_per_task=1,
+        launcher="srun",
+        mpi="none",
+        container_runtime=None,
+        slurm=SlurmConfig(time="20", exclude="node[3-6]"),
+        runtime=RuntimeConfig(setup=[f"export PATH={tmp_path}:$PATH"]),
+    )
+    (tmp_path / "array.sbatch").write_text(sbatch_script(job))
+    array = cluster.call("sbatch", "--parsable", "array.sbatch", cwd=tmp_path).strip()
+    for row in range(3):
+        assert cluster.wait(f"{array}_{row}", *ENDED, timeout=STARTING_S) == "COMPLETED"
+    starts = [(tmp_path / f"starts-{row}").read_text().splitlines() for row in range(3)]
+    assert sorted(map(len, starts)) == [1, 1, 2]
+    assert all(float(end) > time.time() for slices in starts for end in slices)
 
 
 def test_an_array_runs_every_row_of_a_matrix(cluster: SlurmCluster, jobs: Jobs) -> None:

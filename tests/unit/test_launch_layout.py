@@ -76,7 +76,7 @@ def test_a_batch_that_does_not_divide_is_not_taken_for_a_lack_of_memory(
     llama: ModelMeta, node: Machine
 ) -> None:
     asked = parsed("--micro_batch_size", "3", "--global_batch_size", "16", "--tuner_type", "lora")
-    with pytest.raises(LaunchError, match="micro_batch=3 leaves no layout .* with global_batch_size=16"):
+    with pytest.raises(LaunchError, match=r"micro_batch=3 leaves no layout .* with global_batch_size=16"):
         choose_layout(asked.config, llama, node)
 
 

@@ -129,12 +129,12 @@ def test_the_warning_comes_within_the_last_fifth() -> None:
 FAKES = {
     "srun": '#!/bin/bash\n[ -z "$NEW" ] || echo "$NEW" > "$OUT_DIR/latest"\n[ -z "$MARK" ] || touch "$OUT_DIR/unfinished"\n[ -z "$ERROR" ] || touch "$MEGASWIFT_USER_ERROR"\nexit "$CODE"\n',
     "scontrol": '#!/bin/bash\n[ "$1" != show ] || { echo n1; exit; }\necho "$@" >> "$OUT_DIR/calls"\nkill "$PPID"\n',
-    "squeue": "#!/bin/bash\necho NONE\n",
+    "squeue": '#!/bin/bash\necho "$@" >> "$OUT_DIR/asked"\necho NONE\n',
     "sleep": '#!/bin/bash\n[ "$1" = 60 ] || exec /bin/sleep "$1"\n',
 }
 
 
-def _slice(tmp_path: Path, *, requeue: bool = True, **environ: str) -> tuple[int, str, str]:
+def _slice(tmp_path: Path, *, of: str = "cpu", requeue: bool = True, **environ: str) -> tuple[int, str, str]:
     """Run a script with stand-ins; returns its code, what it said, and the calls to scontrol."""
     fakes, out = tmp_path / "bin", tmp_path / "out"
     fakes.mkdir()
@@ -143,8 +143,13 @@ def _slice(tmp_path: Path, *, requeue: bool = True, **environ: str) -> tuple[int
     for name, text in FAKES.items():
         (fakes / name).write_text(text)
         (fakes / name).chmod(0o755)
+    folders = (str(out),) * len(CLUSTERS[of].commands)
     one = replace(
-        CLUSTERS["cpu"], output_dirs=(str(out),), slurm=SlurmConfig(requeue=requeue), runtime=RuntimeConfig()
+        CLUSTERS[of],
+        output_dirs=folders,
+        slurm=SlurmConfig(requeue=requeue),
+        runtime=RuntimeConfig(),
+        cpus_per_task=None,
     )
     defaults = {
         "NEW": "",
@@ -175,6 +180,14 @@ def test_a_finished_run_is_over(tmp_path: Path) -> None:
 def test_a_slice_with_something_new_goes_on(tmp_path: Path) -> None:
     _, said, calls = _slice(tmp_path, NEW="checkpoint-9", MARK="1")
     assert calls == "requeue 7\n" and "with checkpoint-9: requeueing" in said
+
+
+def test_a_task_of_an_array_asks_about_itself_and_requeues_itself(tmp_path: Path) -> None:
+    # One task's SLURM_JOB_ID is the array's: Slurm would take it for all of the tasks.
+    array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
+    _, _, calls = _slice(tmp_path, of="array", NEW="checkpoint-9", MARK="1", **array)
+    assert calls == "requeue 7_2\n"
+    assert (tmp_path / "out" / "asked").read_text() == "-h -j 7_2 -o %e\n"
 
 
 def test_a_crash_after_a_checkpoint_goes_on(tmp_path: Path) -> None:
