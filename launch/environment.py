@@ -100,8 +100,8 @@ def slurm_node(environ: Mapping[str, str] = os.environ) -> NodeEnv | None:
         node_rank=_number(environ, "SLURM_NODEID", 0),
         num_nodes=_number(environ, "SLURM_STEP_NUM_NODES", 1),
         nproc_per_node=node_env(environ).nproc_per_node,
-        master_addr=_slurm_master(environ),
-        master_port=job_port(_number(environ, "SLURM_JOB_ID", 0)),
+        master_addr=environ.get("MASTER_ADDR") or _slurm_master(environ),
+        master_port=_slurm_port(environ),
     )
 
 
@@ -205,14 +205,13 @@ def _slurm(environ: Mapping[str, str]) -> RankEnv:
     world_size = _number(environ, "SLURM_STEP_NUM_TASKS", _number(environ, "SLURM_NTASKS", 1))
     counts = expand_counts(environ.get("SLURM_STEP_TASKS_PER_NODE", str(world_size)))
     node = _number(environ, "SLURM_NODEID", 0)
-    port = _number(environ, "MASTER_PORT", 0) or job_port(_number(environ, "SLURM_JOB_ID", 0))
     return RankEnv(
         rank=_number(environ, "SLURM_PROCID", 0),
         local_rank=_number(environ, "SLURM_LOCALID", 0),
         world_size=world_size,
         local_world_size=counts[node] if node < len(counts) else counts[-1],
         master_addr=environ.get("MASTER_ADDR") or _slurm_master(environ),
-        master_port=port,
+        master_port=_slurm_port(environ),
         source="slurm",
     )
 
@@ -241,6 +240,10 @@ def expand_counts(text: str) -> list[int]:
 def _slurm_master(environ: Mapping[str, str]) -> str:
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
     return expand_hostlist(nodes)[0] if nodes else "127.0.0.1"
+
+
+def _slurm_port(environ: Mapping[str, str]) -> int:
+    return _number(environ, "MASTER_PORT", 0) or job_port(_number(environ, "SLURM_JOB_ID", 0))
 
 
 def _number(environ: Mapping[str, str], name: str, default: int) -> int:

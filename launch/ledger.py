@@ -111,7 +111,8 @@ def sum_up(slices: Sequence[Slice]) -> Ledger:
     stepping_s = redone_s = flop = peak_of_steps = peak_of_all = hours = tokens = 0.0
     steps = redone_steps = 0
     for number, one in enumerate(slices):
-        kept_until = slices[number + 1].start["step"] if number + 1 < len(slices) else float("inf")
+        # A later slice may have started before an earlier one's first step: from an older checkpoint.
+        kept_until = min((later.start["step"] for later in slices[number + 1 :]), default=float("inf"))
         peak = one.start["peak_flops"] * one.start["world_size"]
         for window in one.steps:
             redone = min(window["steps"], max(0, window["step"] - kept_until))

@@ -22,6 +22,7 @@ FINISHED = (
     "FAILED",
     "NODE_FAIL",
     "OUT_OF_MEMORY",
+    "PREEMPTED",  # by a partition that cancels; one that requeues is PENDING again
     "TIMEOUT",
 )
 
@@ -109,9 +110,17 @@ def parse_gres(text: str) -> tuple[int, str | None]:
 
 
 def choose_partition(
-    known: Sequence[Partition], name: str | None, *, nodes: int, gpus: int | None
+    known: Sequence[Partition],
+    name: str | None,
+    *,
+    nodes: int,
+    gpus: int | None,
+    gpu_type: str | None = None,
 ) -> Partition:
-    """Return the partition of that name (or the default) that has so many nodes and GPUs; raises LaunchError."""
+    """Return the kind of node of that partition (or the default) with such GPUs, of which there are so many nodes.
+
+    Raises LaunchError.
+    """
     names = sorted({one.name for one in known})
     fitting = [one for one in known if one.name == name or (name is None and one.is_default)]
     if not fitting and name is None and len(names) == 1:
@@ -123,6 +132,8 @@ def choose_partition(
             else "the cluster has no default partition."
         )
         raise LaunchError(f"{asked}{nearest(name or '--partition', names)}")
+    # Slurm may not say of which type they are, or name several for a node: sbatch then knows better.
+    fitting = [one for one in fitting if gpu_type in (None, one.gpu_type)] or fitting
     best = max(fitting, key=lambda one: (one.gpus, one.nodes))
     if not any(one.is_up for one in fitting):
         others = ", ".join(sorted({one.name for one in known if one.is_up})) or "none: no partition is up"
@@ -173,12 +184,14 @@ def submit(script: Path) -> str:
 
 
 def jobs() -> list[JobState]:
-    """Return this user's jobs whose names begin with `megaswift`."""
-    text = slurm("squeue", "-h", "--me", "-o", "%i|%j|%T|%M|%l|%D|%R")
+    """Return this user's jobs of scripts that `megaswift submit` wrote, and others whose names begin with `megaswift`."""
+    text = slurm("squeue", "-h", "--me", "-o", "%i|%j|%T|%M|%l|%D|%o|%R")
     found = []
     for line in text.splitlines():
-        job_id, name, state, elapsed, limit, nodes, where = (part.strip() for part in line.split("|", 6))
-        if name.startswith("megaswift"):
+        job_id, name, state, elapsed, limit, nodes, script, where = (
+            part.strip() for part in line.split("|", 7)
+        )
+        if name.startswith("megaswift") or script.endswith(f"/slurm/{name}.sbatch"):
             found.append(
                 JobState(
                     job_id=job_id,

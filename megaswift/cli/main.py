@@ -84,7 +84,10 @@ def _report(error: Exception, text: str, code: int) -> int:
     from megaswift.launch.failure import claim_user_error, write_failure
     from megaswift.launch.mpi import abort
 
-    env = environment.rank_env()
+    try:
+        env = environment.rank_env()
+    except UserError:  # half a set of variables: what is told here already
+        env = None
     rank = env.rank if env else 0
     own, torchrun, user = (
         environment.own_error_file(),

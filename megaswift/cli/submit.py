@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from megaswift.cli.help import sections_help
-from megaswift.config.parse import TASK_DEFAULTS, Parsed, parse, split_flags, take_flags
+from megaswift.config.field import declared
+from megaswift.config.parse import TASK_DEFAULTS, Parsed, parse, take_flags
 from megaswift.config.rules import minimal_world
 from megaswift.config.run import RunConfig
 from megaswift.config.submit import SubmitConfig
@@ -98,6 +99,7 @@ def plan_job(task: str, argv: list[str], known: Sequence[slurm.Partition]) -> Jo
     Without any known partition what it would have decided is left to Slurm, or to the flags.
     """
     request, argv = take_flags(SubmitConfig(), argv)
+    _check_request(request)
     runs = _runs(task, argv, request)
     rows = [parse(command[0], command[1:]) for command, _ in runs]
     first, asked = rows[0].config, request.slurm
@@ -106,9 +108,13 @@ def plan_job(task: str, argv: list[str], known: Sequence[slurm.Partition]) -> Jo
     partition = None
     if known:
         partition = slurm.choose_partition(
-            known, asked.partition, nodes=asked.nodes, gpus=asked.gpus_per_node
+            known,
+            asked.partition,
+            nodes=asked.nodes,
+            gpus=asked.gpus_per_node,
+            gpu_type=asked.gpu_type,
         )
-    gpus = asked.gpus_per_node if asked.gpus_per_node is not None else partition.gpus if partition else 0
+    gpus = asked.gpus_per_node if asked.gpus_per_node is not None else _needed_gpus(first, partition)
     ranks = first.launch.nproc_per_node or gpus or -(-minimal_world(first) // asked.nodes)
     platform_name = "cuda" if gpus and first.launch.platform != "cpu" else "cpu"
     machine = _machine(partition, nodes=asked.nodes, ranks=ranks) if platform_name == "cuda" else None
@@ -147,6 +153,27 @@ def plan_job(task: str, argv: list[str], known: Sequence[slurm.Partition]) -> Jo
         slurm=asked,
         runtime=replace(request.runtime, venv=_venv(request)),
     )
+
+
+def _check_request(request: SubmitConfig) -> None:
+    """Check what Slurm or the shell would take for something else; raises ConfigError."""
+    asked = request.slurm
+    if asked.job_name is not None and "/" in asked.job_name:
+        raise ConfigError(f"job_name={asked.job_name} names the script too, a file. Leave / out of it.")
+    if asked.array_limit is not None and asked.matrix is None:
+        raise ConfigError(
+            f"array_limit={asked.array_limit} is for the runs of a matrix. Give --matrix, or leave it out."
+        )
+    for name, value in request.runtime.env.items():
+        if value is None:
+            raise ConfigError(f"env has no value for {name}. Give a text, or leave it out.")
+
+
+def _needed_gpus(run: RunConfig, partition: slurm.Partition | None) -> int:
+    """Return the GPUs of a node where nobody says how many: all, but no more than there are ranks for."""
+    if partition is None or run.launch.platform == "cpu":
+        return 0
+    return min(partition.gpus, run.launch.nproc_per_node or partition.gpus)
 
 
 def _machine(partition: slurm.Partition | None, *, nodes: int, ranks: int) -> Machine | None:
@@ -188,8 +215,10 @@ def _runs(task: str, argv: list[str], request: SubmitConfig) -> list[tuple[list[
     output_dir = _output_dir(task, argv)
     if request.slurm.matrix is None:
         return [([task, *argv], output_dir)]
-    if "output_dir" in split_flags(argv):
-        place = next(at for at, word in enumerate(argv) if word.replace("-", "_").startswith("__output_dir"))
+    names = {"output_dir", *declared(RunConfig)["output_dir"].aliases}
+    flags = [word.lstrip("-").partition("=")[0].replace("-", "_") for word in argv]
+    place = next((at for at, flag in enumerate(flags) if argv[at].startswith("--") and flag in names), None)
+    if place is not None:
         argv = argv[:place] + argv[place + (1 if "=" in argv[place] else 2) :]
     return expand_matrix(task, argv, read_matrix(request.slurm.matrix), output_dir)
 

@@ -32,6 +32,16 @@ TINY_LLAMA = {
 }
 
 
+def test_half_a_set_of_rank_variables_is_one_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    assert main(["sfft"]) == 2
+    assert main(["sft", "--model", "m", "--dataset", "d"]) == 2
+    told = capsys.readouterr().err
+    assert "sfft is not a command" in told and "RANK or WORLD_SIZE is set but" in told
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> str:
     """A folder with a config.json and nothing else."""

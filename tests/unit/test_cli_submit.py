@@ -59,6 +59,21 @@ def test_a_layout_is_chosen_for_the_partitions_gpus(
     assert "--global_batch_size 32 --tensor_model_parallel_size 1 --pipeline_model" in captured.out
 
 
+def test_the_kind_of_node_is_the_one_with_the_gpus_that_are_asked_for(
+    cluster: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (cluster / "bin" / "sinfo.out").write_text(
+        "gpu*|up|16|96|gpu:h100:8(S:0-1)|infinite\ngpu*|up|2|64|gpu:a100:4|infinite\n"
+    )
+    assert main([*SFT, "--dry_run", "--gpu_type", "a100"]) == 0
+    captured = capsys.readouterr()
+    assert "on the fullest of 4 A100" in captured.err
+    assert "#SBATCH --gpus-per-node=a100:4\n" in captured.out
+    assert "#SBATCH --ntasks-per-node=4\n" in captured.out and "#SBATCH --cpus-per-task=16\n" in captured.out
+    assert main([*SFT, "--nodes", "3", "--gpu_type", "a100"]) == 2
+    assert "nodes=3 but partition gpu has 2 such nodes" in capsys.readouterr().err
+
+
 def test_dry_run_prints_and_hands_nothing_in(cluster: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SFT, "--dry_run", "--partition", "cpu", "--nproc_per_node", "2"]) == 0
     script = capsys.readouterr().out
@@ -133,6 +148,9 @@ def test_what_starts_the_ranks_follows_from_the_nodes_and_from_slurm(
         ("--val_dataset nowhere/rows.jsonl", "dataset=nowhere/rows.jsonl is not there"),
         ("--lerning_rate 1", "lerning_rate is not a flag"),
         ("--launcher mpirun", "launcher=mpirun is not one of the choices"),
+        ("--job_name team/run", "job_name=team/run names the script too"),
+        ("--array_limit 3", "array_limit=3 is for the runs of a matrix"),
+        ('--env {"B":null}', "env has no value for B"),
         ("--matrix nowhere.yaml", "matrix=nowhere.yaml cannot be read"),
     ],
 )
@@ -190,7 +208,7 @@ def test_a_matrix_is_a_job_array_with_a_folder_for_each_run(
         "sft",
         "--model",
         "model",
-        "--output_dir=out",
+        "--save=out",
         "--matrix",
         "matrix.yaml",
         "--array_limit",
@@ -212,12 +230,15 @@ def test_a_matrix_is_a_job_array_with_a_folder_for_each_run(
 
 def test_jobs_are_listed_and_cancelled(cluster: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (cluster / "bin" / "squeue").write_text(
-        "#!/bin/sh\necho '12|megaswift-sft|RUNNING|1:02|4:00:00|2|n[1-2]'\necho '13|other|PENDING|0:00|1:00|1|(Priority)'\n"
+        "#!/bin/sh\necho '12|megaswift-sft|RUNNING|1:02|4:00:00|2|/a/out/slurm/megaswift-sft.sbatch|n[1-2]'\n"
+        "echo '13|other|PENDING|0:00|1:00|1|/a/other.sh|(Priority)'\n"
+        "echo '14|mine|PENDING|0:00|1:00|1|/a/out/slurm/mine.sbatch|(Priority)'\n"
     )
     (cluster / "bin" / "squeue").chmod(0o755)
     assert main(["submit", "list"]) == 0
     out = capsys.readouterr().out
     assert "12   megaswift-sft  RUNNING  1:02" in out and "other" not in out
+    assert "14   mine           PENDING" in out
     assert main(["submit", "cancel", "12", "14_3"]) == 0
     assert (cluster / "calls").read_text() == "scancel 12\nscancel 14_3\n"
     assert main(["submit", "cancel"]) == 2
@@ -225,11 +246,24 @@ def test_jobs_are_listed_and_cancelled(cluster: Path, capsys: pytest.CaptureFixt
     assert "cancle is not a task. Did you mean cancel?" in capsys.readouterr().err
 
 
-def test_a_jobs_log_is_followed_to_its_end(cluster: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_more_gpus_are_asked_for_than_there_are_ranks(
+    cluster: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*SFT, "--dry_run", "--nproc_per_node", "4", "--tp", "2"]) == 0
+    script = capsys.readouterr().out
+    assert "#SBATCH --gpus-per-node=4\n" in script and "#SBATCH --cpus-per-task=12\n" in script
+    assert main([*SFT, "--dry_run", "--platform", "cpu"]) == 0
+    assert "gpus" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("last", ["COMPLETED", "PREEMPTED"])
+def test_a_jobs_log_is_followed_to_its_end(
+    cluster: Path, capsys: pytest.CaptureFixture[str], last: str
+) -> None:
     log = cluster / "log"
     (cluster / "bin" / "scontrol").write_text(
         f"#!/bin/sh\necho line >> {log}\n"
-        f'[ $(wc -l < {log}) -gt 3 ] && state=COMPLETED || state=RUNNING\necho "JobId=5 JobState=$state StdOut={log} X=1"\n'
+        f'[ $(wc -l < {log}) -gt 3 ] && state={last} || state=RUNNING\necho "JobId=5 JobState=$state StdOut={log} X=1"\n'
     )
     (cluster / "bin" / "scontrol").chmod(0o755)
     assert main(["submit", "follow", "5"]) == 0

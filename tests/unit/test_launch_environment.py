@@ -146,6 +146,8 @@ def test_one_task_a_node_starts_the_ranks_of_its_node() -> None:
     start = plan_start(environ, nproc_per_node=4, minimal_world=1)
     assert start.rank is None and start.world_size == 12
     assert (start.node.node_rank, start.node.master_addr, start.node.master_port) == (1, "gpu07", 15123)
+    elsewhere = slurm_node({**environ, "MASTER_ADDR": "gpu07-ib", "MASTER_PORT": "29400"})
+    assert elsewhere is not None and (elsewhere.master_addr, elsewhere.master_port) == ("gpu07-ib", 29400)
     assert slurm_node(SRUN) is None  # five tasks on three nodes are ranks
 
 

@@ -48,6 +48,18 @@ def test_a_chain_of_slices_sums_up(chain: Path) -> None:
     assert ledger.mfu_of_all == pytest.approx(60000 / (150 * 4000))
 
 
+def test_steps_are_made_again_by_any_later_slice(tmp_path: Path) -> None:
+    lines = ""
+    for first, last in ((0, 100), (100, 120), (50, 150)):
+        number = last - first
+        lines += start(110, step=first, queued_s=0) + event(
+            "steps", 200, step=last, steps=number, tokens=number, flop=1.0, seconds=float(number)
+        )
+    (tmp_path / FILE).write_text(lines)
+    ledger = sum_up(read_slices(tmp_path))
+    assert (ledger.steps, ledger.redone_steps, ledger.tokens) == (150, 70, 150)
+
+
 def test_the_command_shows_it(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ledger", str(chain)]) == 0
     out = capsys.readouterr().out
