@@ -194,19 +194,28 @@ class Heartbeat:
         return beats
 
     def _leave(self) -> None:
-        """Write this rank's stacks, let the lowest living rank report, and end the process."""
-        with (self._folder / f"rank-{self._rank}.stacks").open("w") as file:
-            faulthandler.dump_traceback(file, all_threads=True)
-        time.sleep(2 * EVERY_S)  # for the stacks of the others
-        beats = self._beats()
-        if self._rank == min((one.rank for one in beats if not is_silent(one, beats)), default=self._rank):
-            self._report(blame(beats, world_size=self._world_size) + f" Stacks: {self._folder}/rank-*.stacks")
-        else:
-            time.sleep(2 * EVERY_S)  # the one who reports leaves first
-        os._exit(EXIT_STALLED)
+        """Write this rank's stacks, let the lowest living rank report, and end the process, whatever goes wrong."""
+        try:
+            with (
+                contextlib.suppress(OSError),  # a full disk may be why nobody moves
+                (self._folder / f"rank-{self._rank}.stacks").open("w") as file,
+            ):
+                faulthandler.dump_traceback(file, all_threads=True)
+            time.sleep(2 * EVERY_S)  # for the stacks of the others
+            beats = self._beats()
+            if self._rank == min(
+                (one.rank for one in beats if not is_silent(one, beats)), default=self._rank
+            ):
+                told = blame(beats, world_size=self._world_size)
+                self._report(f"{told} Stacks: {self._folder}/rank-*.stacks")
+            else:
+                time.sleep(2 * EVERY_S)  # the one who reports leaves first
+        finally:
+            os._exit(EXIT_STALLED)
 
     def _report(self, text: str) -> None:
-        (self._folder / "report.txt").write_text(text + "\n")
+        with contextlib.suppress(OSError):
+            (self._folder / "report.txt").write_text(text + "\n")
         path = own_error_file()
         if path:
             write_failure(path, StalledError(text), rank=self._rank)

@@ -109,6 +109,19 @@ def test_two_processes_that_stand_still_say_who_and_leave(tmp_path: Path) -> Non
     assert "in <module>" in (tmp_path / "rank-1.stacks").read_text()
 
 
+def test_a_disk_that_takes_no_stacks_keeps_nobody_from_leaving(tmp_path: Path) -> None:
+    for name in ("rank-0.stacks", "rank-1.stacks", "report.txt"):
+        (tmp_path / name).mkdir()  # opened for writing: an OSError, as on a full disk
+    ranks = _ranks(tmp_path, 0.5, 0.5)
+    try:
+        said = [rank.communicate(timeout=60)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [EXIT_STALLED, EXIT_STALLED]
+    assert "rank 1 on" in said[0]
+
+
 def test_a_rank_that_moves_keeps_all_alive(tmp_path: Path) -> None:
     ranks = _ranks(tmp_path, 6, 6)
     assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
