@@ -179,3 +179,12 @@ def test_kernels_work_under_recompute_and_compile() -> None:
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)(x)
     for other in (recomputed, compiled):
         torch.testing.assert_close(torch.autograd.grad(other.sum(), x)[0], wanted)
+
+
+@BOTH
+def test_fp8_keeps_the_zeros_of_a_block_of_subnormal_numbers(how: Implementation) -> None:
+    x = torch.zeros(1, 128)
+    x[0, 0] = 1e-44
+    for power_of_two in (False, True):
+        quantised = quantise(x, block=Block.ROW, power_of_two=power_of_two, implementation=how)
+        assert quantised.values_MN.float().isfinite().all() and (quantised.scales_PQ > 0).all()

@@ -15,6 +15,9 @@ NUM_WARPS = {128: 16, ROWS_PER_PROGRAM: 8}  # by rows of a tile; fewer would spi
 FORMATS = {torch.float8_e4m3fn: (3, 7, 448.0), torch.float8_e5m2: (2, 15, 57344.0)}
 
 
+TINY = tl.constexpr(torch.finfo(torch.float32).tiny)  # the smallest normal scale: 0 / 0 would be NaN
+
+
 @triton.jit
 def _encode(x, MANTISSA: tl.constexpr, BIAS: tl.constexpr):
     """Return the code of float32 x, already clamped, rounded to nearest even."""
@@ -62,7 +65,8 @@ def quantise_kernel(
     amax = tl.max(magnitudes, axis=1)
     if ONE_SCALE:
         amax = tl.zeros((ROWS,), tl.float32) + tl.max(amax, axis=0)
-    scale = tl.where(amax > 0, tl.div_rn(amax, tl.zeros((ROWS,), tl.float32) + LARGEST), 1.0)
+    scale = tl.div_rn(amax, tl.zeros((ROWS,), tl.float32) + LARGEST)
+    scale = tl.where(amax > 0, tl.maximum(scale, TINY), 1.0)
     if POWER_OF_TWO:
         scale = ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
     scaled = tl.div_rn(tile, tl.broadcast_to(scale[:, None], (ROWS, COLUMNS)))

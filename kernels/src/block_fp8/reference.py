@@ -17,7 +17,9 @@ def quantise(
     largest = torch.finfo(dtype).max
     # NaN does not spoil the scale of its block; it stays NaN itself.
     amax_PQ = blocks_PaQb.abs().nan_to_num(nan=0.0, posinf=float("inf")).amax(dim=(1, 3))
-    scales_PQ = torch.where(amax_PQ > 0, amax_PQ / largest, 1.0)
+    # The smallest normal scale at least: 0 / 0 would be NaN.
+    tiny = torch.finfo(torch.float32).tiny
+    scales_PQ = torch.where(amax_PQ > 0, (amax_PQ / largest).clamp(min=tiny), 1.0)
     if power_of_two:
         scales_PQ = ((scales_PQ.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(
             torch.float32
