@@ -58,7 +58,7 @@ def layer_time(
         compute += forward
     if job.four_bits or candidate.four_bits:
         compute += (2 + full) * dequantisation(candidate, kind, device, constants)
-    elif candidate.recompute == "selective":
+    if candidate.recompute == "selective":
         compute += (
             0.3 * small.forward if kind.is_moe else mlp.forward
         )  # the experts' activation, or the dense part

@@ -135,3 +135,17 @@ def test_the_timeline_runs_every_pass_once_in_order(pp: int, vpp: int) -> None:
     last = max(slot.end_s for slot in slots)
     predicted = evaluate(costs, candidate).time
     assert last == pytest.approx(predicted.compute + predicted.bubble, rel=0.12)
+
+
+def test_recomputation_costs_as_much_beside_a_base_in_four_bits() -> None:
+    machine = devices("H100", 8)
+    extra = []
+    for four_bits in (False, True):
+        job = golden_job("llama-3.1-8b", trained="lora", four_bits=four_bits)
+        costs = Costs(job, machine, Software())
+        times = [
+            costs.layers(Candidate(layout=Layout(world=8), recompute=kind))[0].compute
+            for kind in ("none", "selective")
+        ]
+        extra.append(times[1] - times[0])
+    assert extra[0] > 0 and extra[1] == pytest.approx(extra[0])
