@@ -2,8 +2,11 @@
 
 from megaswift.config.case import Case
 from megaswift.config.embedding import LOSS_TYPES, EmbeddingConfig
+from megaswift.config.reranker import LOSS_TYPES as RERANKER_LOSSES
+from megaswift.config.reranker import TASK_TYPES as RERANKERS
+from megaswift.config.reranker import RerankerConfig
 from megaswift.config.rollout_rules import distils_completions, generates
-from megaswift.config.rows import embedding_loss_of
+from megaswift.config.rows import embedding_loss_of, reranker_loss_of
 from megaswift.config.run import RunConfig
 from megaswift.errors import ConfigError, nearest
 
@@ -66,6 +69,75 @@ def embeddings_have_a_loss(run: RunConfig) -> None:
         raise ConfigError(
             "padding_free=false does not go with task_type=embedding, which reads the last token of a text, whatever it is. "
             "Leave it out."
+        )
+
+
+def rerankers_have_a_loss(run: RunConfig) -> None:
+    """Settings of rerankers belong to their tasks, and some to one of them, or to one loss."""
+    chosen, blank, task, loss = run.reranker, RerankerConfig(), run.model.task_type, reranker_loss_of(run)
+    if task in RERANKERS and loss not in RERANKER_LOSSES:
+        raise ConfigError(
+            f"loss_type={loss} is not built for task_type={task}.{nearest(loss, RERANKER_LOSSES)}"
+        )
+    for name, value in vars(chosen).items():
+        wants = f"--task_type {' or '.join(RERANKERS)}"
+        fits = task in RERANKERS
+        if name.startswith("listwise_reranker"):
+            wants, fits = f"{wants} with --loss_type listwise_reranker", fits and loss == "listwise_reranker"
+        elif name.startswith("generative_reranker"):
+            wants, fits = "--task_type generative_reranker", task == "generative_reranker"
+        if value != getattr(blank, name) and not fits:
+            raise ConfigError(f"{name}={value} is for {wants}. Leave it out.")
+    if chosen.max_positive_samples < 1 or chosen.max_negative_samples < 1:
+        raise ConfigError(
+            f"max_positive_samples={chosen.max_positive_samples} and max_negative_samples={chosen.max_negative_samples}: a group "
+            "has a positive and a negative document. Give 1 or more."
+        )
+    if chosen.listwise_reranker_temperature <= 0:
+        raise ConfigError(
+            f"listwise_reranker_temperature={chosen.listwise_reranker_temperature:g} is too small. Give more than 0."
+        )
+    fewest, most = chosen.listwise_reranker_min_group_size, 1 + chosen.max_negative_samples
+    if not 2 <= fewest <= most:
+        raise ConfigError(
+            f"listwise_reranker_min_group_size={fewest} is not from 2 to {most} (a positive, and max_negative_samples="
+            f"{chosen.max_negative_samples})."
+        )
+
+
+def judges_are_asked_and_answer(run: RunConfig) -> None:
+    """A generative reranker reads what follows a question of a fixed form, whole."""
+    if run.model.task_type != "generative_reranker":
+        return
+    data, chosen = run.data, run.reranker
+    refused = {
+        f"system={data.system}": (
+            data.system is not None,
+            "the question has a system turn of its own, and an instruction comes with the rows, as their system turn",
+        ),
+        "use_chat_template=false": (
+            not data.use_chat_template,
+            "the question is asked in the model's chat template",
+        ),
+        "enable_thinking=true": (data.enable_thinking is True, "the answer is read where it begins"),
+        "truncation_strategy=right": (
+            data.truncation_strategy == "right",
+            "it cuts off where the answer begins",
+        ),
+        "padding_free=false": (
+            not data.padding_free,
+            "the answer is read behind the last token, whatever that is",
+        ),
+    }
+    for setting, (is_so, reason) in refused.items():
+        if is_so:
+            raise ConfigError(
+                f"{setting} does not go with task_type=generative_reranker: {reason}. Leave it out."
+            )
+    if chosen.generative_reranker_positive_token == chosen.generative_reranker_negative_token:
+        raise ConfigError(
+            f"generative_reranker_positive_token and generative_reranker_negative_token are both "
+            f"{chosen.generative_reranker_positive_token!r}. Give two words."
         )
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from megaswift.config.field import setting
+from megaswift.config.reranker import TASK_TYPES
 
 DTYPES = ("bfloat16", "float16", "float32")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
@@ -28,8 +29,9 @@ class ModelConfig:
     trust_remote_code: bool = setting(False, "allow code from the model folder to run")
     task_type: str = setting(
         "causal_lm",
-        "what the model gives: the next token, labels of the whole row (column label), or its embedding",
-        choices=("causal_lm", "seq_cls", "embedding"),
+        "what the model gives: the next token, labels of the whole row (column label), its embedding, or how well a document fits "
+        "a query: by a head of its own (reranker), or by how much likelier the answer yes is than no (generative_reranker)",
+        choices=("causal_lm", "seq_cls", "embedding", *TASK_TYPES),
     )
     num_labels: int | None = setting(None, "seq_cls: how many labels there are, or numbers to predict")
     problem_type: str | None = setting(

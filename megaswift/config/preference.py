@@ -17,7 +17,7 @@ class PreferenceConfig:
         "form of the loss: sigmoid, ipo, hinge, robust, sigmoid_norm, exo_pair, discopop, nca_pair, bco_pair, sppo_hard, "
         "apo_zero, apo_down or sft for dpo, of which there may be several, sigmoid, hinge or ipo for cpo, "
         "kto or apo_zero_unpaired for kto, grpo, bnpo, dr_grpo, dapo, cispo, sapo, fipo or real for grpo, infonce, cosine_similarity or contrastive "
-        "for --task_type embedding; default: the first",
+        "for --task_type embedding, pointwise_reranker or listwise_reranker for rerankers; default: the first",
         several=True,
     )
     loss_weights: list[str] = setting([], "dpo: a number for each of several --loss_type; default: 1 each")

@@ -5,6 +5,7 @@ from typing import Any
 from megaswift.config.case import Case
 from megaswift.config.loss_forms import JUDGE_ALONE, LOSS_TYPES, weighted_forms
 from megaswift.config.preference import PreferenceConfig
+from megaswift.config.reranker import TASK_TYPES
 from megaswift.config.run import RunConfig
 from megaswift.config.teachers import BY_SET, shares_rows_out, tag_of_set, teachers_by_tag
 from megaswift.errors import ConfigError, nearest
@@ -50,7 +51,7 @@ def preferences_are_for_rlhf(run: RunConfig) -> None:
     blank = PreferenceConfig()
     for name in vars(blank):
         value = getattr(run.preference, name)
-        if name == "loss_type" and run.model.task_type == "embedding":
+        if name == "loss_type" and run.model.task_type in ("embedding", *TASK_TYPES):
             continue
         if value != getattr(blank, name):
             raise ConfigError(f"{name}={value} is for `megaswift rlhf`, not `megaswift {run.task}`.")

@@ -35,6 +35,8 @@ REQUEST_RULES = (
     head.heads_are_for_fine_tuning,
     head.labels_are_counted,
     head.embeddings_have_a_loss,
+    head.rerankers_have_a_loss,
+    head.judges_are_asked_and_answer,
     head.token_losses_are_of_answers,
     head.noise_is_on_given_answers,
     layout.dropped_tokens_have_a_limit,

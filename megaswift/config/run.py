@@ -15,6 +15,7 @@ from megaswift.config.parallel import ParallelConfig
 from megaswift.config.policy import PolicyConfig
 from megaswift.config.precision import PrecisionConfig
 from megaswift.config.preference import PreferenceConfig
+from megaswift.config.reranker import RerankerConfig
 from megaswift.config.reward import RewardConfig
 from megaswift.config.rollout import RolloutConfig
 from megaswift.config.training import TrainingConfig
@@ -36,6 +37,7 @@ class RunConfig:
     tuner: TunerConfig = field(default_factory=TunerConfig)
     freeze: FreezeConfig = field(default_factory=FreezeConfig)
     embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
+    reranker: RerankerConfig = field(default_factory=RerankerConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)

@@ -281,7 +281,8 @@ class _RowBuilder:
         if self.packs is not None and len(rows):
             rows = np.concatenate([self.packs[i] for i in rows])
         encoded, per_row = self._encoded, self._encoded.per_row
-        ids = tuple((rows[:, None] * per_row + np.arange(per_row)).ravel().tolist())
+        entries = (rows[:, None] * per_row + np.arange(per_row)).ravel()
+        ids = tuple(entries[encoded.starts[entries + 1] > encoded.starts[entries]].tolist())
         if self.packs is not None or self._settings.padding_free or not ids:
             batch = self._one_row(ids)
         else:

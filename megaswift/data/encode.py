@@ -16,9 +16,10 @@ from megaswift.data.pool import forked_map
 from megaswift.data.prompts import encode_prompts
 from megaswift.data.report import BadRow, Report, stop_at
 from megaswift.data.sample import STUMBLES, RowError, Sample, row_error
-from megaswift.data.template import Template
+from megaswift.data.template import Encoded, Template
 from megaswift.errors import DataError
 
+NO_DOCUMENT = Encoded(input_ids=np.empty(0, np.int32), loss_weights=np.empty(0, np.float32))
 CHUNK = 256  # samples in one call of the tokenizer: enough to keep its threads busy, small enough to stay in cache
 
 
@@ -28,7 +29,8 @@ class EncodedSet:
 
     Entry i is input_ids[starts[i]:starts[i + 1]]; `samples[i]` is the index of the Sample it came from (a long text
     that is split gives several entries, a preference pair the chosen and then the rejected one). `per_row` entries that
-    follow each other belong together: entries k * per_row to (k + 1) * per_row are row k.
+    follow each other belong together: entries k * per_row to (k + 1) * per_row are row k. Where a row has fewer documents, the
+    last of them have no tokens.
     """
 
     input_ids: np.ndarray  # int32 [tokens]
@@ -199,7 +201,9 @@ def _encode_chunk(samples: Sequence[Sample], template: Template, form: Form, chu
         if error is not None:
             bad.append(BadRow(source=samples[index].source, kind=error.kind, reason=error.reason))
             continue
-        for entry in (entry for one in encoded if not isinstance(one, RowError) for entry in one):
+        entries = [entry for one in encoded if not isinstance(one, RowError) for entry in one]
+        entries += [NO_DOCUMENT] * (form.per_row - len(entries))
+        for entry in entries:
             ids.append(entry.input_ids)
             weights.append(entry.loss_weights)
             kept.append(index)

@@ -1,13 +1,14 @@
 """What the rows of a task must hold: the documents that a row becomes, and what it says about them."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from megaswift.config.preference import PreferenceConfig
+from megaswift.config.reranker import TASK_TYPES as RERANKERS
 from megaswift.config.rollout_rules import distils_nothing_else
-from megaswift.config.rows import embedding_loss_of
+from megaswift.config.rows import embedding_loss_of, reranker_loss_of
 from megaswift.config.run import RunConfig
 from megaswift.config.teachers import BY_SET, shares_rows_out, teachers_by_tag
 from megaswift.data.channels import channel_of
@@ -20,7 +21,7 @@ class Form:
 
     name: str
     documents: Callable[[Sample], tuple[Sample, ...]]  # raises RowError for a row that the task cannot use
-    per_row: int  # how many they are
+    per_row: int  # how many they are, at most
     # What the row says beside its text: one number, or as many for every row; None: nothing.
     target: Callable[[Sample], float | tuple[float, ...] | None]
     asks: bool = False  # documents are prompts that the model is to answer: no token carries loss
@@ -90,6 +91,8 @@ def form_of(run: RunConfig) -> Form:
     if run.model.task_type == "embedding":
         is_infonce = embedding_loss_of(run) == "infonce"
         return grouped(run.embedding.infonce_hard_negatives) if is_infonce else COMPARED
+    if run.model.task_type in RERANKERS:
+        return _ranked_form(run)
     if run.task != "rlhf":
         return CHANNELS if run.training.enable_channel_loss else CONVERSATIONS
     if run.preference.rlhf_type == "gkd":
@@ -190,6 +193,110 @@ def _group(sample: Sample, *, negatives: int) -> tuple[Sample, ...]:
     return anchor, positive, *(dataclasses.replace(sample, messages=turns) for turns in chosen)
 
 
+def _ranked_form(run: RunConfig) -> Form:
+    chosen, is_listwise = run.reranker, reranker_loss_of(run) == "listwise_reranker"
+    return ranked(
+        positives=chosen.max_positive_samples,
+        negatives=chosen.max_negative_samples,
+        fewest=chosen.listwise_reranker_min_group_size if is_listwise else 2,
+        text=asked_to_judge if run.model.task_type == "generative_reranker" else answered,
+    )
+
+
+def ranked(*, positives: int, negatives: int, fewest: int, text: Callable[[Sample, Message], Sample]) -> Form:
+    """Return the form of rows for rerankers: groups of a positive document and up to so many negatives, `fewest` documents at least.
+
+    `text` makes what is read of a query (a sample that ends with it) and a document. The target of a row is how many
+    documents each of its groups has; 0: there is no such group.
+    """
+
+    def groups(sample: Sample) -> list[list[Sample]]:
+        query, good, poor = _query_and_documents(sample)
+        if 1 + min(len(poor), negatives) < fewest:
+            raise RowError(
+                "group", f"the row has {len(poor)} negatives, and a group is {fewest} documents or more"
+            )
+        return [
+            [_read_with(query, turns, text) for turns in (one, *_share(poor, number, negatives))]
+            for number, one in enumerate(good[:positives])
+        ]
+
+    def sizes(sample: Sample) -> float | tuple[float, ...]:
+        found = [float(len(group)) for group in groups(sample)]
+        return found[0] if positives == 1 else (*found, *[0.0] * (positives - len(found)))
+
+    return Form(
+        name=f"{text.__name__} in {positives} groups of {fewest} to {1 + negatives}",
+        documents=lambda sample: tuple(document for group in groups(sample) for document in group),
+        per_row=positives * (1 + negatives),
+        target=sizes,
+        reads=True,
+    )
+
+
+Turns = tuple[Message, ...]
+
+
+def _share(turns: Sequence[Turns], number: int, count: int) -> list[Turns]:
+    """Return what group `number` takes of the negatives: the next ones in turn, none of them twice."""
+    return [turns[(number * count + place) % len(turns)] for place in range(min(count, len(turns)))]
+
+
+def _query_and_documents(sample: Sample) -> tuple[Sample, tuple[Turns, ...], tuple[Turns, ...]]:
+    """Return a query with its relevant and its other documents: positive_messages and negative_messages, or two answers."""
+    query, good, poor = _as_conversation(sample), sample.positives, sample.negatives
+    if not good and sample.rejected:
+        query = dataclasses.replace(sample, messages=asked_of(sample.messages))
+        good, poor = (
+            (talk[len(asked_of(talk)) :],) for talk in (sample.messages, sample.rejected)
+        )  # what the assistant says last
+    if not good or not poor:
+        missing = "negative_messages" if good else "positive_messages"
+        raise RowError("group", f"a row of layout {sample.layout} has no {missing}")
+    if not query.messages or query.messages[-1]["role"] != "user":
+        raise RowError("group", "the query (messages) does not end with a user turn")
+    return query, good, poor
+
+
+def _read_with(query: Sample, document: Turns, text: Callable[[Sample, Message], Sample]) -> Sample:
+    """Return what is read of a query and a document, whose own system turn comes before that of the query."""
+    own = document[:1] if document and document[0]["role"] == "system" else ()
+    turns = document[len(own) :]
+    if len(turns) != 1 or not turns[0]["content"].strip():
+        raise RowError("group", f"a document has {len(turns)} turns, or no text; it is one turn with text")
+    asked = query.messages[query.messages[0]["role"] == "system" :] if own else query.messages
+    return text(dataclasses.replace(query, messages=(*own, *asked)), turns[0])
+
+
+def answered(query: Sample, document: Message) -> Sample:
+    """Return a document as the answer to its query."""
+    return dataclasses.replace(
+        query, messages=(*query.messages, {"role": "assistant", "content": document["content"]})
+    )
+
+
+# How Qwen3-Reranker is asked: the model card of Qwen/Qwen3-Reranker-0.6B, and arXiv 2506.05176, section 2.
+JUDGE = (
+    "Judge whether the Document meets the requirements based on the Query and the Instruct provided. "
+    'Note that the answer can only be "yes" or "no".'
+)
+INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
+
+
+def asked_to_judge(query: Sample, document: Message) -> Sample:
+    """Return the question whether a document is relevant, to be answered at once; a system turn is the instruction."""
+    *before, asked = query.messages
+    if len(before) > 1 or (before and before[0]["role"] != "system"):
+        raise RowError("group", f"the query has {len(query.messages)} turns; it is one user turn")
+    instruction = before[0]["content"] if before else INSTRUCTION
+    question = f"<Instruct>: {instruction}\n<Query>: {asked['content']}\n<Document>: {document['content']}"
+    return dataclasses.replace(
+        query,
+        messages=({"role": "system", "content": JUDGE}, {"role": "user", "content": question}),
+        template_kwargs={"enable_thinking": False, **query.template_kwargs},
+    )
+
+
 def _compared(sample: Sample) -> tuple[Sample, ...]:
     """Return the two texts whose similarity the label gives."""
     if not _is_number(sample.label):
@@ -199,8 +306,7 @@ def _compared(sample: Sample) -> tuple[Sample, ...]:
 
 def _two_texts(sample: Sample) -> tuple[Sample, Sample]:
     """Return the text of a row and its positive: positive_messages, or a question's answer (ms-swift's older layout)."""
-    if sample.text is not None:
-        sample = dataclasses.replace(sample, text=None, messages=({"role": "user", "content": sample.text},))
+    sample = _as_conversation(sample)
     if len(sample.positives) == 1:
         return sample, dataclasses.replace(sample, messages=sample.positives[0])
     asked = asked_of(sample.messages)
@@ -212,6 +318,13 @@ def _two_texts(sample: Sample) -> tuple[Sample, Sample]:
         dataclasses.replace(sample, messages=asked),
         dataclasses.replace(sample, messages=_as_text(sample.messages)),
     )
+
+
+def _as_conversation(sample: Sample) -> Sample:
+    """Return a sample with a text of its own as what the user says."""
+    if sample.text is None:
+        return sample
+    return dataclasses.replace(sample, text=None, messages=({"role": "user", "content": sample.text},))
 
 
 def _as_text(messages: tuple[Message, ...]) -> tuple[Message, ...]:

@@ -231,7 +231,11 @@ def _write_set(
         table.channels.take(entries).save(folder / CHANNELS)
     _write_tokens(table, entries, starts, folder)
     encoded = EncodedSet.load(folder)
-    figures = {"rows": encoded.num_rows, "entries": len(encoded), "tokens": int(starts[-1])}
+    figures = {
+        "rows": encoded.num_rows,
+        "entries": int((encoded.lengths > 0).sum()),
+        "tokens": int(starts[-1]),
+    }
     if packing_length is not None:
         packs = pack(encoded.row_lengths, packing_length)
         packs.save(folder / "packs")

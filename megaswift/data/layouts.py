@@ -81,8 +81,8 @@ def to_sample(
         videos=tuple(media.videos),
         audios=tuple(media.audios),
         rejected=tuple(rejected),
-        positives=_group(named, "positive_messages", media),
-        negatives=_group(named, "negative_messages", media),
+        positives=_group(named, "positive", media),
+        negatives=_group(named, "negative", media),
         label=_label(named),
         margin=_number(named, "margin"),
         template_kwargs=kwargs,
@@ -283,7 +283,12 @@ def _ends_with_answer(messages: list[Message], column: str) -> list[Message]:
     return messages
 
 
-def _group(named: Columns, column: str, media: MediaList) -> tuple[tuple[Message, ...], ...]:
+def _group(named: Columns, kind: str, media: MediaList) -> tuple[tuple[Message, ...], ...]:
+    """Return the conversations of a column such as positive_messages, or the texts of one such as positive (MTEB's sets)."""
+    column, texts = f"{kind}_messages", named.get(kind)
+    texts = [texts] if isinstance(texts, str) else texts
+    if column not in named and isinstance(texts, list) and all(isinstance(text, str) for text in texts):
+        return tuple(({"role": "user", "content": text},) for text in texts)
     conversations = parse_literal(named.get(column)) or []
     if not isinstance(conversations, list):
         raise RowError("type", f"{column} is not a list of conversations")

@@ -75,6 +75,7 @@ def load_data(
         check_fits(prepared, own, strict=config.strict)
     loaded = _open(prepared) if prepared else _encode(config, template, form, seed=seed, use_hf=use_hf)
     lengths = loaded.train.lengths
+    lengths = lengths[lengths > 0]
     logger.info(
         "training rows: %d of %d tokens, %.0f on average, the longest %d; %.0f %% carry loss",
         len(lengths), lengths.sum(), lengths.mean(), lengths.max(), 100 * (loaded.train.loss_weights > 0).mean(),

@@ -76,7 +76,7 @@ def make_preview(
         sets=read.sets,
         bad=(*read.report.bad, *encoding.bad),
         examples=_examples(read.train, template, form),
-        lengths=lengths,
+        lengths=lengths[lengths > 0],
         loss_tokens=int((encoded.loss_weights > 0).sum()),
         encoding=encoding,
         packing_length=packs.capacity,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megaswift.errors import DataError
+from megaswift.errors import ConfigError, DataError
 
 
 def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
@@ -29,6 +29,16 @@ def pad_id_of(tokenizer: Any) -> int:
     """Return the id that fills rows: the tokenizer's pad token, or its eos where it has none."""
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next((int(token) for token in ids if token is not None), 0)
+
+
+def token_of(tokenizer: Any, word: str, *, setting: str) -> int:
+    """Return the id of a token as the vocabulary spells it. Raises ConfigError, which names the setting."""
+    found = tokenizer.get_vocab().get(word)
+    if found is None:
+        raise ConfigError(
+            f"{setting}={word!r} is no token of this model. Give one as the vocabulary in tokenizer.json spells it."
+        )
+    return int(found)
 
 
 CharSpan = tuple[int, int] | tuple[int, int, float]  # characters from, to; what follows is not looked at

@@ -56,7 +56,7 @@ def build_model(meta: ModelMeta, run: RunConfig, layout: Layout, platform: Platf
         if meta.scores is not None and model.post_process:
             model.output_layer = score_head(config, outputs=meta.scores, seed=run.training.seed)
         model.scores = meta.scores is not None
-        model.gives_states = distils(run)
+        model.gives_states = distils(run) or run.model.task_type == "generative_reranker"
         model.logical_vocab_size = meta.vocab_size
         model.set_multipliers(meta.multipliers)
         model.carried = carried

@@ -3,6 +3,7 @@
 Letters: S sequence, B batch, T chosen tokens, D model size, O scores of a token.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from megatron.core.parallel_state import get_tensor_model_parallel_rank
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
 )
 
 from megaswift.kernels.linear_cross_entropy.ops import linear_cross_entropy
@@ -25,9 +27,7 @@ class CausalLM(GPTModel):
 
     logical_vocab_size: int  # rows of the file's embedding; the rest of the sharded rows is padding
     multipliers = Multipliers()
-    gives_states = (
-        False  # the last stage returns hidden states [B, S, D] in place of losses (tasks/gkd.py, entropy.py)
-    )
+    gives_states = False  # the last stage returns hidden states [B, S, D] in place of losses (tasks/gkd.py, entropy.py, reranker.py)
     layer_inputs: PerLayerEmbedding | None  # what makes the inputs of layers, where they have some
     carried: Carried
     _noise: TokenNoise | None = None
@@ -91,6 +91,20 @@ class CausalLM(GPTModel):
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return layer.weight
+
+    def output_rows(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Return the rows of the output layer for a few tokens, on every tensor-parallel rank [tokens, D].
+
+        Every rank of tp calls it alike, and computes the same from the rows: a gradient stays with the rank that holds a row.
+        What moves: the rows, once around tp.
+        """
+        group, weight_VD = self.output_layer.tp_group, self.output_weight
+        places = torch.tensor(token_ids) - group.rank() * len(weight_VD)
+        is_here = (places >= 0) & (places < len(weight_VD))
+        places = places.clamp(0, len(weight_VD) - 1).to(weight_VD.device, non_blocking=True)
+        # A rank without these rows reads another and drops it: its weight too must get a gradient, if one of zeros.
+        rows = weight_VD[places] * is_here.to(weight_VD, non_blocking=True)[:, None]
+        return reduce_from_tensor_model_parallel_region(rows, group=group)
 
     def _of_all_tokens(self, hidden_SBD: torch.Tensor) -> torch.Tensor:
         if self.config.sequence_parallel:

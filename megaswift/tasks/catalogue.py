@@ -6,10 +6,11 @@ from typing import Any
 
 from megaswift.config.preference import PreferenceConfig
 from megaswift.config.reference import compares
+from megaswift.config.reranker import TASK_TYPES as RERANKERS
 from megaswift.config.rollout_rules import generates
-from megaswift.config.rows import embedding_loss_of
+from megaswift.config.rows import embedding_loss_of, reranker_loss_of
 from megaswift.config.run import RunConfig
-from megaswift.data.tokenizer import load_tokenizer, pad_id_of
+from megaswift.data.tokenizer import load_tokenizer, pad_id_of, token_of
 from megaswift.metadata.meta import ModelMeta
 from megaswift.tasks import classification, cpo, dpo, orpo, rm
 from megaswift.tasks.answers import Answers, Outcome
@@ -17,7 +18,8 @@ from megaswift.tasks.embedding import Embedding, embedding_model
 from megaswift.tasks.gkd import Distillation
 from megaswift.tasks.grpo import Grpo, at_temperature
 from megaswift.tasks.preference import Kto, Preference
-from megaswift.tasks.scores import DocumentScores, ScoresLoss, scoring_model
+from megaswift.tasks.reranker import Reranker, answer_scores
+from megaswift.tasks.scores import DocumentScores, ReadScores, ScoresLoss, head_scores, scoring_model
 from megaswift.tasks.sft import NextToken
 from megaswift.tasks.task import RunModel, Task, run_model
 
@@ -40,8 +42,12 @@ def trained_model(run: RunConfig, meta: ModelMeta, *, pad_id: int | None = None)
         return at_temperature(meta, run.rollout.temperature)
     if run.model.task_type == "embedding":
         return embedding_model(meta)
-    is_classifier = run.model.task_type == "seq_cls"
-    if not is_classifier and (run.task != "rlhf" or run.preference.rlhf_type != "rm"):
+    if run.model.task_type == "generative_reranker":
+        if pad_id is None:
+            judging_words(run, meta)  # an error now is better than one after minutes of loading weights
+        return meta
+    is_classifier, is_reranker = run.model.task_type == "seq_cls", run.model.task_type == "reranker"
+    if not is_classifier and not is_reranker and (run.task != "rlhf" or run.preference.rlhf_type != "rm"):
         return meta
     if pad_id is None:
         trust = run.model.trust_remote_code
@@ -51,7 +57,17 @@ def trained_model(run: RunConfig, meta: ModelMeta, *, pad_id: int | None = None)
         num_labels=run.model.num_labels or 1,
         pad_id=pad_id,
         problem_type=run.model.problem if is_classifier else None,
-        asked="task_type=seq_cls" if is_classifier else "rlhf_type=rm",
+        asked="rlhf_type=rm" if run.task == "rlhf" else f"task_type={run.model.task_type}",
+    )
+
+
+def judging_words(run: RunConfig, meta: ModelMeta) -> tuple[int, int]:
+    """Return the tokens with which a generative reranker says that a document is relevant, and that it is not. Raises UserError."""
+    tokenizer = load_tokenizer(str(meta.folder), trust_remote_code=run.model.trust_remote_code)
+    yes, no = run.reranker.generative_reranker_positive_token, run.reranker.generative_reranker_negative_token
+    return (
+        token_of(tokenizer, yes, setting="generative_reranker_positive_token"),
+        token_of(tokenizer, no, setting="generative_reranker_negative_token"),
     )
 
 
@@ -60,11 +76,13 @@ def make_task(
     meta: ModelMeta,
     *,
     reference: Sequence[Any] | None = None,
+    words: tuple[int, int] | None = None,
     run_model: RunModel = run_model,
 ) -> Task:
     """Return the task of a resolved run on the model of trained_model().
 
-    `reference` are the chunks of a frozen model to compare with, or to learn from, where there is one.
+    `reference` are the chunks of a frozen model to compare with, or to learn from, where there is one; `words` are those of
+    judging_words(), read from the tokenizer unless given.
 
     Pre-training differs from fine-tuning in the data alone: its loss mask is one everywhere.
     """
@@ -72,6 +90,13 @@ def make_task(
     if run.model.task_type == "seq_cls":
         loss = partial(classification.classification_loss, problem=run.model.problem)
         return _document_scores(loss, classification.METRICS[run.model.problem], meta, run_model)
+    if run.model.task_type in RERANKERS:
+        read = (
+            _head_scores(meta)
+            if run.model.task_type == "reranker"
+            else partial(answer_scores, words=words or judging_words(run, meta))
+        )
+        return Reranker(reranker_loss_of(run), run.reranker, read=read, run=run_model)
     if run.model.task_type == "embedding":
         return Embedding(embedding_loss_of(run), run.embedding, run=run_model)
     if run.task != "rlhf":
@@ -93,5 +118,9 @@ def make_task(
 def _document_scores(
     loss: ScoresLoss, metrics: Sequence[str], meta: ModelMeta, run_model: RunModel
 ) -> DocumentScores:
+    return DocumentScores(loss, metrics=metrics, read=_head_scores(meta), run=run_model)
+
+
+def _head_scores(meta: ModelMeta) -> ReadScores:
     pad_id = int(str(meta.raw["pad_token_id"]))  # as scoring_model has written it
-    return DocumentScores(loss, metrics=metrics, pad_id=pad_id, run=run_model)
+    return partial(head_scores, pad_id=pad_id)

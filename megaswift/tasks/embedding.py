@@ -33,11 +33,10 @@ from megaswift.metadata.meta import ModelMeta
 from megaswift.tasks.answers import Outcome
 from megaswift.tasks.everyone import of_all_ranks
 from megaswift.tasks.preference import rows_loss
-from megaswift.tasks.scores import last_scores
+from megaswift.tasks.scores import NO_TOKEN, last_scores
 from megaswift.tasks.task import Loss, RunModel, look, run_model
 
 MARGIN = 0.5  # sentence-transformers 5, ContrastiveLoss
-NO_TOKEN = -1  # every token of a text may be its last
 METRICS = {
     "infonce": ("accuracy", "similarity/positive"),
     "cosine_similarity": ("similarity/positive",),

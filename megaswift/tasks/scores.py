@@ -14,26 +14,30 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.utils import unwrap_model
 
 from megaswift.data.batches import MicroBatch
 from megaswift.errors import ConfigError
 from megaswift.metadata.meta import ModelMeta
+from megaswift.models.causal_lm import CausalLM
 from megaswift.tasks.answers import Outcome, document_sums, tokens_here
 from megaswift.tasks.preference import rows_loss
 from megaswift.tasks.task import Loss, RunModel, run_model
 
+NO_TOKEN = -1  # as a pad_id: every token of a text may be its last
+# (micro batch, this rank's chunk of the model, its output) -> the scores of every document, float64 [N, O]
+ReadScores = Callable[[MicroBatch, CausalLM, torch.Tensor], torch.Tensor]
 # (scores [N, O], what the rows say [rows] or [rows, O], None where they say nothing) -> the loss of every row
 ScoresLoss = Callable[[torch.Tensor, torch.Tensor | None], Outcome]
 
 
 class DocumentScores:
-    """A loss of the scores of documents, for a model whose output layer is a ScoreHead."""
+    """A loss of the scores of documents, which `read` finds in what the model returns."""
 
     def __init__(
-        self, loss: ScoresLoss, *, metrics: Sequence[str], pad_id: int, run: RunModel = run_model
+        self, loss: ScoresLoss, *, metrics: Sequence[str], read: ReadScores, run: RunModel = run_model
     ) -> None:
-        """`pad_id` is the token that does not count as a document's last: the exported model's pad_token_id."""
-        self._loss, self.metrics, self._pad_id, self._run = loss, tuple(metrics), pad_id, run
+        self._loss, self.metrics, self._read, self._run = loss, tuple(metrics), read, run
 
     def prepare(self, batches: list[MicroBatch], chunks: Sequence[Any]) -> list[MicroBatch]:
         """Return the batches as they are."""
@@ -42,26 +46,39 @@ class DocumentScores:
     def forward_step(self, data_iterator: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Any]:
         """Run one micro batch; its loss is the sum over its rows."""
         batch = next(data_iterator)
-        return self._run(batch, model), partial(self._rows_loss, batch)
+        return self._run(batch, model), partial(self._rows_loss, batch, unwrap_model(model))
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
         """Return the means as they are."""
         return means
 
-    def _rows_loss(self, batch: MicroBatch, scores_BSO: torch.Tensor) -> Loss:
-        scores_NO = last_scores(batch, scores_BSO, pad_id=self._pad_id)
-        targets = None if batch.targets is None else batch.targets.to(scores_NO, non_blocking=True)
+    def _rows_loss(self, batch: MicroBatch, model: CausalLM, output: torch.Tensor) -> Loss:
+        scores_NO = self._read(batch, model, output)
+        targets = self._targets(batch, scores_NO.device)
         documents = torch.full((), len(scores_NO)).to(scores_NO, non_blocking=True)
         return rows_loss(self._loss(scores_NO, targets), loss_tokens=documents)
+
+    def _targets(self, batch: MicroBatch, device: torch.device) -> torch.Tensor | None:
+        if batch.targets is None:
+            return None
+        return batch.targets.to(device, torch.float64, non_blocking=True)
+
+
+def head_scores(batch: MicroBatch, model: CausalLM, scores_BSO: torch.Tensor, *, pad_id: int) -> torch.Tensor:
+    """Return the scores that a ScoreHead gives each document, float64 [N, O]; every cp rank calls it alike.
+
+    `pad_id` is the token that does not count as a document's last: the exported model's pad_token_id.
+    """
+    return last_scores(batch, scores_BSO, pad_id=pad_id)
 
 
 def last_scores(batch: MicroBatch, scores_BSO: torch.Tensor, *, pad_id: int) -> torch.Tensor:
     """Return the scores of each document's last token that is not `pad_id`, float64 [N, O]; every cp rank calls it alike."""
-    is_last_BS1 = _last_tokens(batch, pad_id, scores_BSO.device)[..., None]
+    is_last_BS1 = last_tokens(batch, pad_id, scores_BSO.device)[..., None]
     return document_sums(torch.where(is_last_BS1, scores_BSO, 0.0), batch)
 
 
-def _last_tokens(batch: MicroBatch, pad_id: int, device: torch.device) -> torch.Tensor:
+def last_tokens(batch: MicroBatch, pad_id: int, device: torch.device) -> torch.Tensor:
     """Return which of this rank's tokens is the last of its document that is not `pad_id`, bool [B, S].
 
     What moves: one number a document over cp, whose ranks hold parts of the documents.

@@ -1,5 +1,6 @@
 """Preference losses under every layout, padded and packed, against one rank: same weights, same rows, same curve."""
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from tests.harness.training import Case, Curve, curves, synthetic_rows, temporar
 LOSS_TOLERANCE, NORM_TOLERANCE = 1e-5, 1e-4
 STEPS, ROWS = 3, 8
 PACKS = 4  # that all rows make, with so many tokens each
-PACK = {"pairs": 110, "kto": 80, "seq_cls lora": 62, "embedding": 160, "gkd": 62}
+PACK = {
+    "pairs": 110, "kto": 80, "seq_cls lora": 62, "embedding": 160, "gkd": 62, "reranker": 160, "judge": 260,
+}  # fmt: skip
 
 LORA = {"tuner": {"tuner_type": "lora", "lora_dropout": 0.0}, "optimizer": {"lr": 1e-2, "adam_eps": 1e-3}}
 CLASSIFIER = {"task_type": "seq_cls", "problem_type": "multi_label_classification"}
@@ -45,6 +48,16 @@ TRAININGS: dict[str, dict[str, dict[str, Any]]] = {
         "model": {"task_type": "embedding"},
         "embedding": {"infonce_hard_negatives": 1, "mrl_dims": {"8": 0.5, "64": 1}},
     },
+    "reranker": {"model": {"task_type": "reranker"}, "reranker": {"max_negative_samples": 3}},
+    "judge": {
+        "model": {"task_type": "generative_reranker"},
+        "preference": {"loss_type": "listwise_reranker"},
+        "reranker": {
+            "max_positive_samples": 2,
+            "max_negative_samples": 2,
+            "listwise_reranker_temperature": 0.5,
+        },
+    },
 }
 # layout -> (ranks, parallel settings)
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -71,7 +84,7 @@ def rows_settings(training: str, rows: str) -> dict[str, dict[str, Any]]:
     """All rows are one global batch, so that padded and packed batches hold the same."""
     if rows == "padded":  # embeddings are never: their last token may be that of padding
         return {
-            "data": {"padding_free": training == "embedding"},
+            "data": {"padding_free": training in ("embedding", "judge")},
             "training": {"micro_batch_size": 2, "global_batch_size": ROWS},
         }
     length = PACK.get(training, PACK["pairs"])
@@ -88,7 +101,7 @@ def case_of(training: str, layout: str, parallel: dict[str, Any], rows: str) -> 
     settings["training"] = {**settings["training"], "train_iters": STEPS}
     if training == "gkd":
         settings["preference"] = {**settings["preference"], "teacher_model": str(teacher())}
-    task = "rlhf" if "preference" in settings else "sft"
+    task = "rlhf" if "preference" in settings and training != "judge" else "sft"
     return Case(name=f"{training} {layout} {rows}", settings=settings, task=task)
 
 
@@ -139,3 +152,18 @@ def test_experts_spread_over_ranks_train_preferences_like_one_rank() -> None:
     one = run_distributed(curves, 1, model, [case_of("dpo", "one", {}, "packed")])[0]["dpo one packed"]
     for seen in run_distributed(curves, 2, model, [case_of("dpo", "ep2", {"ep": 2}, "packed")]):
         same(seen["dpo ep2 packed"], one)
+
+
+@pytest.mark.ranks(4)
+def test_a_judge_trains_like_one_rank_where_the_output_layer_is_the_embedding_or_frozen() -> None:
+    layouts = {"one": (1, {}), **LAYOUTS}
+
+    def cases(layout: str) -> list[Case]:
+        plain = case_of("judge", layout, layouts[layout][1], "packed")
+        return [plain, replace(plain, name=f"lora {layout}", settings={**plain.settings, **LORA})]
+
+    expected = run_distributed(curves, 1, teacher(), cases("one"))[0]
+    for layout in ("cp2", "tp2 pp2"):
+        for seen in run_distributed(curves, layouts[layout][0], teacher(), cases(layout)):
+            same(seen[f"judge {layout} packed"], expected["judge one packed"])
+            same(seen[f"lora {layout}"], expected["lora one"])

@@ -19,6 +19,7 @@ from megaswift.checkpoint.store import Store
 from megaswift.config.model import ModelConfig
 from megaswift.config.precision import token_multiple
 from megaswift.config.reference import needs_copy
+from megaswift.config.reranker import TASK_TYPES as RERANKERS
 from megaswift.config.rows import PAIRED, texts_of_a_row
 from megaswift.config.rules import resolve
 from megaswift.config.run import RunConfig
@@ -49,6 +50,7 @@ from megaswift.training.schedule import build_schedule
 from megaswift.training.setup import Saver
 from megaswift.training.validations import Validations
 
+WORDS = (119, 5)  # of generative rerankers; with tp=2 each on another rank
 Curve = list[tuple[float, float]]  # (loss, gradient norm) of each step
 
 
@@ -108,7 +110,29 @@ def synthetic_rows(run: RunConfig) -> EncodedSet:
     if run.model.task_type == "embedding":
         texts = texts_of_a_row(run)
         return replace(synthetic_set(entries=8 * texts), per_row=texts)
+    if run.model.task_type in RERANKERS:
+        return synthetic_groups(run)
     return synthetic_labelled(run.model) if run.model.task_type == "seq_cls" else synthetic_set()
+
+
+def synthetic_groups(run: RunConfig, *, rows: int = 8) -> EncodedSet:
+    """Return rows of random tokens as groups of documents, of which some rows have fewer than others."""
+    most, per_row = 1 + run.reranker.max_negative_samples, texts_of_a_row(run)
+    sizes = np.array(
+        [[2 + (row + group) % (most - 1) for group in range(per_row // most)] for row in range(rows)]
+    )
+    plain = synthetic_set(entries=int(sizes.sum()))
+    lengths = np.zeros((rows, per_row), np.int64)
+    is_there = np.arange(per_row) < sizes.sum(1)[:, None]
+    lengths[is_there] = plain.lengths
+    return replace(
+        plain,
+        loss_weights=np.zeros_like(plain.loss_weights),
+        starts=np.concatenate([[0], np.cumsum(lengths)]),
+        samples=np.repeat(np.arange(rows), per_row),
+        per_row=per_row,
+        targets=sizes.astype(np.float32),
+    )
 
 
 def synthetic_labelled(model: ModelConfig, *, rows: int = 8) -> EncodedSet:
@@ -187,7 +211,7 @@ def _prepare(folder: Path, case: Case, encoded: EncodedSet | None) -> Trained:
     wrapped = wrap_chunks(chunks, run)
     optimizer = build_optimizer(wrapped, run)
     schedule = build_schedule(optimizer, run.optimizer, total_steps=run.training.train_iters or 1)
-    task = make_task(run, meta, reference=reference)
+    task = make_task(run, meta, reference=reference, words=WORDS)
     engine = Engine(wrapped, optimizer, schedule, task, measure=count, share=context_share(layout))
     settings = BatchSettings(
         global_batch_size=run.training.global_batch_size or 1,

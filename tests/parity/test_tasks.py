@@ -15,7 +15,7 @@ from trl.experimental.gkd import GKDTrainer
 
 from megaswift.data.encode import EncodedSet
 from tests.harness.distributed import run_distributed
-from tests.harness.training import Case, curves, synthetic_rows
+from tests.harness.training import WORDS, Case, curves, synthetic_rows
 from tests.parity.test_trl import agree, folders, loss_and_norm, options, padded, tokenizer
 
 LABELS, CENTER, TEMPERATURE, BETA, SFT_ALPHA = 3, 0.05, 0.2, 0.3, 0.7
@@ -49,12 +49,22 @@ def cases() -> dict[str, Case]:
             "embedding": {"infonce_temperature": TEMPERATURE, "infonce_hard_negatives": 1},
             "data": {},
         },
+        **{
+            f"{task} {loss}": {
+                "model": {"task_type": task},
+                "preference": {"loss_type": f"{loss}_reranker"},
+                "reranker": {"max_negative_samples": 3, "listwise_reranker_temperature": TEMPERATURE},
+                "data": {"padding_free": task == "generative_reranker"},
+            }
+            for task in ("reranker", "generative_reranker")
+            for loss in ("pointwise", "listwise")
+        },
     }
     found = {}
     for name, own in settings.items():
         merged = {**rows, **own}
         merged["training"] = {**rows["training"], "train_iters": 1}
-        task = "rlhf" if "preference" in own else "sft"
+        task = "rlhf" if "rlhf_type" in own.get("preference", {}) else "sft"
         found[name] = Case(name=name, settings=merged, task=task)
     return found
 
@@ -138,3 +148,28 @@ def test_embeddings_have_the_gradient_of_the_whole_batch_at_once() -> None:
     similarity = embeddings[:, 0] @ embeddings[:, 1:].flatten(0, 1).T
     loss = F.cross_entropy(similarity / TEMPERATURE, torch.arange(8) * 2)
     agree(ours()["embedding"][0], differentiated(loss, model))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss_type", ["pointwise", "listwise"])
+@pytest.mark.parametrize("task", ["reranker", "generative_reranker"])
+def test_rerankers_have_the_loss_and_gradient_of_transformers_scores(task: str, loss_type: str) -> None:
+    name = f"{task} {loss_type}"
+    encoded = rows_of(name)
+    entries = [int(entry) for entry in encoded.lengths.nonzero()[0]]
+    inputs = inputs_of(encoded, entries)
+    if task == "reranker":
+        model = scorer(1)
+        scores = model(**inputs).logits[:, 0]
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folders()[0], dtype=torch.float32)
+        last = inputs["attention_mask"].sum(1) - 1
+        logits = model(**inputs).logits[torch.arange(len(entries)), last]
+        scores = logits[:, WORDS[0]] - logits[:, WORDS[1]]
+    assert encoded.targets is not None
+    groups = scores.split([int(size) for size in encoded.targets])
+    if loss_type == "pointwise":
+        losses = [-F.logsigmoid(score if place == 0 else -score) for one in groups for place, score in enumerate(one)]
+    else:
+        losses = [-(one / TEMPERATURE).log_softmax(0)[0] for one in groups]
+    agree(ours()[name][0], differentiated(torch.stack(losses).mean(), model))
