@@ -34,6 +34,11 @@ STEPS = 4
 TP2 = ("--tensor_model_parallel_size", "2", "--sequence_parallel", "true")
 CP2 = ("--context_parallel_size", "2", "--cp_comm_type", "p2p")
 LABELS = ("--task_type", "seq_cls", "--num_labels", "3")
+TWO_NEGATIVES = ("--max_negative_samples", "2")
+JUDGE = tuple(
+    "--task_type generative_reranker --loss_type listwise_reranker --generative_reranker_positive_token y "
+    "--generative_reranker_negative_token n".split()
+)
 LORA = ("--tuner_type", "lora", "--lora_dropout", "0")
 # run -> (ranks, flags)
 RUNS: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -56,6 +61,8 @@ RUNS: dict[str, tuple[int, tuple[str, ...]]] = {
     "dpo after adapter": (1, ("--rlhf_type", "dpo")),
     "dpo after adapter precomputed": (1, ("--rlhf_type", "dpo", "--precompute_ref_log_probs", "true")),
     "dpo after adapter spread": (2, ("--rlhf_type", "dpo", *TP2)),
+    "ranked": (2, ("--task_type", "reranker", *TWO_NEGATIVES, "--packing", "true", "--max_length", "64", *TP2)),
+    "judge": (1, (*JUDGE, *TWO_NEGATIVES, *LORA)),
     "texts": (2, ("--task_type", "embedding", "--infonce_hard_negatives", "1", "--micro_batch_size", "2")),
 }
 
@@ -67,7 +74,8 @@ def folder() -> Path:
     model, rows = make_tiny_run(folder, rows=24)
     save_references(model, folder)
     make_tiny_run(folder / "teacher", rows=1, name="llama-tied")
-    more: dict[str, list[dict[str, Any]]] = {"judged": [], "pairs": [], "labelled": [], "texts": []}
+    kinds = ("judged", "pairs", "labelled", "texts", "groups")
+    more: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
     for number, line in enumerate(rows.read_text().splitlines()):
         row = json.loads(line)
         more["judged"].append({**row, "label": number % 3 != 0})
@@ -78,6 +86,7 @@ def folder() -> Path:
         more["texts"].append(
             {"messages": row["messages"][:1], "positive_messages": positives, "negative_messages": negatives}
         )
+        more["groups"].append({**more["texts"][-1], "negative_messages": negatives * (1 + number % 2)})
     for name, each in more.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in each))
     return folder
@@ -104,7 +113,8 @@ def references(name: str) -> tuple[str, ...]:
 
 
 def flags(name: str, output: str) -> list[str]:
-    rows = {"kto": "judged", "labels": "labelled", "texts": "texts"}.get(name.split()[0], "pairs")
+    kinds = {"kto": "judged", "labels": "labelled", "texts": "texts", "ranked": "groups", "judge": "groups"}
+    rows = kinds.get(name.split()[0], "pairs")
     return [
         "--model", str(folder() / "model"), "--dataset", str(folder() / f"{rows}.jsonl"), "--split_dataset_ratio", "0.25",
         "--output_dir", str(folder() / output), "--train_iters", str(STEPS), "--global_batch_size", "4", "--learning_rate", "1e-2",
@@ -114,7 +124,7 @@ def flags(name: str, output: str) -> list[str]:
 
 
 def run_of(name: str) -> RunConfig:
-    return parse_run("sft" if name.startswith(("labels", "texts")) else "rlhf", flags(name, name))
+    return parse_run("sft" if "--task_type" in RUNS[name][1] else "rlhf", flags(name, name))
 
 
 def train_all(rank: int, world_size: int, runs: list[RunConfig]) -> None:
@@ -151,7 +161,9 @@ def validation_set(name: str) -> EncodedSet:
 
 def documents(encoded: EncodedSet) -> list[tuple[torch.Tensor, torch.Tensor]]:
     spans = [
-        slice(int(start), int(end)) for start, end in zip(encoded.starts, encoded.starts[1:], strict=False)
+        slice(int(start), int(end))
+        for start, end in zip(encoded.starts, encoded.starts[1:], strict=False)
+        if end > start
     ]
     return [
         (
@@ -323,6 +335,42 @@ def test_exported_embedding_model_has_the_logged_loss() -> None:
     assert lines("texts")[-2]["loss"] < lines("texts")[0]["loss"]
 
 
+def groups_of(scores_N: torch.Tensor, encoded: EncodedSet) -> list[torch.Tensor]:
+    assert encoded.targets is not None and set(encoded.targets.tolist()) == {2, 3}
+    return list(scores_N.split([int(size) for size in encoded.targets]))
+
+
+def reciprocal_ranks(groups: list[torch.Tensor]) -> list[float]:
+    return [1 / float(1 + (one[1:] >= one[0]).sum()) for one in groups]
+
+
+@pytest.mark.slow
+@pytest.mark.ranks(2)
+def test_exported_reranker_has_the_logged_loss_and_ranks() -> None:
+    encoded = validation_set("ranked")
+    groups = groups_of(scores("ranked", num_labels=1)[:, 0], encoded)
+    signs = torch.cat([1.0 - 2.0 * (torch.arange(len(one)) > 0) for one in groups])
+    losses = torch.nn.functional.softplus(-signs * torch.cat(groups))
+    line = lines("ranked")[-1]
+    assert line["eval_loss"] == pytest.approx(float(losses.mean()), abs=TOLERANCE)
+    assert line["eval_mrr"] == pytest.approx(mean(reciprocal_ranks(groups)))
+    assert lines("ranked")[-2]["loss"] < lines("ranked")[0]["loss"]
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_exported_judge_has_the_logged_loss_and_ranks() -> None:
+    encoded, (model, _) = validation_set("judge"), opened("judge")
+    yes, no = load_tokenizer(folder() / "model").convert_tokens_to_ids(["y", "n"])
+    logits = torch.stack([model(ids_1S).logits[0, -1].double() for ids_1S, _ in documents(encoded)])
+    groups = groups_of(logits[:, yes] - logits[:, no], encoded)
+    expected = mean([float(-one.log_softmax(0)[0]) for one in groups])
+    line = lines("judge")[-1]
+    assert line["eval_loss"] == pytest.approx(expected, abs=TOLERANCE)
+    assert line["eval_mrr"] == pytest.approx(mean(reciprocal_ranks(groups)))
+    assert lines("judge")[-2]["loss"] < lines("judge")[0]["loss"]
+
+
 @pytest.mark.slow
 def test_a_classifier_goes_on_from_its_adapter_and_head() -> None:
     adapter = output_of("labels lora") / f"checkpoint-{STEPS}" / "adapter"
@@ -385,7 +433,10 @@ def test_reference_with_an_adapter_is_that_with_the_adapter_inside(name: str) ->
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize(
     "name",
-    ["dpo copied", "kto precomputed", "orpo", "simpo", "cpo", "labels lora", "gkd lora", "rm", "labels", "texts"],
+    [
+        "dpo copied", "kto precomputed", "orpo", "simpo", "cpo", "labels lora", "gkd lora", "rm", "labels", "texts", "ranked",
+        "judge",
+    ],  # fmt: skip
 )
 def test_resumed_run_repeats_every_figure(name: str) -> None:
     before = lines(name) if output_of(name) else []

@@ -53,7 +53,10 @@ def cases() -> dict[str, Case]:
             f"{task} {loss}": {
                 "model": {"task_type": task},
                 "preference": {"loss_type": f"{loss}_reranker"},
-                "reranker": {"max_negative_samples": 3, "listwise_reranker_temperature": TEMPERATURE},
+                "reranker": {
+                    "max_negative_samples": 3,
+                    **({"listwise_reranker_temperature": TEMPERATURE} if loss == "listwise" else {}),
+                },
                 "data": {"padding_free": task == "generative_reranker"},
             }
             for task in ("reranker", "generative_reranker")
@@ -169,7 +172,11 @@ def test_rerankers_have_the_loss_and_gradient_of_transformers_scores(task: str, 
     assert encoded.targets is not None
     groups = scores.split([int(size) for size in encoded.targets])
     if loss_type == "pointwise":
-        losses = [-F.logsigmoid(score if place == 0 else -score) for one in groups for place, score in enumerate(one)]
+        losses = [
+            -F.logsigmoid(score if place == 0 else -score)
+            for one in groups
+            for place, score in enumerate(one)
+        ]
     else:
         losses = [-(one / TEMPERATURE).log_softmax(0)[0] for one in groups]
     agree(ours()[name][0], differentiated(torch.stack(losses).mean(), model))

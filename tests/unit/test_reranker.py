@@ -65,7 +65,9 @@ def test_loss_and_gradient_are_the_formulas(kind: str) -> None:
 
 def test_metrics_are_of_the_place_of_the_positive() -> None:
     scores = torch.tensor([score for group in GROUPS for score in group], dtype=torch.float64)
-    listwise, pointwise = (reranker_loss(scores, SIZES, loss_type=kind) for kind in ("listwise_reranker", "pointwise_reranker"))
+    listwise, pointwise = (
+        reranker_loss(scores, SIZES, loss_type=kind) for kind in ("listwise_reranker", "pointwise_reranker")
+    )
     assert listwise.metrics["mrr"].tolist() == pytest.approx([1 / 2, 1, 1 / 3])
     assert listwise.metrics["ndcg"].tolist() == pytest.approx([1 / math.log2(3), 1, 1 / 2])
     assert listwise.metrics["accuracy"].tolist() == [0, 1, 0]
@@ -106,10 +108,21 @@ def test_a_row_is_groups_of_a_positive_and_its_negatives(tmp_path: Path) -> None
     form = ranked(positives=2, negatives=2, fewest=2, text=answered)
     encoded, report, template = encoded_rows(tmp_path, rows, form)
     assert (report.kept, encoded.per_row, encoded.num_rows) == (5, 6, 5)
-    assert encoded.targets is not None and encoded.targets.tolist() == [[3, 0], [3, 3], [2, 0], [2, 0], [2, 0]]
+    assert encoded.targets is not None and encoded.targets.tolist() == [
+        [3, 0],
+        [3, 3],
+        [2, 0],
+        [2, 0],
+        [2, 0],
+    ]
     assert not encoded.loss_weights.any()
     found = [text(encoded, entry, template) for entry in range(30) if encoded.lengths[entry]]
-    groups = [["star", "tree", "leaf"], ["star", "tree", "leaf"], ["light", "root", "tree"], *[["star", "tree"]] * 3]
+    groups = [
+        ["star", "tree", "leaf"],
+        ["star", "tree", "leaf"],
+        ["light", "root", "tree"],
+        *[["star", "tree"]] * 3,
+    ]
     assert found == [ANSWERED.format("sun", words) for group in groups for words in group]
 
 
@@ -131,12 +144,14 @@ def test_documents_that_a_row_lacks_are_in_no_batch(tmp_path: Path, words: dict)
     encoded, _, _ = encoded_rows(tmp_path, rows, ranked(positives=1, negatives=3, fewest=2, text=answered))
     assert encoded.row_lengths.tolist() == [sum(encoded.lengths[:4]), sum(encoded.lengths[4:])]
     (batch,) = micro_batches(encoded, **words)
-    assert batch.sample_ids == (0, 1, 4, 5, 6) and batch.lengths == tuple(encoded.lengths[list(batch.sample_ids)])
+    assert batch.sample_ids == (0, 1, 4, 5, 6) and batch.lengths == tuple(
+        encoded.lengths[list(batch.sample_ids)]
+    )
     assert batch.targets is not None and batch.targets.tolist() == [2, 3]
 
 
 QUESTION = (
-    '<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct provided. '
+    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct provided. "
     'Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n<Instruct>: {}\n<Query>: sun\n'
     "<Document>: {}<|im_end|>\n<|im_start|>assistant\n"
 )
@@ -158,7 +173,9 @@ def test_a_generative_reranker_is_asked_as_qwen3_reranker_is(tmp_path: Path) -> 
 
 
 def test_a_generative_reranker_answers_without_thinking() -> None:
-    thinks = "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+    thinks = (
+        "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+    )
     chat = FORMATS["chatml"]
     template = Template(small_tokenizer(chat.template + thinks, special=chat.special, eos=chat.eos))
     query = Sample(source="rows:1", messages=tuple(doc("sun", "user")))
@@ -223,18 +240,36 @@ RERANKER, JUDGE = "--task_type reranker", "--task_type generative_reranker"
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--max_negative_samples 3", "max_negative_samples=3 is for --task_type reranker or generative_reranker. Leave"),
-        (f"{RERANKER} --listwise_reranker_temperature 2", "listwise_reranker_temperature=2.0 is for .* --loss_type listwise"),
-        (f"{RERANKER} --generative_reranker_positive_token ja", "positive_token=ja is for --task_type generative_reranker"),
+        (
+            "--max_negative_samples 3",
+            "max_negative_samples=3 is for --task_type reranker or generative_reranker. Leave",
+        ),
+        (
+            f"{RERANKER} --listwise_reranker_temperature 2",
+            "listwise_reranker_temperature=2.0 is for .* --loss_type listwise",
+        ),
+        (
+            f"{RERANKER} --generative_reranker_positive_token ja",
+            "positive_token=ja is for --task_type generative_reranker",
+        ),
         (f"{RERANKER} --loss_type pointwise", "loss_type=pointwise is not built for task_type=reranker. Did"),
-        (f"{RERANKER} --max_positive_samples 0", "max_positive_samples=0 and max_negative_samples=7: a group has"),
-        (f"{RERANKER} --loss_type listwise_reranker --listwise_reranker_temperature 0", "listwise_reranker_temperature=0 is too"),
+        (
+            f"{RERANKER} --max_positive_samples 0",
+            "max_positive_samples=0 and max_negative_samples=7: a group has",
+        ),
+        (
+            f"{RERANKER} --loss_type listwise_reranker --listwise_reranker_temperature 0",
+            "listwise_reranker_temperature=0 is too",
+        ),
         (
             f"{RERANKER} --loss_type listwise_reranker --listwise_reranker_min_group_size 9",
             r"min_group_size=9 is not from 2 to 8",
         ),
         (f"{RERANKER} --num_labels 1", "num_labels=1 is for sequence classification"),
-        (f"{RERANKER} --calculate_per_token_loss false", "calculate_per_token_loss=false is for token losses"),
+        (
+            f"{RERANKER} --calculate_per_token_loss false",
+            "calculate_per_token_loss=false is for token losses",
+        ),
         (f"{RERANKER} --enable_dft_loss true", "enable_dft_loss=true is for token losses"),
         (f"{JUDGE} --system hello", "system=hello does not go with task_type=generative_reranker"),
         (f"{JUDGE} --use_chat_template false", "use_chat_template=false does not go with"),
@@ -253,9 +288,13 @@ def test_settings_that_do_not_fit_are_refused(words: str, message: str) -> None:
 def test_the_words_of_a_judge_are_tokens_of_the_model(tmp_path: Path) -> None:
     model, _ = make_tiny_run(tmp_path, rows=1)
     meta = get_model_meta(model)
-    run = resolved(f"{JUDGE} --generative_reranker_positive_token y --generative_reranker_negative_token n", dense()).config
+    run = resolved(
+        f"{JUDGE} --generative_reranker_positive_token y --generative_reranker_negative_token n", dense()
+    ).config
     tokenizer = AutoTokenizer.from_pretrained(model)
     assert judging_words(run, meta) == tuple(tokenizer.convert_tokens_to_ids(["y", "n"]))
     run = resolved(f"{JUDGE} --generative_reranker_positive_token oui", dense()).config
-    with pytest.raises(ConfigError, match="generative_reranker_positive_token='oui' is no token of this model"):
+    with pytest.raises(
+        ConfigError, match="generative_reranker_positive_token='oui' is no token of this model"
+    ):
         judging_words(run, meta)
