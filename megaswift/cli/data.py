@@ -38,7 +38,7 @@ usage: megaswift data [sft|pt|rlhf] [file.yaml] --dataset ROWS... [--model MODEL
 Shows which layouts were recognised and every bad row with file, line and reason; with --model also three rendered
 samples with the trained tokens coloured, the lengths and how well they pack. All flags of the task (sft unless named) are
 understood; those about data, templates and packing matter here. With --rlhf_type rows are read as preference pairs, as
-judged answers (kto), or as prompts (grpo); with --task_type seq_cls as labelled texts.
+judged answers (kto), or as prompts (grpo); with --task_type seq_cls as labelled texts, with rerankers as documents.
 
 --prepare DIR tokenises the sets and, with --packing, packs them, into a folder below DIR whose name depends on the rows,
 the tokenizer and the settings. Any number of such commands may run at once, such as the tasks of a Slurm array: each takes

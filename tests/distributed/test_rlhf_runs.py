@@ -433,10 +433,7 @@ def test_reference_with_an_adapter_is_that_with_the_adapter_inside(name: str) ->
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize(
     "name",
-    [
-        "dpo copied", "kto precomputed", "orpo", "simpo", "cpo", "labels lora", "gkd lora", "rm", "labels", "texts", "ranked",
-        "judge",
-    ],  # fmt: skip
+    "dpo copied|kto precomputed|orpo|simpo|cpo|labels lora|gkd lora|rm|labels|texts|ranked|judge".split("|"),
 )
 def test_resumed_run_repeats_every_figure(name: str) -> None:
     before = lines(name) if output_of(name) else []
