@@ -146,9 +146,17 @@ def rank_environment(
     }
 
 
-def set_library_defaults(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Set what Megatron-Core expects before a GPU is touched, unless the user has."""
+def set_library_defaults(
+    environ: MutableMapping[str, str] = os.environ, *, beside_vllm: bool = False
+) -> None:
+    """Set what Megatron-Core and torch expect before a GPU is touched, unless the user has.
+
+    `beside_vllm` says that vLLM is in this process, whose sleep mode does not go with blocks that grow (its device_allocator/cumem.py).
+    """
     environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if not beside_vllm and "PYTORCH_ALLOC_CONF" not in environ:  # the newer name of the same
+        # Packs differ in length: memory that grows in place is not left in pieces. The planner counts on it.
+        environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
 def own_error_file(environ: Mapping[str, str] = os.environ) -> str | None:

@@ -56,7 +56,7 @@ def run_task(task: str, argv: list[str]) -> int:
             return start_ranks([*this_program(), task, *argv], nproc=start.nproc, node=start.node)
     for note in parsed.notes:
         log.info(note)
-    set_library_defaults()
+    set_library_defaults(beside_vllm=run.sampler.use_vllm and run.sampler.vllm_mode == "colocate")
     signal.signal(
         signal.SIGUSR1, signal.SIG_IGN
     )  # a warning that comes before the training loop listens is no reason to die

@@ -12,6 +12,7 @@ from megaswift.launch.environment import (
     job_port,
     node_env,
     rank_env,
+    set_library_defaults,
     slurm_node,
 )
 from megaswift.launch.join import this_rank
@@ -155,3 +156,16 @@ def test_one_task_a_node_without_more_is_a_rank_each() -> None:
     environ = {**SRUN, "SLURM_STEP_NUM_TASKS": "3", "SLURM_STEP_TASKS_PER_NODE": "1(x3)"}
     start = plan_start(environ, nproc_per_node=None, minimal_world=1)
     assert start.rank is not None and start.world_size == 3
+
+
+def test_memory_grows_in_place_unless_the_user_or_vllm_minds() -> None:
+    name, grows = "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"
+    for given, beside_vllm, expected in (
+        ({}, False, grows),
+        ({name: "max_split_size_mb:64"}, False, "max_split_size_mb:64"),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, False, None),
+        ({}, True, None),
+    ):
+        environ = dict(given)
+        set_library_defaults(environ, beside_vllm=beside_vllm)
+        assert environ.get(name) == expected
