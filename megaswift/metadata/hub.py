@@ -14,6 +14,8 @@ logger = get_logger(__name__)
 
 FACT_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "additional_chat_templates/*")
 CODE_PATTERNS = ("*.py",)
+# A snapshot without any of them is one that a program without need for text has begun: the rest is fetched.
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -48,14 +50,17 @@ def locate(
         )
     caches = [_hugging_face(name, revision), _modelscope(name, revision)]
     places = [place for cache in (caches if use_hf else reversed(caches)) for place in cache]
-    for place in places:
-        if _has(place, files):
+    found = [place for place in places if _has(place, files)]
+    for place in found:
+        if any((place / one).is_file() for one in TOKENIZERS):
             return place
     try:
         if use_hf:
             return _download_from_hugging_face(name, revision, files, token)
         return _download_from_modelscope(name, revision, files)
     except (OSError, ImportError) as error:
+        if found:  # it may have no tokenizer of its own
+            return found[0]
         raise _not_found(name, places, use_hf, error) from error
 
 

@@ -7,6 +7,7 @@ import pytest
 from huggingface_hub import constants
 
 from megaswift.errors import ModelError
+from megaswift.metadata import hub
 from megaswift.metadata.hub import Files, locate
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -39,6 +40,23 @@ def snapshot(
     (repository / "refs").mkdir(parents=True, exist_ok=True)
     (repository / "refs" / revision).write_text(commit)
     return model(repository / "snapshots" / commit, **files)
+
+
+def test_a_snapshot_without_a_tokenizer_is_completed_where_there_is_a_network(
+    monkeypatch: pytest.MonkeyPatch, hugging_face: Path
+) -> None:
+    begun = snapshot(hugging_face)
+    assert locate("owner/name-1.5") == begun  # no network: it may have none
+    asked = []
+
+    def download(*arguments: object) -> Path:
+        asked.append(arguments)
+        (begun / "tokenizer.json").write_text("{}")
+        return begun
+
+    monkeypatch.setattr(hub, "_download_from_hugging_face", download)
+    assert locate("owner/name-1.5") == locate("owner/name-1.5") == begun
+    assert len(asked) == 1
 
 
 def test_a_folder_comes_before_any_cache(
