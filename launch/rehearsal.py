@@ -80,7 +80,13 @@ def rehearsal_of(run: RunConfig, layout: Layout, *, model: str, output_dir: str)
     return replace(
         run,
         model=replace(run.model, model=model, model_revision=None, torch_dtype="float32", random_init=False),
-        data=replace(data, dataset=_few(data.dataset), val_dataset=_few(data.val_dataset)),
+        data=replace(
+            data,
+            dataset=_few(data.dataset),
+            val_dataset=_few(data.val_dataset),
+            split_dataset_ratio=max(data.split_dataset_ratio, 1 / ROWS) if data.split_dataset_ratio else 0.0,
+            streaming=False,  # the few rows are read at once
+        ),
         training=replace(
             training,
             train_iters=STEPS,

@@ -7,7 +7,7 @@ import pytest
 
 from megaswift.config.parse import parse
 from megaswift.config.rules import resolve
-from megaswift.launch.rehearsal import rehearsal_of, shrink
+from megaswift.launch.rehearsal import ROWS, rehearsal_of, shrink
 from megaswift.metadata.read import meta_from_config
 from megaswift.parallel.layout import Layout
 from tests.harness.planning import CONFIGS, MODELS
@@ -52,3 +52,12 @@ def test_uneven_stages_keep_all_layers() -> None:
     config = json.loads((CONFIGS / "llama-3.1-8b.json").read_text(encoding="utf-8"))
     layout = Layout(world=2, pp=2, pp_first=20, pp_last=12)
     assert shrink(config.get("config", config), layout)["num_hidden_layers"] == 32
+
+
+def test_a_stream_and_a_small_share_are_rehearsed_on_the_few_rows() -> None:
+    words = "--model m --dataset d.jsonl --streaming true --train_iters 9 --val_dataset v.jsonl".split()
+    rehearsed = rehearsal_of(parse("sft", words).config, Layout(), model="m", output_dir="o")
+    assert not rehearsed.data.streaming
+    words = "--model m --dataset d.jsonl --split_dataset_ratio 0.001".split()
+    rehearsed = rehearsal_of(parse("sft", words).config, Layout(), model="m", output_dir="o")
+    assert rehearsed.data.split_dataset_ratio * ROWS == 1
