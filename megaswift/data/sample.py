@@ -54,3 +54,14 @@ def row_error(error: Exception) -> RowError:
     return (
         error if isinstance(error, RowError) else RowError("unexpected", f"{type(error).__name__}: {error}")
     )
+
+
+def unicode(text: str) -> str:
+    """Return a text that tokenizers take: JSON can spell half of a pair of surrogates, which is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RowError(
+            "encoding", f"character {error.start + 1} of the text is half of a pair of surrogates"
+        ) from error
+    return text

@@ -15,7 +15,8 @@ import numpy as np
 
 from megaswift.config.data import DataConfig
 from megaswift.data.agent_format import check_agent_format
-from megaswift.data.sample import STUMBLES, Message, RowError, Sample, row_error
+from megaswift.data.chatml import chatml
+from megaswift.data.sample import STUMBLES, Message, RowError, Sample, row_error, unicode
 from megaswift.data.spans import Span, SpanFinder, drops_thinking
 from megaswift.data.tokenizer import TextEncoder
 from megaswift.errors import DataError
@@ -30,10 +31,6 @@ IGNORE_EMPTY_THINK = "ignore_empty_think"
 EMPTY_THINK = re.compile(
     r"<think>\s*</think>\s*"
 )  # what Qwen3 puts before an answer that it did not think about
-CHATML = (  # what Qwen and many others use; {end} is the token that ends a turn
-    "{{% for message in messages %}}{{{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '{end}' + '\\n' }}}}"
-    "{{% endfor %}}{{% if add_generation_prompt %}}{{{{ '<|im_start|>assistant\\n' }}}}{{% endif %}}"
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,7 +83,7 @@ class Template:
         self.chat_template: str | dict[str, str] | None = None
         self._warned_thinking = False
         if use_chat_template:
-            self.chat_template = tokenizer.chat_template or _chatml(tokenizer)
+            self.chat_template = tokenizer.chat_template or chatml(tokenizer)
             self._reads_blocks = False
             self._has_marks = isinstance(self.chat_template, str) and bool(
                 GENERATION_MARK.search(self.chat_template)
@@ -147,7 +144,7 @@ class Template:
     def render(self, sample: Sample) -> Rendered:
         """Return the text of a sample and the spans that carry loss. Raises RowError."""
         if sample.text is not None:
-            return Rendered(text=_unicode(sample.text), spans=((0, len(sample.text), 1.0),), is_text=True)
+            return Rendered(text=unicode(sample.text), spans=((0, len(sample.text), 1.0),), is_text=True)
         media = len(sample.images) + len(sample.videos) + len(sample.audios)
         if media:
             raise RowError(
@@ -200,7 +197,7 @@ class Template:
             raise RowError("media", "the row has images, videos or audios, and the model reads text only")
         plain = [_for_template(message) for message in self.messages(sample)]
         if not self.uses_chat_template:
-            return _unicode(
+            return unicode(
                 "".join(
                     message["content"] + self.eos_token * (message["role"] == "assistant")
                     for message in plain
@@ -208,7 +205,7 @@ class Template:
             )
         variables = {**self.variables, **sample.template_kwargs}
         waits = plain[-1]["role"] != "assistant"
-        return _unicode(self._apply(plain, list(sample.tools) or None, variables, waits))
+        return unicode(self._apply(plain, list(sample.tools) or None, variables, waits))
 
     def _apply(
         self,
@@ -272,7 +269,7 @@ class Template:
         return self._rendered(text, ((0, len(text), 1.0),) if self.loss_scale == "all" else tuple(spans))
 
     def _rendered(self, text: str, spans: tuple[tuple[int, int, float], ...]) -> Rendered:
-        text = _unicode(text)
+        text = unicode(text)
         if not self.ignores_empty_think:
             return Rendered(text=text, spans=spans)
         kept = []
@@ -382,17 +379,6 @@ def _template_errors() -> tuple[type[Exception], ...]:
     return (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
 
 
-def _unicode(text: str) -> str:
-    """Return a text that tokenizers take: JSON can spell half of a pair of surrogates, which is no character."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RowError(
-            "encoding", f"character {error.start + 1} of the text is half of a pair of surrogates"
-        ) from error
-    return text
-
-
 def _is_text(message: Message) -> bool:
     """Return whether a message is a role and a text, which transformers hands to a template as they are."""
     return (
@@ -406,16 +392,6 @@ def _for_template(message: Message) -> Message:
     if not any(key in message for key in LOSS_KEYS):
         return message
     return {key: value for key, value in message.items() if key not in LOSS_KEYS}
-
-
-def _chatml(tokenizer: Any) -> str:
-    end = "<|im_end|>" if "<|im_end|>" in tokenizer.get_vocab() else tokenizer.eos_token
-    if not end:
-        raise DataError(
-            "The tokenizer has neither a chat template nor an eos token. Set eos_token in tokenizer_config.json."
-        )
-    logger.info("the tokenizer has no chat template; using ChatML with %s at the end of a turn", end)
-    return CHATML.format(end=end)
 
 
 def _system_text(system: str | None) -> str | None:
