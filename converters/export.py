@@ -51,12 +51,13 @@ def export_hf(
     max_shard_size: str = "5GB",
     merge_lora: bool = False,
     quant_method: str | None = None,
+    chat_template: str | None = None,
 ) -> ExportReport:
     """Write the model as a Hugging Face folder that appears complete or not at all; every rank of the world calls it.
 
     `dtype` is config.json's name of the weights' dtype in the files. `merge_lora` adds scale * B @ A to the weights that
     have adapters, in float32; without it adapters are left out. `quant_method` "fp8" writes the layers' linears in block
-    FP8. An earlier export at `output` is replaced. Raises WeightsError on every rank when any rank cannot write,
+    FP8. `chat_template` is what the tokenizer lacks. An earlier export at `output` is replaced. Raises WeightsError on every rank when any rank cannot write,
     ConfigError where there is nothing to quantise or tensor-parallel ranks would cut its blocks.
     """
     fp8 = fp8_tensors(meta) if quant_method else frozenset()
@@ -100,7 +101,7 @@ def export_hf(
             data = np.ascontiguousarray(read_whole(reader, carried[name])).data.cast("B")
             folder.attempt(partial(writer.write, name, data, first_row=0))
     folder.attempt(writer.close)
-    folder.publish(partial(_add_small_files, meta, files, dtype, fp8))
+    folder.publish(partial(_add_small_files, meta, files, dtype, fp8, chat_template))
     return ExportReport(
         folder=folder.output, bytes_written=writer.bytes_written, seconds=time.monotonic() - started
     )
@@ -115,12 +116,19 @@ def _write_fp8(writer: RowWriter, name: str, rows: torch.Tensor) -> None:
 
 
 def _add_small_files(
-    meta: ModelMeta, files: Sequence[OutputFile], dtype: str, fp8: frozenset[str], folder: Path
+    meta: ModelMeta,
+    files: Sequence[OutputFile],
+    dtype: str,
+    fp8: frozenset[str],
+    chat_template: str | None,
+    folder: Path,
 ) -> None:
     if len(files) > 1:
         (folder / INDEX_FILE).write_text(index_json(files))
     if meta.folder is not None:
         copy_model_files(meta.folder, folder)
+    if chat_template is not None:
+        (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
     shapes = {info.name: info.shape for file in files for info in file.tensors}
     config = quantisation_config(shapes, fp8) if fp8 else None
     text = config_json(meta, dtype=dtype, quantization=config)

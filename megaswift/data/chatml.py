@@ -2,8 +2,11 @@
 
 from typing import Any
 
+from megaswift.config.run import RunConfig
+from megaswift.data.tokenizer import load_tokenizer
 from megaswift.errors import DataError
 from megaswift.logs import get_logger
+from megaswift.metadata.meta import ModelMeta
 
 logger = get_logger(__name__)
 
@@ -22,3 +25,14 @@ def chatml(tokenizer: Any) -> str:
         )
     logger.info("the tokenizer has no chat template; using ChatML with %s at the end of a turn", end)
     return CHATML.format(end=end)
+
+
+def added_chat_template(run: RunConfig, meta: ModelMeta) -> str | None:
+    """Return the template that a run trains with and an export has to add to the tokenizer's files, if they have none."""
+    if run.task == "pt" or not run.data.use_chat_template or meta.folder is None:
+        return None
+    try:
+        tokenizer = load_tokenizer(meta.folder, trust_remote_code=run.model.trust_remote_code)
+        return None if tokenizer.chat_template else chatml(tokenizer)
+    except DataError:  # without a tokenizer there was no text: the rows were token ids
+        return None

@@ -23,6 +23,7 @@ from megaswift.converters.export import ExportReport, export_hf
 from megaswift.converters.load import load_weights
 from megaswift.converters.lora_targets import adapted_modules
 from megaswift.converters.peft_folder import PeftAdapter, read_adapter
+from megaswift.data.chatml import added_chat_template
 from megaswift.errors import CheckpointError, ConfigError
 from megaswift.launch.join import this_rank
 from megaswift.logs import get_logger
@@ -80,6 +81,7 @@ def export(config: ExportConfig) -> ExportReport:
             max_shard_size=config.target.max_shard_size,
             merge_lora=run.tuner.tuner_type == "lora",
             quant_method=config.target.quant_method,
+            chat_template=added_chat_template(run, meta),
         )
     process_groups.destroy()
     dist.destroy_process_group()

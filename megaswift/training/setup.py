@@ -27,6 +27,7 @@ from megaswift.converters.export import export_hf
 from megaswift.converters.lora_targets import whole_tensors
 from megaswift.converters.selection import elements_of, trained_elements
 from megaswift.data.batches import BatchSettings, MicroBatch, TrainData, ValidationData
+from megaswift.data.chatml import added_chat_template
 from megaswift.data.encode import EncodedSet
 from megaswift.data.forms import form_of
 from megaswift.data.load import load_data, with_prompts
@@ -279,8 +280,20 @@ def export_writers(
         return {}
     rank, size = dist.get_rank(), run.checkpoint.max_shard_size
 
+    template = added_chat_template(run, meta) if rank == 0 else None
+
     def model(folder: Path, *, merge_lora: bool = False) -> None:
-        export_hf(chunks, meta, layout, rank, folder, dtype=dtype, max_shard_size=size, merge_lora=merge_lora)
+        export_hf(
+            chunks,
+            meta,
+            layout,
+            rank,
+            folder,
+            dtype=dtype,
+            max_shard_size=size,
+            merge_lora=merge_lora,
+            chat_template=template,
+        )
 
     def adapter(folder: Path) -> None:
         base = run.model.model
