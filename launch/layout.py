@@ -9,7 +9,7 @@ from megaswift.errors import LaunchError
 from megaswift.launch.profile import profile_here
 from megaswift.metadata.meta import ModelMeta
 from megaswift.parallel.layout import Layout
-from megaswift.planner.ask import Question, ask, software_on
+from megaswift.planner.ask import Question, ask, beside_vllm, software_on
 from megaswift.planner.costs import Costs
 from megaswift.planner.flags import flags_of
 from megaswift.planner.job import Candidate, Job
@@ -51,6 +51,7 @@ def choose_layout(run: RunConfig, meta: ModelMeta, machine: Machine) -> Chosen |
     """
     if not run.launch.auto_layout:
         return None
+    machine = beside_vllm(run, machine)
     on_cpu = machine.device.generation == "cpu"
     question, software = _question(run, meta, machine), software_on(machine.device)
     job = question.job
@@ -116,10 +117,13 @@ def check_memory(run: RunConfig, layout: Layout, meta: ModelMeta, machine: Machi
     )
     costs = Costs(_question(run, meta, machine).job, machine, software_on(machine.device))
     memory = costs.memory(candidate, costs.stages(layout)).total
+    machine = beside_vllm(run, machine)
     if memory > memory_limit(machine):
+        kept = machine.kept_share * machine.device.memory_gib
+        of_vllm = f", of which vLLM keeps {kept:.0f} without --sleep_level 1 or 2" if kept else ""
         raise LaunchError(
             f"the run needs about {memory / GIB:.0f} GiB on its fullest rank and {machine.device.name} has "
-            f"{machine.device.memory_gib:.0f} GiB. Leave the parallel flags out, and a layout that fits is chosen; "
+            f"{machine.device.memory_gib:.0f} GiB{of_vllm}. Leave the parallel flags out, and a layout that fits is chosen; "
             "`megaswift plan` shows what would fit."
         )
 

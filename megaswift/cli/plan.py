@@ -22,7 +22,7 @@ from megaswift.launch.profile import (
 from megaswift.metadata.hub import Files
 from megaswift.metadata.meta import ModelMeta
 from megaswift.metadata.read import get_model_meta, meta_from_config
-from megaswift.planner.ask import Question, ask, software_on
+from megaswift.planner.ask import Question, ask, beside_vllm, software_on
 from megaswift.planner.costs import Costs
 from megaswift.planner.explain import reasons
 from megaswift.planner.flags import flags_of
@@ -98,6 +98,7 @@ def find_answer(config: PlanConfig, settings: RunConfig, *, given: frozenset[str
     """Return the plans for what the flags ask; raises UserError where nothing fits."""
     meta = read_model(settings)
     profile = find_hardware(config.hardware)
+    profile = replace(profile, machine=beside_vllm(settings, profile.machine))
     machine, software = profile.machine, software_on(profile.device)
     question = ask(
         settings,

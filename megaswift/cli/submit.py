@@ -193,7 +193,7 @@ def _layout(row: Parsed, machine: Machine | None, known: dict[str, Chosen | None
     if machine is None or not run.launch.auto_layout:
         return None
     lengths = (run.data.max_length, run.data.packing_length)
-    key = repr((run.model, lengths, run.training, run.tuner, run.parallel))
+    key = repr((run.model, lengths, run.training, run.tuner, run.parallel, run.sampler, run.vllm))
     if key not in known:
         known[key] = chosen = choose_layout(run, model_of(run), machine)
         if chosen is not None:

@@ -19,6 +19,14 @@ OF_SERVERS = (
 ROOM = ("offload_model", "offload_optimizer")  # for any engine on the trainer's devices
 
 
+def share_beside_the_trainer(run: RunConfig) -> float:
+    """Return the share of a device's memory that vLLM keeps while the trainer trains: none where it sleeps meanwhile."""
+    sampler, share = run.sampler, run.vllm.vllm_gpu_memory_utilization
+    if not sampler.use_vllm or sampler.vllm_mode != "colocate" or sampler.sleep_level > 0:
+        return 0.0
+    return BESIDE_THE_TRAINER if share is None else share
+
+
 def vllm_is_for_completions(run: RunConfig) -> None:
     """Settings of vLLM mean nothing to tasks without completions, nor to a teacher in memory who writes some."""
     chosen = run.preference

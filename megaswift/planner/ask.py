@@ -1,12 +1,13 @@
 """From settings of a run to a job and a search space: what the user fixed, and what is left to choose."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from megaswift.config.reference import needs_copy
 from megaswift.config.rows import texts_of_a_row
 from megaswift.config.run import RunConfig
 from megaswift.config.training_rules import DEFAULT_GLOBAL_BATCH
+from megaswift.config.vllm_rules import share_beside_the_trainer
 from megaswift.converters.selection import Elements, elements_of, saved_tensors, trained_elements
 from megaswift.errors import ConfigError
 from megaswift.metadata.meta import ModelMeta
@@ -40,6 +41,11 @@ class Question:
     job: Job
     space: Space
     assumed: tuple[str, ...]
+
+
+def beside_vllm(run: RunConfig, machine: Machine) -> Machine:
+    """Return the machine as the trainer finds it, with vLLM on the same devices or without."""
+    return replace(machine, kept_share=share_beside_the_trainer(run))
 
 
 def trained_of(run: RunConfig, meta: ModelMeta) -> Elements | None:

@@ -41,6 +41,7 @@ class Machine:
     num_devices: int
     per_node: int  # devices joined by the fast link
     host_gib: float | None = None  # memory of one node's host; None: not known
+    kept_share: float = 0.0  # of a device's memory, what others than the trainer keep
 
     @property
     def num_nodes(self) -> int:

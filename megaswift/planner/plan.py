@@ -60,7 +60,7 @@ def cost_of(candidate: Candidate, time: StepTime) -> float:
 
 def memory_limit(machine: Machine) -> float:
     """Return the bytes of a device that a plan may fill."""
-    return machine.device.memory_gib * GIB * (1 - MARGIN)
+    return machine.device.memory_gib * GIB * max(0.0, 1 - MARGIN - machine.kept_share)
 
 
 def evaluate(costs: Costs, candidate: Candidate) -> Plan:

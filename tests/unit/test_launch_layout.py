@@ -1,5 +1,7 @@
 """The layout of a run that names none."""
 
+import re
+
 import pytest
 
 from megaswift.config.parse import Parsed, parse
@@ -161,3 +163,31 @@ def test_preference_training_counts_its_reference_and_both_answers(llama: ModelM
     for words in ("--precompute_ref_log_probs true", "--reference_free true", "--tuner_type lora"):
         assert not question("--rlhf_type", "dpo", *words.split()).job.reference
     assert question("--rlhf_type", "dpo", "--tuner_type", "lora", "--ref_model", "other").job.reference
+
+
+@pytest.mark.parametrize(
+    ("words", "share"),
+    [
+        ("--use_vllm true", 0.3),
+        ("--use_vllm true --vllm_gpu_memory_utilization 0.5", 0.5),
+        ("--use_vllm true --sleep_level 1", 0.0),
+        ("--use_vllm true --vllm_mode server", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_what_vllm_keeps_of_a_device_is_not_the_trainers(
+    llama: ModelMeta, node: Machine, words: str, share: float
+) -> None:
+    line = "--model m --dataset rows.jsonl --rlhf_type grpo --reward_funcs format --max_length 4096"
+    asked = parse("rlhf", [*line.split(), "--torch_dtype", "bfloat16", *words.split()])
+    chosen = choose_layout(asked.config, llama, node)
+    assert chosen is not None
+    filled = float(re.search(r"with ([\d.]+) of", chosen.note).group(1))  # type: ignore[union-attr]
+    assert filled < (1 - share) * node.device.memory_gib
+    # 53 GiB a rank with tp=2: beside 30 % of 79 GiB there is room for that, beside half there is not.
+    layout = Layout(world=8, tp=2, sequence_parallel=True)
+    if share < 0.5:
+        check_memory(asked.config, layout, llama, node)
+    else:
+        with pytest.raises(LaunchError, match=r"has 79 GiB, of which vLLM keeps 40 without --sleep_level"):
+            check_memory(asked.config, layout, llama, node)
