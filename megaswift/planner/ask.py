@@ -28,6 +28,8 @@ AXIS_OF = {
     "recompute_granularity": "recompute",
     "cp_comm_type": "cp_comm",
 }
+# --target_modules without the feed-forward part (models/lora.py has them all)
+ATTENTION = frozenset("linear_qkv linear_proj q_proj k_proj v_proj qkv_proj o_proj dense".split())
 RUNS_IN = (
     "fp8",
     "mxfp8",
@@ -100,6 +102,7 @@ def ask(
         global_batch=batch,
         trained=run.tuner.tuner_type,
         lora_rank=run.tuner.lora_rank,
+        adapts_mlp=not ATTENTION.issuperset(run.tuner.target_modules),
         lora_dropout=run.tuner.lora_dropout > 0,
         use_dora=run.tuner.use_dora,
         four_bits=run.tuner.quant_bits is not None,

@@ -18,6 +18,7 @@ class Job:
     global_batch: int  # rows in one optimizer step
     trained: str = "full"  # or "lora"
     lora_rank: int = 8
+    adapts_mlp: bool = True  # the feed-forward parts have adapters too, those of experts with them
     lora_dropout: bool = False  # every adapter's input is kept once more, with its mask
     whole_modules: bool = False  # something of the model trains beside the adapters
     use_dora: bool = False  # every adapted output is kept before its rows are scaled
@@ -50,6 +51,7 @@ def job_of(
     global_batch: int,
     trained: str = "full",
     lora_rank: int = 8,
+    adapts_mlp: bool = True,
     lora_dropout: bool = False,
     use_dora: bool = False,
     four_bits: bool = False,
@@ -68,6 +70,7 @@ def job_of(
         trained=trained,
         whole_modules=trained == "lora" and trained_elements is not None,
         lora_rank=lora_rank,
+        adapts_mlp=adapts_mlp,
         lora_dropout=lora_dropout,
         use_dora=use_dora,
         four_bits=four_bits,

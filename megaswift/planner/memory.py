@@ -125,15 +125,15 @@ def _states(
     size = _element(candidate)
     copies = WEIGHT_COPIES.get(candidate.precision, 0.0) * (params.linear + params.experts)
     copies += size * params.base if job.reference else 0.0
+    own = params.trained / shards + params.trained_experts / expert_shards
     if job.frozen:
         if job.four_bits or candidate.four_bits:
             copies -= (size - FOUR_BITS) * (params.linear + params.experts)
         return (
             size * (params.base + params.adapters) + copies,
-            software.gradient_bytes * params.trained,
-            MASTER * params.trained / shards,
+            software.gradient_bytes * (params.trained + params.trained_experts),
+            MASTER * own,
         )
-    own = params.trained / shards + params.trained_experts / expert_shards
     if candidate.fully_sharded:
         # Gathered: embedding and head, and three layers around the one in work; the whole stage while a pipeline runs.
         ends = params.dense - params.linear

@@ -70,9 +70,9 @@ class StageParams:
     dense: float  # copied over dp x cp
     linear: float  # of these, the matrices that FP8 recipes keep a second time
     experts: float  # copied over edp
-    adapters: float  # of LoRA, on every linear of attention and the feed-forward part
-    trained: float  # what has gradients of dense, and the adapters
-    trained_experts: float  # and of the experts
+    adapters: float  # of LoRA, on every linear of attention and the feed-forward part, experts with it
+    trained: float  # what has gradients of dense, and the adapters outside the experts
+    trained_experts: float  # and of the experts, or their adapters
 
     @property
     def base(self) -> float:
@@ -109,20 +109,36 @@ def stage_params(job: Job, layout: Layout, stage: Stage) -> StageParams:
         trained += count * (cut + kind.replicated) * kind.trained / (kind.total - kind.experts)
         trained_experts += count * kind.trained_experts / shards
     adapters = sum(count * _adapter(job, parts.kinds[index]) for index, count in stage.kinds) / layout.tp
+    of_experts = sum(count * _expert_adapters(job, parts.kinds[index]) for index, count in stage.kinds)
+    of_experts /= layout.etp * layout.ep
     return StageParams(
         dense=dense + linear,
         linear=linear,
         experts=experts,
-        adapters=adapters if job.frozen else 0.0,
+        adapters=adapters + of_experts if job.frozen else 0.0,
         trained=adapters + (trained if job.whole_modules else 0.0) if job.frozen else trained,
-        trained_experts=0.0 if job.frozen else trained_experts,
+        trained_experts=of_experts if job.frozen else trained_experts,
     )
 
 
 def _adapter(job: Job, kind: LayerKind) -> float:
-    """Return the adapters of one layer: r (in + out) for q, k, v, o, gate, up and down."""
+    """Return the adapters of one layer outside the experts: r (in + out) for q, k, v, o, gate, up and down."""
     meta = job.meta
     query, key = meta.num_heads * kind.head_dim, kind.kv_heads * kind.head_dim
     attention = 3 * meta.hidden_size + query + 2 * key + query + meta.hidden_size
-    ffn = meta.ffn_hidden_size
-    return job.lora_rank * (attention + 3 * (meta.hidden_size + ffn))
+    shared = meta.moe.shared_ffn_hidden_size if meta.moe and kind.is_moe else 0
+    return job.lora_rank * attention + _mlp_adapter(job, kind.ffn) + _mlp_adapter(job, shared)
+
+
+def _expert_adapters(job: Job, kind: LayerKind) -> float:
+    """Return the adapters of one layer's routed experts; experts packed into one tensor have none (models/lora.py)."""
+    moe = job.meta.moe
+    if moe is None or not kind.is_moe or moe.only_packed:
+        return 0.0
+    return moe.num_experts * _mlp_adapter(job, moe.ffn_hidden_size)
+
+
+def _mlp_adapter(job: Job, ffn: int) -> float:
+    """Return the adapters of one feed-forward part: r (in + out) for gate, up and down; none where there is no part."""
+    linears = 3 if job.meta.gated_mlp else 2
+    return job.lora_rank * linears * (job.meta.hidden_size + ffn) if ffn and job.adapts_mlp else 0.0

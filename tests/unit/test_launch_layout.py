@@ -191,3 +191,19 @@ def test_what_vllm_keeps_of_a_device_is_not_the_trainers(
     else:
         with pytest.raises(LaunchError, match=r"has 79 GiB, of which vLLM keeps 40 without --sleep_level"):
             check_memory(asked.config, layout, llama, node)
+
+
+@pytest.mark.parametrize(
+    ("words", "adapts_mlp"),
+    [
+        ("", True),
+        ("--target_modules q_proj k_proj v_proj", False),
+        ("--target_modules o_proj down_proj", True),
+    ],
+)
+def test_adapters_are_planned_where_the_targets_are(
+    llama: ModelMeta, node: Machine, words: str, adapts_mlp: bool
+) -> None:
+    run = parsed("--tuner_type", "lora", *words.split()).config
+    asked = ask(run, llama, node, given=frozenset(), precision="auto", document_len=None, offload=False)
+    assert asked.job.adapts_mlp == adapts_mlp

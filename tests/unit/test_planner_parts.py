@@ -1,12 +1,14 @@
 """Parameters by part, and the counts that memory and time are made of."""
 
+from dataclasses import replace
+
 import pytest
 
 from megaswift.metadata.count import count_parameters
 from megaswift.parallel.layout import Layout
 from megaswift.planner.job import Candidate
 from megaswift.planner.parts import parts_of
-from megaswift.planner.stages import in_flight, stage_params, stages_of
+from megaswift.planner.stages import StageParams, in_flight, stage_params, stages_of
 from megaswift.planner.timeline import _order
 from megaswift.planner.work import model_flops
 from tests.harness.planning import MODELS, golden_job, golden_meta
@@ -92,3 +94,21 @@ def test_a_candidate_counts_tokens_and_micro_batches() -> None:
     assert candidate.tokens(job) == 4096
     assert candidate.micro_batches(job) == 4
     assert candidate.routed_tokens(job) == 4096 / 2 * 8
+
+
+def test_every_expert_has_adapters_of_its_own() -> None:
+    job = golden_job("qwen3-235b-a22b", trained="lora")
+    meta, moe = job.meta, job.meta.moe
+    assert moe is not None
+
+    def held(**job_settings: bool) -> StageParams:
+        asked = replace(job, **job_settings)  # type: ignore[arg-type]
+        return stage_params(asked, layout, stages_of(asked.parts, layout)[0])
+
+    layout = Layout(world=16, ep=8, etp=2, tp=2)
+    query, key = meta.num_heads * meta.head_dim, meta.num_kv_heads * meta.head_dim
+    attention = meta.num_layers * 8 * (4 * meta.hidden_size + 2 * query + 2 * key) / 2
+    experts = meta.num_layers * moe.num_experts * 8 * 3 * (meta.hidden_size + moe.ffn_hidden_size) / 16
+    both = held()
+    assert (both.trained, both.trained_experts, both.adapters) == (attention, experts, attention + experts)
+    assert held(adapts_mlp=False).adapters == attention
