@@ -8,6 +8,7 @@ from pathlib import Path
 from megaswift.cli.help import sections_help
 from megaswift.config.field import declared
 from megaswift.config.parse import TASK_DEFAULTS, Parsed, parse, take_flags
+from megaswift.config.reference import needs_copy
 from megaswift.config.rules import minimal_world
 from megaswift.config.run import RunConfig
 from megaswift.config.submit import SubmitConfig
@@ -193,7 +194,8 @@ def _layout(row: Parsed, machine: Machine | None, known: dict[str, Chosen | None
     if machine is None or not run.launch.auto_layout:
         return None
     lengths = (run.data.max_length, run.data.packing_length)
-    key = repr((run.model, lengths, run.training, run.tuner, run.parallel, run.sampler, run.vllm))
+    models = (needs_copy(run), run.preference.teacher_model, run.preference.ref_model)
+    key = repr((run.model, lengths, run.training, run.tuner, run.parallel, models, run.sampler, run.vllm))
     if key not in known:
         known[key] = chosen = choose_layout(run, model_of(run), machine)
         if chosen is not None:

@@ -9,10 +9,12 @@ from megaswift.config.run import RunConfig
 from megaswift.config.training_rules import DEFAULT_GLOBAL_BATCH
 from megaswift.config.vllm_rules import share_beside_the_trainer
 from megaswift.converters.selection import Elements, elements_of, saved_tensors, trained_elements
-from megaswift.errors import ConfigError
+from megaswift.errors import ConfigError, ModelError
 from megaswift.metadata.meta import ModelMeta
+from megaswift.metadata.read import get_model_meta
 from megaswift.planner.job import Job, job_of
 from megaswift.planner.machine import Device, Machine
+from megaswift.planner.parts import Parts, parts_of
 from megaswift.planner.search import Space
 from megaswift.planner.software import Software
 
@@ -108,6 +110,7 @@ def ask(
         four_bits=run.tuner.quant_bits is not None,
         document_len=document_len,
         reference=needs_copy(run),
+        reference_parts=_parts_of_reference(run),
         answers=texts,
         trained_elements=trained_of(run, meta),
     )
@@ -116,6 +119,25 @@ def ask(
         del fixed["cp_comm"]
     space = Space(precisions=_precisions(machine.device, precision), last_resort=offload, fixed=fixed)
     return Question(job=job, space=space, assumed=tuple(assumed))
+
+
+def _parts_of_reference(run: RunConfig) -> Parts | None:
+    """Return the parts of the teacher or the reference in memory; None: a copy of the model, or taken for one that cannot be read here."""
+    name = run.preference.teacher_model or run.preference.ref_model
+    if not needs_copy(run) or name in (None, run.model.model):
+        return None
+    model = run.model
+    try:
+        return parts_of(
+            get_model_meta(
+                str(name),
+                use_hf=model.use_hf,
+                trust_remote_code=model.trust_remote_code,
+                token=model.hub_token,
+            )
+        )
+    except ModelError:
+        return None
 
 
 def _fixed(run: RunConfig, given: frozenset[str]) -> dict[str, object]:

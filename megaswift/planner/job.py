@@ -26,6 +26,7 @@ class Job:
     document_len: int | None = None  # mean tokens of the documents in a pack; None: one document
     mtp_layers: int = 0  # multi-token-prediction layers that train
     reference: bool = False  # a frozen copy of the model is in memory too
+    reference_parts: Parts | None = None  # or this model in its place
     answers: int = 1  # samples that make one row of the batch: 2 for pairs
 
     @property
@@ -58,6 +59,7 @@ def job_of(
     document_len: int | None = None,
     mtp_layers: int = 0,
     reference: bool = False,
+    reference_parts: Parts | None = None,
     answers: int = 1,
     trained_elements: Elements | None = None,
 ) -> Job:
@@ -77,6 +79,7 @@ def job_of(
         document_len=document_len,
         mtp_layers=mtp_layers,
         reference=reference,
+        reference_parts=reference_parts,
         answers=answers,
     )
 

@@ -1,6 +1,8 @@
 """The layout of a run that names none."""
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -9,13 +11,14 @@ from megaswift.config.rules import resolve
 from megaswift.errors import LaunchError
 from megaswift.launch.layout import check_memory, choose_layout
 from megaswift.launch.profile import profile_here, profile_of_name
+from megaswift.metadata.count import count_parameters
 from megaswift.metadata.meta import ModelMeta
 from megaswift.parallel.layout import Layout
 from megaswift.planner.ask import Question, ask, software_on
 from megaswift.planner.costs import Costs
 from megaswift.planner.job import Candidate, Job
 from megaswift.planner.machine import Machine
-from tests.harness.planning import golden_meta
+from tests.harness.planning import CONFIGS, golden_meta
 
 
 def parsed(*words: str) -> Parsed:
@@ -207,3 +210,33 @@ def test_adapters_are_planned_where_the_targets_are(
     run = parsed("--tuner_type", "lora", *words.split()).config
     asked = ask(run, llama, node, given=frozenset(), precision="auto", document_len=None, offload=False)
     assert asked.job.adapts_mlp == adapts_mlp
+
+
+def test_a_teacher_in_memory_is_counted_by_its_own_size(
+    llama: ModelMeta, node: Machine, tmp_path: Path
+) -> None:
+    small = json.loads((CONFIGS / "qwen3-0.6b.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(small.get("config", small)), encoding="utf-8")
+
+    def costs(*words: str) -> Costs:
+        line = "--model m --dataset rows.jsonl --max_length 2048 --rlhf_type"
+        run = parse("rlhf", [*line.split(), *words]).config
+        job = ask(run, llama, node, given=frozenset(), precision="auto", document_len=None, offload=False).job
+        return Costs(job, node, software_on(node.device))
+
+    def weights(costs: Costs, layout: Layout) -> list[float]:
+        memories = [costs.memory(Candidate(layout=layout), (stage,)) for stage in costs.stages(layout)]
+        return [memory.weights for memory in memories]
+
+    alone, nowhere = costs("orpo"), costs("gkd", "--teacher_model", str(tmp_path / "missing"))
+    meta = golden_meta("qwen3-0.6b")
+    teacher = count_parameters(meta).total
+    for words in (("gkd", "--teacher_model"), ("dpo", "--ref_model")):
+        known = costs(*words, str(tmp_path))
+        whole, pieces = Layout(), Layout(world=4, pp=4)
+        assert weights(known, whole)[0] - weights(alone, whole)[0] == 2 * teacher
+        beside = sum(weights(known, pieces)) - sum(weights(alone, pieces))
+        assert beside == 2 * (
+            teacher + meta.vocab_size * meta.hidden_size
+        )  # the last stage has a copy: it is the head too
+        assert weights(nowhere, whole)[0] == 2 * weights(alone, whole)[0]
