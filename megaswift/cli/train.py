@@ -6,6 +6,7 @@ import sys
 import warnings
 from pathlib import Path
 
+from megaswift.config.head_rules import variables_are_flags
 from megaswift.config.parse import parse
 from megaswift.config.rules import check_request, minimal_world
 from megaswift.launch.devices import num_gpus, platform_here
@@ -28,6 +29,7 @@ def run_task(task: str, argv: list[str]) -> int:
     parsed = parse(task, argv)
     run = parsed.config
     check_request(run)
+    variables_are_flags(run, parsed.given, os.environ)
     platform = platform_here(run.launch.platform)
     # Who names no layout gets all GPUs of this node; on processors one rank, unless more are asked for.
     fewest = num_gpus() if run.launch.auto_layout and platform == "cuda" else 0

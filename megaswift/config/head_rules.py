@@ -1,7 +1,10 @@
 """Rules of --task_type: which settings a head needs, and what a loss of whole rows excludes."""
 
+from collections.abc import Collection, Mapping
+
 from megaswift.config.case import Case
 from megaswift.config.embedding import LOSS_TYPES, EmbeddingConfig
+from megaswift.config.field import declared
 from megaswift.config.reranker import LOSS_TYPES as RERANKER_LOSSES
 from megaswift.config.reranker import TASK_TYPES as RERANKERS
 from megaswift.config.reranker import RerankerConfig
@@ -188,3 +191,16 @@ def rows_are_whole_documents(case: Case) -> None:
         f"calculate_per_token_loss=false is for token losses: {what} always divides by the rows of the global batch. "
         "Leave it out."
     )
+
+
+def variables_are_flags(run: RunConfig, given: Collection[str], environ: Mapping[str, str]) -> None:
+    """What ms-swift reads from environment variables about groups of texts are flags here; raises ConfigError for one that is set."""
+    if run.model.task_type not in ("embedding", *RERANKERS):
+        return
+    for flag, setting in declared(RunConfig).items():
+        variable = flag.upper()
+        if setting.section in ("embedding", "reranker") and variable in environ and flag not in given:
+            value = environ[variable]
+            raise ConfigError(
+                f"{variable}={value} of the environment is not read. Give --{flag} {value}, or unset it."
+            )

@@ -58,9 +58,6 @@ def encode_prompts(
             outcomes.append(text)
             continue
         ids = np.concatenate([bos, next(encoded), end]).astype(np.int32)
-        if not len(ids):
-            outcomes.append(RowError("empty text", "a text has no tokens"))
-            continue
         if limit is not None and len(ids) > limit:
             if template.truncation_strategy not in ("left", "right"):
                 outcomes.append(RowError("too long", f"{len(ids)} tokens, and there is room for {limit}"))

@@ -9,7 +9,8 @@ import torch
 
 from megaswift.config.data import DataConfig
 from megaswift.config.embedding import EmbeddingConfig
-from megaswift.config.parse import parse_run
+from megaswift.config.head_rules import variables_are_flags
+from megaswift.config.parse import parse, parse_run
 from megaswift.config.rules import resolve
 from megaswift.data.encode import encode_samples
 from megaswift.data.forms import COMPARED, grouped
@@ -237,3 +238,17 @@ def test_a_similarity_is_a_finite_number(tmp_path: Path, label: float) -> None:
 def test_settings_that_do_not_fit_are_refused(words: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         resolved(words, dense())
+
+
+def test_variables_of_ms_swift_are_flags_here() -> None:
+    environ = {"INFONCE_TEMPERATURE": "0.02", "MAX_NEGATIVE_SAMPLES": "3"}
+    words = "--model m --dataset d --task_type embedding --infonce_temperature 0.02 --max_negative_samples 3".split()
+    for own in (words, words[:4]):  # told already, or of a task that does not read them
+        parsed = parse("sft", own)
+        variables_are_flags(parsed.config, parsed.given, environ)
+    parsed = parse("sft", words[:8])
+    with pytest.raises(
+        ConfigError,
+        match=r"MAX_NEGATIVE_SAMPLES=3 of the environment is not read\. Give --max_negative_samples 3",
+    ):
+        variables_are_flags(parsed.config, parsed.given, environ)
