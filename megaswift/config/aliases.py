@@ -206,6 +206,7 @@ ALWAYS_SO: dict[str, str] = {
     "offload_bridge": "weights reach vLLM tensor by tensor, and no copy of them stays",
     "move_model_batches": "weights reach vLLM tensor by tensor",
     "experts_impl": "experts are Megatron-Core's",
+    "teacher_deepspeed": "the teacher is spread over the ranks as the model that trains is",
     "label_names": "labels are what the task reads",
     "use_precision_aware_optimizer": "state and master weights of the optimizer are float32",
     "moe_shared_expert_overlap": "shared experts take their turn after the others, with the same result",
