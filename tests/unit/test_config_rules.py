@@ -1,22 +1,19 @@
 """Every rule between settings, a model's facts and the ranks there are."""
 
+import importlib
+import inspect
+import pkgutil
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from megaswift.config import (
-    context_rules,
-    layout_rules,
-    precision_rules,
-    preference_rules,
-    report_rules,
-    training_rules,
-    tuner_rules,
-)
+from megaswift import config
+from megaswift.config.case import Case
 from megaswift.config.dump import dump_run
 from megaswift.config.parse import parse_run
 from megaswift.config.rules import REQUEST_RULES, RULES, ResolvedRun, minimal_world, resolve
+from megaswift.config.run import RunConfig
 from megaswift.errors import ConfigError
 from megaswift.metadata.meta import (
     AttentionMeta,
@@ -229,21 +226,27 @@ def test_adapters_do_not_start_from_random_weights() -> None:
         resolved("--random_init --freeze_parameters model.norm", dense(), task="pt")
 
 
+def rules_there_are() -> list[Any]:
+    """Return the public functions of every *_rules.py that take a run, or a case, and answer nothing but with a new case."""
+    found = []
+    for entry in pkgutil.iter_modules(config.__path__):
+        if not entry.name.endswith("_rules"):
+            continue
+        module = importlib.import_module(f"{config.__name__}.{entry.name}")
+        for name, one in vars(module).items():
+            if not inspect.isfunction(one) or one.__module__ != module.__name__ or name.startswith("_"):
+                continue
+            signature = inspect.signature(one)
+            takes = [parameter.annotation for parameter in signature.parameters.values()]
+            if takes in ([RunConfig], [Case]) and signature.return_annotation in (None, Case, Case | None):
+                found.append(one)
+    return found
+
+
 def test_every_rule_is_applied() -> None:
-    applied = {*RULES, *REQUEST_RULES}
-    rules = (
-        context_rules,
-        layout_rules,
-        precision_rules,
-        preference_rules,
-        report_rules,
-        training_rules,
-        tuner_rules,
-    )
-    for module in rules:
-        for name, rule in vars(module).items():
-            if callable(rule) and rule.__module__ == module.__name__ and not name.startswith("_"):
-                assert rule in applied, name
+    rules = rules_there_are()
+    assert len(rules) > 60
+    assert [rule.__name__ for rule in rules if rule not in {*RULES, *REQUEST_RULES}] == []
 
 
 def test_the_layout_is_what_was_asked_for() -> None:
