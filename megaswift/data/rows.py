@@ -19,6 +19,7 @@ logger = get_logger(__name__)
 Row = tuple[str, dict[str, Any] | BadRow]  # ("file:line", the row)
 CSV_FIELD_LIMIT = 1 << 30  # the csv module's own limit is 128 KiB, less than one long conversation
 NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of bytes that are not UTF-8
+COMPRESSED = (".gz", ".zst", ".xz", ".bz2", ".zip")
 TRAIN_SPLIT = re.compile(r"(?:^|[/_.-])train(?:[/_.-]|$)", re.IGNORECASE)
 BATCH_ROWS = 1024  # of parquet turned into Python objects at once: little to wait for, and enough for speed
 BOM = b"\xef\xbb\xbf"
@@ -75,17 +76,23 @@ def suffix_of(path: Path) -> str:
 
 def _files_of(folder: Path) -> list[Path]:
     """Return the data files below a folder in a fixed order; where some belong to a train split, only those."""
-    files = sorted(
+    visible = sorted(
         file for file in folder.rglob("*")
-        if file.is_file() and suffix_of(file) in READERS and file.name not in METADATA_FILES
+        if file.is_file() and file.name not in METADATA_FILES
         and not any(part.startswith(".") for part in file.relative_to(folder).parts)
     )  # fmt: skip
+    files = [file for file in visible if suffix_of(file) in READERS]
     if not files:
         raise DataError(f"{folder} holds no data file. Known kinds are {', '.join(READERS)}.")
-    if len({suffix_of(file) for file in files}) > 1:
-        files = [
-            file for file in files if suffix_of(file) != ".txt"
-        ] or files  # a licence or a note beside the data
+    aside = [file for file in visible if suffix_of(file) in COMPRESSED]
+    if len({suffix_of(file) for file in files}) > 1:  # a text beside the data may be a licence or a note
+        aside += [file for file in files if suffix_of(file) == ".txt"]
+        files = [file for file in files if suffix_of(file) != ".txt"]
+    if aside:
+        names = ", ".join(file.name for file in aside)
+        logger.warning(
+            "%s: left out, as texts beside other data and compressed files are not read: %s", folder, names
+        )
     train = [file for file in files if TRAIN_SPLIT.search(file.relative_to(folder).as_posix())]
     if train and len(train) < len(files):
         left_out = ", ".join(file.name for file in files if file not in train)

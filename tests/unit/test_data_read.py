@@ -87,6 +87,13 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, name, write):
     assert questions(write(tmp_path / name)) == [row["query"] for row in ROWS]
 
 
+def test_what_is_left_out_of_a_folder_is_named(tmp_path, caplog):
+    folder = write_folder(tmp_path / "folder")
+    (folder / "part-2.jsonl.gz").write_bytes(b"")
+    assert questions(folder) == [row["query"] for row in ROWS]
+    assert "are not read: part-2.jsonl.gz, LICENSE.txt" in caplog.text
+
+
 def test_null_fields_that_arrow_adds_are_dropped(tmp_path):
     turns = [
         {"role": "user", "content": "q"},
