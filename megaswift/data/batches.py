@@ -246,12 +246,19 @@ def build_rows(encoded: EncodedSet, settings: BatchSettings, *, pad_id: int) -> 
 
 def with_channels(batch: MicroBatch, channels: Channels) -> MicroBatch:
     """Return the micro batch with the channel of every token; `channels` are those of its documents."""
+    numbers = np.zeros(batch.input_ids.numel(), np.int32)
+    for document, number in zip(places_of(batch), channels.numbers, strict=True):
+        numbers[document] = number
+    return replace(
+        batch, channels=torch.from_numpy(numbers).view_as(batch.input_ids), channel_names=channels.names
+    )
+
+
+def places_of(batch: MicroBatch) -> list[slice]:
+    """Return where the documents of a whole micro batch are among its tokens [B * S]; the rest is padding."""
     rows, width = batch.input_ids.shape
-    numbers = np.zeros(rows * width, np.int32)
     starts = range(0, rows * width, width) if batch.cu_seqlens is None else batch.cu_seqlens.tolist()
-    for start, length, number in zip(starts, batch.lengths, channels.numbers, strict=False):
-        numbers[start : start + length] = number
-    return replace(batch, channels=torch.from_numpy(numbers).view(rows, width), channel_names=channels.names)
+    return [slice(start, start + length) for start, length in zip(starts, batch.lengths, strict=False)]
 
 
 class _RowBuilder:

@@ -1,7 +1,4 @@
-"""What the noise on the embeddings of a token follows from: NEFTune, Jain et al. 2023 (arXiv 2310.05914).
-
-Letters: B rows of a micro batch, S tokens of a row.
-"""
+"""What the noise on the embeddings of a token follows from: NEFTune, Jain et al. 2023 (arXiv 2310.05914)."""
 
 from dataclasses import replace
 
@@ -9,7 +6,7 @@ import numpy as np
 import torch
 import xxhash
 
-from megaswift.data.batches import MicroBatch
+from megaswift.data.batches import MicroBatch, places_of
 
 
 def with_noise(batch: MicroBatch, *, alpha: float, key: tuple[int, int]) -> MicroBatch:
@@ -18,17 +15,14 @@ def with_noise(batch: MicroBatch, *, alpha: float, key: tuple[int, int]) -> Micr
     A document's key is a hash of `key` and its own tokens, so that neither the layout nor the documents beside it matter;
     its scale is alpha / sqrt(its tokens), which the model divides by the square root of its width (algorithm 1).
     """
-    rows, width = batch.input_ids.shape
-    ids, seq_keys = batch.input_ids.numpy().ravel(), np.zeros(rows * width, np.int64)
-    scales = np.zeros(rows * width, np.float32)
-    starts = range(0, rows * width, width) if batch.cu_seqlens is None else batch.cu_seqlens.tolist()
-    for start, length in zip(starts, batch.lengths, strict=False):
-        document = slice(start, start + length)
+    ids = batch.input_ids.numpy().ravel()
+    keys, scales = np.zeros(len(ids), np.int64), np.zeros(len(ids), np.float32)
+    for document in places_of(batch):
         digest = xxhash.xxh3_64_digest(np.array([*key, *ids[document]], "<i8").tobytes())
-        seq_keys[document] = np.frombuffer(digest, "<i8")[0]
-        scales[document] = alpha / np.sqrt(length)
+        keys[document] = np.frombuffer(digest, "<i8")[0]
+        scales[document] = alpha / np.sqrt(len(ids[document]))
     return replace(
         batch,
-        noise_keys=torch.from_numpy(seq_keys).view(rows, width),
-        noise_scales=torch.from_numpy(scales).view(rows, width),
+        noise_keys=torch.from_numpy(keys).view_as(batch.input_ids),
+        noise_scales=torch.from_numpy(scales).view_as(batch.input_ids),
     )

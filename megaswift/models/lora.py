@@ -106,7 +106,8 @@ def apply_lora(
 ) -> None:
     """Freeze the model but for a head of scores, which is new, and give every target linear an adapter with B = 0.
 
-    `modules` are the targets by global name where --target_modules does not name them. `ranks` overrides --lora_rank for modules by global name (a PEFT adapter with several A matrices needs a larger one).
+    `modules` are the targets by global name where --target_modules does not name them. `ranks` overrides --lora_rank for
+    modules by global name (a PEFT adapter with several A matrices needs a larger one).
     A depends on the seed and the module's global name alone, so it is the same under every layout.
     """
     _check_adaptable(meta)

@@ -44,19 +44,17 @@ def with_token_noise(embeddings_SBD: torch.Tensor, noise: TokenNoise, *, rank: i
     )
     keys_SB = _mixed(keys_SB + (positions_SB + 1) * _GAMMA)
     steps_D = torch.arange(1, width + 1, device=keys_SB.device) * _GAMMA
+    scales_SB = scales_SB * width**-0.5
+    chunk = max(1, CHUNK // (keys_SB.shape[1] * width))
     drawn = [
-        (_mixed(keys[..., None] + steps_D) >> 40).float() * 2.0**-23 * (scales * width**-0.5)[..., None]
-        for keys, scales in (
-            (keys_SB[start : start + chunk], scales_SB[start : start + chunk])
-            for chunk in [max(1, CHUNK // (keys_SB.shape[1] * width))]
-            for start in range(0, num_tokens, chunk)
-        )
+        (_mixed(keys[..., None] + steps_D) >> 40).float() * 2.0**-23 * scales[..., None]
+        for keys, scales in zip(keys_SB.split(chunk), scales_SB.split(chunk), strict=True)
     ]
     return embeddings_SBD + torch.cat(drawn).to(embeddings_SBD.dtype)
 
 
 def _mixed(state: torch.Tensor) -> torch.Tensor:
-    """Return the numbers that SplitMix64 makes of its states, int64: Steele et al. 2014, figure 17 (mix64variant13)."""
+    """Return the numbers that SplitMix64 makes of its states, int64: Steele et al. 2014 (mix64variant13)."""
     state = (state ^ _shifted(state, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
     state = (state ^ _shifted(state, 27)) * (0x94D049BB133111EB - 2**64)
     return state ^ _shifted(state, 31)

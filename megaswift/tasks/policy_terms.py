@@ -8,8 +8,8 @@ import torch
 from megaswift.config.policy import PolicyConfig
 from megaswift.config.rollout import RolloutConfig
 
-# What weights of tokens of worse completions that the model has come to prefer are held to: the constants of FIPO's authors' code
-# (verl recipe, compute_policy_loss_future_kl) and of ms-swift 4.6; the paper speaks of a cap.
+# What weights of tokens of worse completions that the model has come to prefer are held to: the constants of ms-swift 4.6
+# and of a public recipe for verl (compute_policy_loss_future_kl).
 SAFE_LEAST, SAFE_MOST = 0.8, 1.0
 
 
@@ -19,7 +19,7 @@ def log_ratios(
     """Return log r [T] of tokens, or of their completions.
 
     sequence: log s = mean of log r over the completion, GSPO (Zheng et al. 2025, arXiv 2507.18071), eq. 7. sequence_token: the
-    same number, with the gradient of log pi of the token, GSPO-token (eq. 13 and 14).
+    same number, with the gradient of log pi of the token, as GSPO-token in the same paper.
     """
     log_ratio_T = logps_T - old_T
     if level == "token":
@@ -48,7 +48,7 @@ def weighted_losses(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Return CISPO's -sg(min(r, most)) A log pi, where every token keeps a gradient, and which weights were held.
 
-    MiniMax 2025, MiniMax-M1 (arXiv 2506.13585), section 3.1; without a lower bound, as there. `most` is their 1 + e_high.
+    MiniMax 2025, MiniMax-M1 (arXiv 2506.13585); without a lower bound, as there. `most` is their 1 + e_high.
     """
     weights_T = ratio_T.detach().clamp(max=most)
     held_T = (ratio_T > most) & (advantages_T > 0)
@@ -74,7 +74,7 @@ def future_weights(
 
     exp(F_t), F_t = sum over k >= t of 2^(-(k-t)/rate) log r_k, held to 1 and clip_range more: Ma et al. 2026 (arXiv 2603.19835).
     Tokens of a ratio above `delta` are left out of the sum. Tokens of worse completions with a ratio above the safety threshold
-    have SAFE_LEAST to SAFE_MOST. As in ms-swift 4.6; its authors' code also drops completions with several tokens above delta.
+    have SAFE_LEAST to SAFE_MOST. As in ms-swift 4.6; that recipe also drops completions with several tokens above delta.
     Tokens are counted as the model wrote them: what others say between its turns is no distance.
     """
     ratio_T, moved_T = ratio_T.detach(), log_ratio_T.detach()

@@ -20,7 +20,7 @@ from megatron.core import parallel_state
 
 from megaswift.config.run import RunConfig
 from megaswift.config.teachers import teacher_servers
-from megaswift.data.batches import MicroBatch
+from megaswift.data.batches import MicroBatch, places_of
 from megaswift.data.tokenizer import load_tokenizer
 from megaswift.metadata.meta import ModelMeta
 from megaswift.parallel.agreement import agree
@@ -84,13 +84,7 @@ def _documents(batches: Sequence[MicroBatch]) -> Iterator[_Document]:
     """Yield the documents that carry loss."""
     for number, batch in enumerate(batches):
         ids, carries_loss = batch.input_ids.flatten().numpy(), batch.loss_mask.flatten().numpy() != 0
-        begins = (
-            range(0, ids.size, batch.input_ids.shape[1])
-            if batch.cu_seqlens is None
-            else batch.cu_seqlens.tolist()
-        )
-        for place, length in enumerate(batch.lengths):
-            whole = slice(begins[place], begins[place] + length)
+        for place, whole in enumerate(places_of(batch)):
             if carries_loss[whole].any():
                 teacher = 0 if batch.targets is None else int(batch.targets[place])
                 yield _Document(batch=number, begin=whole.start, ids=ids[whole], teacher=teacher)

@@ -68,7 +68,7 @@ def seen(ranks: int) -> list[dict[str, tuple[float, float, float]]]:
 
 
 def splitmix64(state: int, draws: int) -> list[int]:
-    """Return the next numbers of the generator of Steele et al. 2014 (figure 17), in Python's own integers."""
+    """Return the next numbers of the generator of Steele et al. 2014, in Python's own integers."""
     found = []
     for _ in range(draws):
         state = (state + 0x9E3779B97F4A7C15) % 2**64

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock, Thread
 from typing import Any
@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megaswift.rollout.engine import Sampling
 from megaswift.rollout.generate import chances, complete
+from tests.harness.json_server import JsonHandler
 
 
 class TeacherServer(ThreadingHTTPServer):
@@ -82,23 +83,23 @@ class TeacherServer(ThreadingHTTPServer):
         return [int(token) for token in ids]
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(JsonHandler):
     server: TeacherServer
 
     def do_GET(self) -> None:
-        self._say({"data": [{"id": "the teacher", "max_model_len": self.server.max_model_len}]})
+        self.say({"data": [{"id": "the teacher", "max_model_len": self.server.max_model_len}]})
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         server = self.server
         if self.path == "/detokenize":
-            return self._say({"prompt": server.tokenizer.decode(asked["tokens"])})
+            return self.say({"prompt": server.tokenizer.decode(asked["tokens"])})
         count = asked.get("prompt_logprobs")
         if count is not None and count > server.max_logprobs:
             text = f"Requested prompt logprobs of {count}, which is greater than max allowed: {server.max_logprobs}"
-            return self._say({"error": {"message": text, "type": "BadRequestError", "code": 400}}, code=400)
+            return self.say({"error": {"message": text, "type": "BadRequestError", "code": 400}}, code=400)
         if len(server.asked) >= server.patience:
-            return self._say({"error": {"message": "EngineCore died", "code": 500}}, code=500)
+            return self.say({"error": {"message": "EngineCore died", "code": 500}}, code=500)
         choice: dict[str, Any] = {"index": 0, "text": "", "logprobs": None, "finish_reason": "length"}
         with server.lock:
             server.asked.append(asked)
@@ -109,17 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
                 ids = server.complete(asked)
                 choice |= {"token_ids": ids, "logprobs": {"token_logprobs": [0.0] * len(ids)}}
                 choice["finish_reason"] = "stop" if ids[-1] in asked["stop_token_ids"] else "length"
-        self._say({"id": "cmpl-1", "object": "text_completion", "model": "the teacher", "choices": [choice]})
-
-    def _say(self, said: Any, *, code: int = 200) -> None:
-        body = json.dumps(said).encode()
-        self.send_response(code)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing."""
+        self.say({"id": "cmpl-1", "object": "text_completion", "model": "the teacher", "choices": [choice]})
 
 
 @contextmanager

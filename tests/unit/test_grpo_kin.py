@@ -51,7 +51,7 @@ def sigmoid(x: float) -> float:
 
 
 def cispo(logp: float, advantage: float, row: int, token: int) -> float:
-    """MiniMax-M1, section 3.1: the held ratio is a number, and the gradient that of log pi."""
+    """MiniMax-M1: the held ratio is a number, and the gradient that of log pi."""
     return -min(RATIOS[row][token], MOST) * advantage * logp
 
 
@@ -61,7 +61,7 @@ def sapo(logp: float, advantage: float, row: int, token: int) -> float:
 
 
 def gspo_token(logp: float, advantage: float, row: int, token: int) -> float:
-    """GSPO, eq. 13 and 14: the ratio of the completion as a number, with the gradient of the token."""
+    """GSPO-token: the ratio of the completion as a number, with the gradient of the token."""
     whole = math.prod(RATIOS[row]) ** (1 / len(RATIOS[row]))
     return -clipped(whole * math.exp(logp - LOGPS[row][token]), advantage)
 

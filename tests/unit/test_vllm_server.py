@@ -5,7 +5,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from threading import Thread
 from typing import Any
 
@@ -18,6 +18,7 @@ from megaswift.rollout.engine import Prompt, Sampling, seed_of
 from megaswift.rollout.vllm_server import ServedEngine
 from megaswift.rollout.vllm_worker import arriving
 from tests.harness.distributed import free_port
+from tests.harness.json_server import JsonHandler
 from tests.unit.test_weight_stream import Alone
 
 SAMPLING = Sampling(
@@ -42,41 +43,31 @@ class Server(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(JsonHandler):
     server: Server
 
     def do_GET(self) -> None:
-        self._say({"data": [{"id": "the model"}]})
+        self.say({"data": [{"id": "the model"}]})
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.asked.append((self.path, asked))
         if self.server.refuses and self.server.refuses in (self.path, asked.get("method")):
-            self._say({"detail": "there is no such thing"}, code=500)
+            self.say({"detail": "there is no such thing"}, code=500)
         elif self.path == "/collective_rpc" and asked["method"] == "megaswift_state":
-            self._say({"results": [self.server.state]})
+            self.say({"results": [self.server.state]})
         elif self.path == "/collective_rpc":
             host, port, token = asked["args"]
             self.server.weights = {
                 name: one.clone() for name, one in arriving(host, int(port), token, Alone(), "cpu")
             }
-            self._say({"results": [None]})
+            self.say({"results": [None]})
         elif self.path == "/v1/completions":
             ids = [*asked["prompt"][:2], 9]
             logprobs = {"token_logprobs": [-0.5, -1.5, -0.25]}
-            self._say({"choices": [{"token_ids": ids, "finish_reason": "stop", "logprobs": logprobs}]})
+            self.say({"choices": [{"token_ids": ids, "finish_reason": "stop", "logprobs": logprobs}]})
         else:
-            self._say(None)
-
-    def _say(self, said: Any, *, code: int = 200) -> None:
-        body = b"" if said is None else json.dumps(said).encode()
-        self.send_response(code)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing."""
+            self.say(None)
 
 
 @contextmanager
