@@ -1,8 +1,9 @@
 """Carry out a planned conversion: parts are written by any number of processes, and a rerun goes on where one stopped.
 
-The folder grows under another name. A part is a file; it is written as NAME.partial and gets its name once it is on the
-disk, so a part that has its name is complete. The processes share nothing but the folder: part i belongs to process
-i mod world. No torch.
+The folder grows under another name. A part is a file; it is written as NAME.partial and gets its name once it is whole.
+With `fsync` that means on the disk. Without, as with `cp`, a loss of power within half a minute takes what the system had
+not written yet, and may leave a file's length and name without its bytes: such files are compared with the source, byte for
+byte, before a rerun counts on them. The processes share nothing but the folder: part i belongs to process i mod world. No torch.
 """
 
 import json
@@ -12,24 +13,27 @@ import time
 import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
-from megaswift.converters.copying import Checksum, Literal, Span, SpanWriter
+from megaswift.converters.copying import Checksum, Literal, Span, SpanWriter, holds
 from megaswift.converters.folders import check_output, check_space, growing_name, publish, sync
 from megaswift.converters.tensor_files import TensorInfo
-from megaswift.errors import CheckpointError
+from megaswift.errors import CheckpointError, ConfigError
 from megaswift.logs import get_logger
 
 logger = get_logger(__name__)
 
 REPORT = "conversion.json"
-_PLAN = "plan.json"
-_SUMS = ".sums"
+# Of each process while it works: first the plan, by process 0, then a line for each part, with its tensors' checksums.
+_PROGRESS = "progress-{}.jsonl"
 POLL_S = 0.1
 THREADS = min(4, len(os.sched_getaffinity(0)))  # each holds a buffer, or an expert that has to be computed
 DISK_THREADS = 4  # they only wait
+# From here on a conversion waits for the disk unless it is told. Below, `cp` returns at once too and a rerun takes seconds.
+FSYNC_BYTES = 16_000_000_000
 STALL_S = 600.0  # without a byte written by anyone; the slowest parts take some minutes on a busy file system
 
 
@@ -59,6 +63,11 @@ class Conversion:
     begin: Callable[[Path], object]  # puts the small files into the growing folder
     small: tuple[Path, ...] = ()  # files that they are made of
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(part.num_bytes for part in self.parts)
+
     def fingerprint(self) -> int:
         """Return a number that changes with the plan and with every source file."""
         sources = sorted(
@@ -79,38 +88,57 @@ class Conversion:
         return zlib.crc32(text.encode()) << 32 | zlib.adler32(text.encode())
 
 
-def carry_out(conversion: Conversion, output: Path, *, source: Path, rank: int = 0, world: int = 1) -> Path:
+def carry_out(
+    conversion: Conversion,
+    output: Path,
+    *,
+    source: Path,
+    rank: int = 0,
+    world: int = 1,
+    fsync: bool | None = None,
+) -> Path:
     """Write the output folder, which appears complete or not at all; every one of `world` processes calls it.
 
     Process 0 returns when the folder has its name, the others when their parts are written. A complete output of the same
-    plan is left as it is. Raises CheckpointError where the output cannot be written or a process is gone; the parts that
-    are complete stay for the next attempt.
+    plan is left as it is. `fsync` says whether to wait until it is on the disk; None: from FSYNC_BYTES on, and with several
+    processes, whose nodes may fail one by one. Raises CheckpointError where the output cannot be written or a process is
+    gone; the parts that are complete stay for the next attempt. Raises ConfigError for several processes without fsync.
     """
     output = output.absolute()
     growing = growing_name(output)
-    fingerprint = conversion.fingerprint()
+    if fsync is None:
+        fsync = world > 1 or conversion.num_bytes >= FSYNC_BYTES
+    if world > 1 and not fsync:
+        raise ConfigError(
+            f"fsync false is for one process, and {world} share this conversion. Leave it out, or use one process."
+        )
+    plan = {"fingerprint": conversion.fingerprint(), "fsync": fsync}
 
     def is_complete() -> bool:
-        return bool(_read_json(output / REPORT).get("fingerprint") == fingerprint)
+        report = _read_json(output / REPORT)
+        return report.get("fingerprint") == plan["fingerprint"] and (
+            report.get("fsync") is True
+            or (not fsync and all(_is_whole(part, output / part.name) for part in conversion.parts))
+        )
 
-    if is_complete():
-        logger.info("%s is complete already", output)
-        return output
     try:
+        if is_complete():
+            logger.info("%s is complete already", output)
+            return output
         if rank == 0:
-            _prepare(conversion, output, growing, source, fingerprint)
+            _prepare(conversion, output, growing, source, plan)
         _wait(
-            lambda: _read_json(growing / _PLAN).get("fingerprint") == fingerprint or is_complete(),
+            lambda: _read_progress(growing).plan == plan or is_complete(),
             growing,
             "process 0 to begin",
         )
-        _write_parts(conversion.parts[rank::world], growing)
+        _write_parts(conversion.parts[rank::world], growing, rank=rank, fsync=fsync)
         if rank == 0:
             left = {part.name for part in conversion.parts}
             _wait(
                 lambda: all((growing / name).exists() for name in left), growing, "the other processes' parts"
             )
-            _finish(conversion, output, growing, fingerprint)
+            _finish(conversion, output, growing, plan)
     except OSError as error:
         if rank and is_complete():  # process 0 found all parts there
             return output
@@ -122,12 +150,20 @@ def carry_out(conversion: Conversion, output: Path, *, source: Path, rank: int =
     return output
 
 
-def _prepare(conversion: Conversion, output: Path, growing: Path, source: Path, fingerprint: int) -> None:
+def _prepare(
+    conversion: Conversion, output: Path, growing: Path, source: Path, plan: Mapping[str, Any]
+) -> None:
     check_output(output, replaces=REPORT, source=source)
-    if _read_json(growing / _PLAN).get("fingerprint") != fingerprint:
+    progress = _read_progress(growing)
+    if progress.plan != plan:
         shutil.rmtree(growing, ignore_errors=True)
         growing.mkdir(parents=True)
-    missing = [part for part in conversion.parts if not _is_there(growing / part.name)]
+        progress = _Progress()
+    missing = [
+        part
+        for part in conversion.parts
+        if part.name not in progress.noted or not (growing / part.name).exists()
+    ]
     check_space(growing, sum(part.num_bytes for part in missing))
     if len(missing) < len(conversion.parts):
         logger.info(
@@ -137,36 +173,49 @@ def _prepare(conversion: Conversion, output: Path, growing: Path, source: Path, 
         folder.mkdir(parents=True, exist_ok=True)
     # Before the parts: once the system holds much that is not on the disk, each further file waits.
     conversion.begin(growing)
-    _write_json(growing / _PLAN, {"fingerprint": fingerprint})
+    if progress.plan != plan:
+        _note(growing / _PROGRESS.format(0), plan)
+    parts = {growing / part.name for part in conversion.parts}
+    for path in {*growing.rglob("*")} - parts:
+        sync(path)
 
 
-def _write_parts(parts: tuple[Part, ...], growing: Path) -> None:
-    """Write those parts that are not there: threads write a part each, others wait until it is on the disk and name it.
+def _write_parts(parts: tuple[Part, ...], growing: Path, *, rank: int, fsync: bool) -> None:
+    """Write those parts that are not there: threads write a part each, others wait for the disk and name it.
 
     Two threads in one file would wait for each other: the kernel lets one write at a time.
     """
+    noted = _read_progress(growing).noted
+    sealer = _Sealer(growing / _PROGRESS.format(rank), fsync=fsync)
+
+    def write(part: Part) -> Future[None] | None:
+        path = growing / part.name
+        if part.name in noted and path.exists() and (fsync or _is_whole(part, path)):
+            return None
+        path.unlink(missing_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        sums = _write(part, partial, fsync=fsync)
+        return disk.submit(sealer.seal, partial, path, {"part": part.name, "tensors": sums})
+
     with ThreadPoolExecutor(DISK_THREADS) as disk, ThreadPoolExecutor(THREADS) as writers:
-        writing = [
-            writers.submit(_write, part, growing / part.name, disk)
-            for part in parts
-            if not _is_there(growing / part.name)
-        ]
+        writing = [writers.submit(write, part) for part in parts]
         try:
             for sealing in [one.result() for one in writing]:
-                sealing.result()
+                if sealing is not None:
+                    sealing.result()
         except BaseException:
             writers.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def _is_there(path: Path) -> bool:
-    """Whether a part is complete: its checksums may be lost where the power was."""
-    return path.exists() and path.with_name(path.name + _SUMS).exists()
+def _is_whole(part: Part, path: Path) -> bool:
+    """Whether a part holds what it should; its sources are read again."""
+    spans = [span for stretch in part.stretches for span in stretch.spans]
+    return path.exists() and holds(path, part.num_bytes, spans)
 
 
-def _write(part: Part, path: Path, disk: ThreadPoolExecutor) -> Future[None]:
-    """Write a part, and return the task in which `disk` seals it."""
-    partial = path.with_name(path.name + ".partial")
+def _write(part: Part, partial: Path, *, fsync: bool) -> dict[str, Any]:
+    """Write a part, and return what is noted of its tensors."""
     noted = {}
     with SpanWriter(partial, part.num_bytes) as writer:
         for stretch in part.stretches:
@@ -175,29 +224,78 @@ def _write(part: Part, path: Path, disk: ThreadPoolExecutor) -> Future[None]:
                 for info in stretch.summed
             ]
             writer.write(stretch.spans, sums)
+            if fsync:
+                writer.begin_sync()
             for info, checksum in zip(stretch.summed, sums, strict=True):
                 noted[info.name] = {"dtype": info.dtype, "shape": list(info.shape), "bytes": info.num_bytes, "xxh3_128": checksum.hexdigest()}  # fmt: skip
-    return disk.submit(_seal, partial, path, noted)
+    return noted
 
 
-def _seal(partial: Path, path: Path, noted: Mapping[str, Any]) -> None:
-    """Wait until a part is on the disk, note its checksums, and give it its name."""
-    sync(partial)
-    _write_json(path.with_name(path.name + _SUMS), noted)
-    partial.rename(path)
+class _Sealer:
+    """Notes a process's parts, and gives them their names."""
+
+    def __init__(self, progress: Path, *, fsync: bool) -> None:
+        self._progress, self._fsync = progress, fsync
+        self._lock = Lock()
+
+    def seal(self, partial: Path, path: Path, entry: Mapping[str, Any]) -> None:
+        """Note a part and name it, with `fsync` once it is on the disk."""
+        if self._fsync:
+            sync(partial)
+        with self._lock:
+            _note(self._progress, entry)
+        partial.rename(path)
 
 
-def _finish(conversion: Conversion, output: Path, growing: Path, fingerprint: int) -> None:
+def _note(progress: Path, entry: Mapping[str, Any]) -> None:
+    with progress.open("a", encoding="utf-8") as file:
+        file.write(
+            f"\n{json.dumps(entry)}\n"
+        )  # the line before may be half of one, of a process that was killed
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Progress:
+    """What the processes have noted."""
+
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    noted: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # checksums by part
+
+
+def _read_progress(growing: Path) -> _Progress:
+    plan, noted = {}, {}
+    for path in growing.glob(_PROGRESS.format("*")):
+        for line in path.read_bytes().split(b"\n"):
+            try:
+                entry = dict(json.loads(line))
+            except (ValueError, TypeError):  # empty, or half of one
+                continue
+            if "part" in entry:
+                noted[str(entry["part"])] = entry["tensors"]
+            else:
+                plan = entry
+    return _Progress(plan=plan, noted=noted)
+
+
+def _finish(conversion: Conversion, output: Path, growing: Path, plan: Mapping[str, Any]) -> None:
+    """Write the report over the progress of process 0, and give all of it its name.
+
+    No file is removed where one process works alone: while much waits to be written, ext4 takes half a second for one.
+    """
+    noted = _read_progress(growing).noted
     tensors: dict[str, Any] = {}
     for part in conversion.parts:
-        path = growing / part.name
-        tensors |= _read_json(path.with_name(path.name + _SUMS))
-    report = {**conversion.facts, "fingerprint": fingerprint}
+        tensors |= noted[part.name]
+    report = {**conversion.facts, **plan}
     report |= {"files": {part.name: part.num_bytes for part in conversion.parts}, "tensors": tensors}
-    _write_json(growing / REPORT, report)
-    for leftover in (growing / _PLAN, *growing.rglob(f"*{_SUMS}")):
-        leftover.unlink(missing_ok=True)
-    publish(growing, output)
+    own = growing / _PROGRESS.format(0)
+    with own.open("r+", encoding="utf-8") as file:
+        file.write(json.dumps(report, indent=1) + "\n")
+        file.truncate()
+    own.rename(growing / REPORT)
+    for other in growing.glob(_PROGRESS.format("*")):
+        other.unlink()
+    publish(growing, output, fsync=plan["fsync"])
 
 
 def _wait(is_done: Callable[[], bool], growing: Path, what: str) -> None:
@@ -222,10 +320,3 @@ def _read_json(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return {}
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a file that another process may be waiting for: it is there whole or not at all."""
-    draft = path.with_name(path.name + ".draft")
-    draft.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    draft.rename(path)

@@ -1,7 +1,7 @@
-"""Bytes from files into a file through a small buffer, and checksums of tensors as their bytes pass by.
+"""Bytes from files into a file, and checksums of tensors as their bytes pass by.
 
-A byte is read from memory once: the kernel's own copy is no faster when a checksum reads the bytes again. Memory stays at
-BUFFER_BYTES whatever the size of a tensor.
+Sources are mapped, so that a byte is copied once, from the page cache of one file into that of the other, and a checksum
+reads it there. Memory stays at BUFFER_BYTES whatever the size of a tensor.
 """
 
 import ctypes
@@ -16,13 +16,13 @@ import numpy.typing as npt
 import xxhash
 
 from megaswift.converters.dtypes import cast
+from megaswift.converters.mapped_file import MappedFile
 from megaswift.converters.shards import write_at
 from megaswift.converters.tensor_files import DTYPE_BYTES
-from megaswift.errors import CheckpointError
 
 # Large enough that a system call costs nothing beside it, small enough for the processor's cache. No power of two: ext4 on
 # Linux 6.18 writes aligned pieces of 256 KiB at a third of the speed.
-BUFFER_BYTES = 252 << 10
+BUFFER_BYTES = 1020 << 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,18 +104,22 @@ class SpanWriter:
 
     def __init__(self, path: Path, num_bytes: int) -> None:
         self._path = path
-        self._sources: dict[Path, int] = {}
+        self._sources: dict[Path, MappedFile] = {}
         self._buffer = memoryview(bytearray(BUFFER_BYTES))
         self._waiting: dict[tuple[Path, int], Checksum] = {}  # by the byte that each wants next
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-        os.ftruncate(self._file, num_bytes)
+        self._file = self._open(num_bytes)
+
+    def _open(self, num_bytes: int) -> int:
+        file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        os.ftruncate(file, num_bytes)
+        return file
 
     def __enter__(self) -> "SpanWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for opened in (self._file, *self._sources.values()):
-            os.close(opened)
+        os.close(self._file)
+        self._sources.clear()
 
     def write(self, spans: Iterable[Span], checksums: Iterable[Checksum] = ()) -> None:
         """Write some spans; checksums of this file or of sources take what passes by in their order.
@@ -131,8 +135,10 @@ class SpanWriter:
             else:
                 for at, data in span.chunks():
                     self._write(data, at)
+
+    def begin_sync(self) -> None:
+        """Let the disk begin now rather than when the last byte is there; a failure shows in fsync."""
         if _sync_file_range is not None:
-            # The disk begins now, not when the last byte is there; a failure shows in fsync.
             _sync_file_range(self._file, 0, 0, _SYNC_FILE_RANGE_WRITE)
 
     def _copy(self, span: Copy) -> None:
@@ -157,13 +163,12 @@ class SpanWriter:
                 self._write_runs(data, at, span.pitch, runs)
 
     def _read_runs(self, span: Copy, source_at: int, width: int, runs: int) -> memoryview:
-        """Return `runs` runs of `width` bytes, one after the other, in the buffer."""
-        if span.source_pitch == width:
-            width, runs = runs * width, 1
+        """Return `runs` runs of `width` bytes, one after the other."""
+        if runs == 1 or span.source_pitch == width:
+            return self._read(span.source, source_at, runs * width)
         for run in range(runs):
-            self._read(
-                span, source_at + run * span.source_pitch, self._buffer[run * width : (run + 1) * width]
-            )
+            data = self._read(span.source, source_at + run * span.source_pitch, width)
+            self._buffer[run * width : (run + 1) * width] = data
         return self._buffer[: runs * width]
 
     def _write_runs(self, data: memoryview, at: int, pitch: int, runs: int) -> None:
@@ -173,16 +178,12 @@ class SpanWriter:
         for run in range(runs):
             self._write(data[run * width : (run + 1) * width], at + run * pitch)
 
-    def _read(self, span: Copy, source_at: int, into: memoryview) -> None:
-        if span.source not in self._sources:
-            self._sources[span.source] = os.open(span.source, os.O_RDONLY)
-        filled = 0
-        while filled < len(into):
-            got = os.preadv(self._sources[span.source], [into[filled:]], source_at + filled)
-            if got == 0:
-                raise _ended(span, source_at + filled)
-            filled += got
-        self._pass(span.source, source_at, into)
+    def _read(self, path: Path, at: int, num_bytes: int) -> memoryview:
+        if path not in self._sources:
+            self._sources[path] = MappedFile(path)
+        data = self._sources[path].read(at, num_bytes)
+        self._pass(path, at, data)
+        return data
 
     def _write(self, data: memoryview, at: int) -> None:
         write_at(self._file, data, at)
@@ -197,23 +198,43 @@ class SpanWriter:
                 self._waiting[file, at] = checksum
 
 
+class _Differs(Exception):
+    """A file does not hold what was to be written."""
+
+
+class _SpanComparer(SpanWriter):
+    """Compares a file with what would be written, and raises _Differs where they are not equal."""
+
+    def _open(self, num_bytes: int) -> int:
+        file = os.open(self._path, os.O_RDONLY)
+        if os.fstat(file).st_size != num_bytes:
+            os.close(file)
+            raise _Differs
+        return file
+
+    def _write(self, data: memoryview, at: int) -> None:
+        there = os.pread(self._file, len(data), at)
+        if there != bytes(data):  # a memoryview would compare element by element
+            raise _Differs
+
+
+def holds(path: Path, num_bytes: int, spans: Iterable[Span]) -> bool:
+    """Whether a file has `num_bytes` and the bytes of some spans; raises OSError."""
+    try:
+        with _SpanComparer(path, num_bytes) as comparer:
+            comparer.write(spans)
+    except _Differs:
+        return False
+    return True
+
+
 def gather(copies: Sequence[Copy], *, num_bytes: int) -> npt.NDArray[np.uint8]:
     """Return in memory what the copies would write into a file of `num_bytes`; they must not cast."""
     out = np.zeros(num_bytes, np.uint8)
     for span in copies:
         assert span.cast is None, f"{span} casts"
-        source = np.memmap(span.source, np.uint8, "r")
-        end = span.source_at + (span.runs - 1) * span.source_pitch + span.run_bytes
-        if end > len(source):
-            raise _ended(span, len(source))
-        rows = np.lib.stride_tricks.as_strided(
-            source[span.source_at :], (span.runs, span.run_bytes), (span.source_pitch, 1)
-        )
+        extent = (span.runs - 1) * span.source_pitch + span.run_bytes
+        source = np.frombuffer(MappedFile(span.source).read(span.source_at, extent), np.uint8)
+        rows = np.lib.stride_tricks.as_strided(source, (span.runs, span.run_bytes), (span.source_pitch, 1))
         np.lib.stride_tricks.as_strided(out[span.at :], rows.shape, (span.pitch, 1))[...] = rows
     return out
-
-
-def _ended(span: Copy, at: int) -> CheckpointError:
-    return CheckpointError(
-        f"{span.source} ends at byte {at}, earlier than its header says. Copy the file again."
-    )

@@ -29,16 +29,21 @@ def check_space(folder: Path, num_bytes: int) -> None:
         raise OSError(errno.ENOSPC, f"{num_bytes / 1e9:.1f} GB are needed and the disk is full", str(folder))
 
 
-def publish(growing: Path, output: Path) -> None:
-    """Give the folder its name, once all of it is on the disk; what had the name before is removed last. Raises OSError."""
-    for path in (*growing.rglob("*"), growing):
-        sync(path)
+def publish(growing: Path, output: Path, *, fsync: bool = True) -> None:
+    """Give the folder its name, with `fsync` once all of it is on the disk; what had the name before is removed last.
+
+    Raises OSError.
+    """
+    if fsync:
+        for path in (*growing.rglob("*"), growing):
+            sync(path)
     old = output.with_name(output.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if output.exists():
         output.rename(old)
     growing.rename(output)
-    sync(output.parent)
+    if fsync:
+        sync(output.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

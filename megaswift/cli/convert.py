@@ -171,10 +171,16 @@ def _convert(config: ConvertConfig, *, rank: int, world: int) -> int:
     started = time.monotonic()
     meta, source = _read(config)
     conversion = _plan(config, meta, source)
-    output = carry_out(conversion, Path(str(config.target.output_dir)), source=source, rank=rank, world=world)
+    output = carry_out(
+        conversion,
+        Path(str(config.target.output_dir)),
+        source=source,
+        rank=rank,
+        world=world,
+        fsync=config.target.fsync,
+    )
     if rank == 0:
-        gigabytes = sum(part.num_bytes for part in conversion.parts) / 1e9
-        log.info(f"{output}: {gigabytes:.2f} GB in {time.monotonic() - started:.1f} s")
+        log.info(f"{output}: {conversion.num_bytes / 1e9:.2f} GB in {time.monotonic() - started:.1f} s")
     return 0
 
 

@@ -76,6 +76,7 @@ class TextEncoder:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._cut = _cut_at_tokens(spec)
+        self._spells = "ByteLevel" in _types(spec["pre_tokenizer"])  # every token stands for certain bytes
         self._seen: dict[str, np.ndarray] = {}
         adds_bos = tokenizer.bos_token_id is not None and self._backend.encode("a").ids[:1] == [
             tokenizer.bos_token_id
@@ -98,18 +99,23 @@ class TextEncoder:
     ) -> list[tuple[np.ndarray, list[tuple[int, int]]]]:
         """Return the ids of each text, and the tokens [first, last) that hold at least one character of each of its spans."""
         rows = [self._pieces(text, of_text) for text, of_text in zip(texts, spans, strict=True)]
-        # Offsets are needed only where a span begins or ends inside a piece.
-        cut = list(dict.fromkeys(row.texts[i] for row in rows for i in row.cut))
-        offsets = dict(zip(cut, self._backend.encode_batch(cut, add_special_tokens=False), strict=True))
-        ids = {text: token_ids(encoding) for text, encoding in offsets.items()}
-        new = [one for one in dict.fromkeys(one for row in rows for one in row.texts) if one not in ids]
-        new = [one for one in new if one not in self._seen]
+        edges = {(row.texts[i], edge) for row in rows for i, inside in row.cut.items() for edge in inside}
+        # Offsets cost time. Where the tokens before an edge are those of the text before it alone, no token lies across it.
+        heads = {piece[:edge] for piece, edge in edges if self._spells and edge <= SEEN_CHARACTERS}
+        wanted = dict.fromkeys((*(one for row in rows for one in row.texts), *heads))
+        new = [one for one in wanted if one not in self._seen]
         encodings = self._backend.encode_batch_fast(new, add_special_tokens=False)
-        ids |= {text: token_ids(encoding) for text, encoding in zip(new, encodings, strict=True)}
+        ids = {text: token_ids(encoding) for text, encoding in zip(new, encodings, strict=True)}
+        ids |= {one: self._seen[one] for one in wanted if one not in ids}
+        firsts = {}
+        for piece, edge in edges:
+            head = ids[piece[:edge]] if piece[:edge] in heads else None
+            if head is not None and np.array_equal(ids[piece][: len(head)], head):
+                firsts[piece, edge] = len(head)
+        across = list(dict.fromkeys(piece for piece, edge in edges if (piece, edge) not in firsts))
+        offsets = dict(zip(across, self._backend.encode_batch(across, add_special_tokens=False), strict=True))
         located = [
-            _assembled(
-                row, of_text, [ids[one] if one in ids else self._seen[one] for one in row.texts], offsets
-            )
+            _assembled(row, of_text, [ids[one] for one in row.texts], firsts, offsets)
             for row, of_text in zip(rows, spans, strict=True)
         ]
         if len(self._seen) < SEEN_PIECES:
@@ -119,8 +125,11 @@ class TextEncoder:
     def _pieces(self, text: str, spans: Sequence[CharSpan]) -> "_Pieces":
         texts = [piece for piece in self._cut.split(text) if piece] if self._cut else [text]
         starts = [0, *accumulate(map(len, texts))]
-        edges = {edge for span in spans for edge in span[:2]}.difference(starts)
-        return _Pieces(texts, starts, {bisect_right(starts, edge) - 1 for edge in edges})
+        cut: dict[int, list[int]] = {}
+        for edge in {edge for span in spans for edge in span[:2]}.difference(starts):
+            piece = bisect_right(starts, edge) - 1
+            cut.setdefault(piece, []).append(edge - starts[piece])
+        return _Pieces(texts, starts, cut)
 
 
 class _Pieces(NamedTuple):
@@ -128,27 +137,32 @@ class _Pieces(NamedTuple):
 
     texts: list[str]
     starts: list[int]  # characters; one more, the length of the text
-    cut: set[int]  # the pieces inside which a span begins or ends
+    cut: dict[int, list[int]]  # pieces inside which spans begin or end: after how many of their characters
 
 
 def _assembled(
     pieces: _Pieces,
     spans: Sequence[CharSpan],
     ids: Sequence[np.ndarray],
+    inside: Mapping[tuple[str, int], int],
     offsets: Mapping[str, Any],
 ) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """Return the ids of a text, and the tokens of its spans."""
+    """Return the ids of a text, and the tokens of its spans.
+
+    What lies inside of a piece is found by the tokens before a character of it, or in its offsets where it has any.
+    """
     firsts = [0, *accumulate(map(len, ids))]
     located = []
     for start, end, *_ in spans:
         found = []
         for i in range(bisect_right(pieces.starts, start) - 1, bisect_left(pieces.starts, end)):
             at, after = pieces.starts[i : i + 2]
-            first, last = 0, firsts[i + 1] - firsts[i]
-            if i in pieces.cut:
-                first, last = tokens_of_span(
-                    offsets[pieces.texts[i]], max(start, at) - at, min(end, after) - at
-                )
+            piece, begin, stop = pieces.texts[i], max(start, at) - at, min(end, after) - at
+            if i in pieces.cut and piece in offsets:
+                first, last = tokens_of_span(offsets[piece], begin, stop)
+            else:
+                first = inside[piece, begin] if begin else 0
+                last = inside[piece, stop] if stop < len(piece) else len(ids[i])
             if first < last:
                 found += [firsts[i] + first, firsts[i] + last]
         located.append((found[0], found[-1]) if found else (0, 0))

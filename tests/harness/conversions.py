@@ -29,11 +29,18 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def there(folder: Path, output: Path, *, max_bytes: int = 100_000, dtype: str | None = None) -> Path:
+def there(
+    folder: Path,
+    output: Path,
+    *,
+    max_bytes: int = 100_000,
+    dtype: str | None = None,
+    fsync: bool | None = None,
+) -> Path:
     """Convert a Hugging Face folder to a torch_dist checkpoint."""
     meta = get_model_meta(folder)
     conversion = to_mcore(meta, folder, dtype=dtype, vocab_multiple=1, max_bytes=max_bytes)
-    return carry_out(conversion, output, source=folder)
+    return carry_out(conversion, output, source=folder, fsync=fsync)
 
 
 def back(folder: Path, checkpoint: Path, output: Path, *, dtype: str | None = None) -> Path:

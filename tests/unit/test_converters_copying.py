@@ -1,13 +1,15 @@
 """Bytes copied from files into a file, and the checksums taken as they pass by."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import xxhash
 
-from megaswift.converters import copying
+from megaswift.converters import copying, mapped_file
 from megaswift.converters.copying import Checksum, Copy, Literal, SpanWriter
+from megaswift.converters.mapped_file import MappedFile
 from megaswift.errors import CheckpointError
 
 
@@ -76,3 +78,30 @@ def test_source_that_ends_early_is_an_error(tmp_path: Path) -> None:
     copy = Copy(at=0, pitch=9, source=tmp_path / "source", source_at=0, source_pitch=9, run_bytes=9, runs=1)
     with pytest.raises(CheckpointError, match="ends at byte 5"), SpanWriter(tmp_path / "target", 9) as writer:
         writer.write([copy])
+
+
+def test_source_that_is_cut_off_meanwhile_is_an_error(tmp_path: Path) -> None:
+    """Reading what a mapping holds no more would end the process."""
+    source = tmp_path / "source"
+    source.write_bytes(bytes(100_000))
+    mapped = MappedFile(source)
+    assert len(mapped.read(0, 100_000)) == 100_000
+    os.truncate(source, 10)
+    with pytest.raises(CheckpointError, match=r"cannot be read at byte 50000.*cut off"):
+        mapped.read(50_000, 50_000)
+
+
+def test_mapping_lets_go_of_what_it_has_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mapped_file, "MAPPED_BYTES", 1 << 20)
+    source = np.random.default_rng(0).integers(0, 256, 64 << 20, dtype=np.uint8)
+    source.tofile(tmp_path / "source")
+    mapped, before = MappedFile(tmp_path / "source"), file_bytes()
+    for at in range(0, len(source), 1 << 18):
+        assert bytes(mapped.read(at, 1 << 18)) == source[at : at + (1 << 18)].tobytes()
+    assert file_bytes() - before < 16 << 20
+
+
+def file_bytes() -> int:
+    """Return how much of this process's memory is of files."""
+    (line,) = [one for one in Path("/proc/self/status").read_text().splitlines() if one.startswith("RssFile")]
+    return int(line.split()[1]) << 10

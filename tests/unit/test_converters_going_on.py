@@ -16,19 +16,19 @@ from megaswift.converters import conversion as conversion_module
 from megaswift.converters.conversion import Conversion, Part, Stretch, carry_out
 from megaswift.converters.copying import Literal, SpanWriter
 from megaswift.converters.offline import to_mcore
-from megaswift.errors import CheckpointError
+from megaswift.errors import CheckpointError, ConfigError
 from megaswift.metadata.read import get_model_meta
 from tests.harness.conversions import files_of, saved, there
 
 
-def one_of_several(folder: Path, output: Path, rank: int, world: int) -> None:
+def one_of_several(folder: Path, output: Path, rank: int, world: int, *, fsync: bool | None = None) -> None:
     """Write this process's share of a conversion."""
     conversion = to_mcore(get_model_meta(folder), folder, dtype=None, vocab_multiple=1, max_bytes=30_000)
-    carry_out(conversion, output, source=folder, rank=rank, world=world)
+    carry_out(conversion, output, source=folder, rank=rank, world=world, fsync=fsync)
 
 
 def test_several_processes_write_the_bytes_of_one(tmp_path: Path) -> None:
-    there(saved("mixtral"), tmp_path / "one", max_bytes=30_000)
+    there(saved("mixtral"), tmp_path / "one", max_bytes=30_000, fsync=True)  # as several do
     context = mp.get_context("fork")  # nothing here needs torch's threads
     workers = [
         context.Process(target=one_of_several, args=(saved("mixtral"), tmp_path / "many", rank, 3))
@@ -46,7 +46,7 @@ def test_several_processes_write_the_bytes_of_one(tmp_path: Path) -> None:
 EVENTS = ("pwrite", "ftruncate", "fsync", "rename", "mkdir", "unlink")  # of os
 
 
-def convert_and_die(folder: Path, output: Path, events: int) -> None:
+def convert_and_die(folder: Path, output: Path, events: int, *, fsync: bool) -> None:
     """Convert in this process, which kills itself in the middle of its n-th call that changes the disk."""
     left = events
 
@@ -64,26 +64,29 @@ def convert_and_die(folder: Path, output: Path, events: int) -> None:
 
     for name in EVENTS:
         setattr(os, name, counted(getattr(os, name), name))
-    one_of_several(folder, output, 0, 1)
+    one_of_several(folder, output, 0, 1, fsync=fsync)
 
 
-def killed_after(folder: Path, output: Path, events: int) -> bool:
+def killed_after(folder: Path, output: Path, events: int, *, fsync: bool) -> bool:
     """Whether a conversion in a process of its own was killed after so many calls, rather than ready before."""
-    process = mp.get_context("fork").Process(target=convert_and_die, args=(folder, output, events))
+    process = mp.get_context("fork").Process(
+        target=convert_and_die, args=(folder, output, events), kwargs={"fsync": fsync}
+    )
     process.start()
     process.join(120)
     assert process.exitcode in (0, -signal.SIGKILL)
     return process.exitcode != 0
 
 
+@pytest.mark.parametrize("fsync", [False, True])
 def test_conversion_killed_at_twenty_moments_is_never_taken_for_complete_and_ends_with_the_same_bytes(
-    tmp_path: Path,
+    tmp_path: Path, fsync: bool
 ) -> None:
-    there(saved("mixtral"), tmp_path / "whole", max_bytes=30_000)
+    there(saved("mixtral"), tmp_path / "whole", max_bytes=30_000, fsync=fsync)
     whole, output, draw = files_of(tmp_path / "whole"), tmp_path / "out", random.Random(0)
     kills, partly = 0, 0
     while kills < 20:
-        if killed_after(saved("mixtral"), output, draw.randint(1, 120)):
+        if killed_after(saved("mixtral"), output, draw.randint(1, 120), fsync=fsync):
             kills += 1
             partly += 0 < len(list(tmp_path.glob("out.incomplete/release/*.distcp"))) < len(whole)
             assert not output.exists() or files_of(output) == whole  # a kill after the last rename
@@ -91,7 +94,7 @@ def test_conversion_killed_at_twenty_moments_is_never_taken_for_complete_and_end
             assert files_of(output) == whole
             shutil.rmtree(output)
     assert partly > 5
-    assert not killed_after(saved("mixtral"), output, 10**9)
+    assert not killed_after(saved("mixtral"), output, 10**9, fsync=fsync)
     assert files_of(output) == whole
 
 
@@ -144,6 +147,61 @@ def test_complete_output_is_left_alone(tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
     there(saved("qwen2"), tmp_path / "out")
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
+
+
+def lose_power(path: Path) -> None:
+    """Leave of a file what a file system keeps whose data had not been written: its length."""
+    num_bytes = path.stat().st_size
+    path.write_bytes(b"")
+    os.truncate(path, num_bytes)
+
+
+def test_output_that_a_loss_of_power_has_damaged_is_written_again(tmp_path: Path) -> None:
+    there(saved("qwen2"), tmp_path / "out")
+    whole = files_of(tmp_path / "out")
+    lose_power(next((tmp_path / "out" / "release").glob("*.distcp")))
+    assert files_of(tmp_path / "out") != whole
+    there(saved("qwen2"), tmp_path / "out")
+    assert files_of(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize("fsync", [False, True])
+def test_part_without_checksums_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fsync: bool
+) -> None:
+    there(saved("qwen2"), tmp_path / "whole", max_bytes=50_000, fsync=fsync)
+    interrupt_at_the_end(tmp_path / "out", monkeypatch, fsync=fsync)
+    progress = tmp_path / "out.incomplete" / "progress-0.jsonl"
+    os.truncate(progress, progress.stat().st_size // 2)
+    there(saved("qwen2"), tmp_path / "out", max_bytes=50_000, fsync=fsync)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def interrupt_at_the_end(output: Path, monkeypatch: pytest.MonkeyPatch, *, fsync: bool) -> None:
+    """Leave a conversion whose parts are there, and which has no name yet."""
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion_module, "_finish", full_disk)
+        with pytest.raises(CheckpointError, match="No space left"):
+            there(saved("qwen2"), output, max_bytes=50_000, fsync=fsync)
+
+
+def test_part_that_a_loss_of_power_has_damaged_is_written_again_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there(saved("qwen2"), tmp_path / "whole", max_bytes=50_000)
+    interrupt_at_the_end(tmp_path / "out", monkeypatch, fsync=False)
+    parts = sorted((tmp_path / "out.incomplete" / "release").glob("*.distcp"))
+    lose_power(parts[1])
+    before = {path.name: path.stat().st_mtime_ns for path in parts}
+    there(saved("qwen2"), tmp_path / "out", max_bytes=50_000)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out" / "release").glob("*.distcp")}
+    assert [name for name in before if after[name] != before[name]] == [parts[1].name]
+
+
+def test_several_processes_wait_for_the_disk(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="fsync false is for one process, and 2 share"):
+        one_of_several(saved("qwen2"), tmp_path / "out", 0, 2, fsync=False)
 
 
 def test_process_that_is_gone_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
