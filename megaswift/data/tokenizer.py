@@ -2,6 +2,7 @@
 
 import json
 import re
+import unicodedata
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
@@ -76,7 +77,7 @@ class TextEncoder:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._cut = _cut_at_tokens(spec)
-        self._spells = "ByteLevel" in _types(spec["pre_tokenizer"])  # every token stands for certain bytes
+        self._token_bytes = _token_bytes(self._backend, spec)
         self._seen: dict[str, np.ndarray] = {}
         adds_bos = tokenizer.bos_token_id is not None and self._backend.encode("a").ids[:1] == [
             tokenizer.bos_token_id
@@ -99,37 +100,36 @@ class TextEncoder:
     ) -> list[tuple[np.ndarray, list[tuple[int, int]]]]:
         """Return the ids of each text, and the tokens [first, last) that hold at least one character of each of its spans."""
         rows = [self._pieces(text, of_text) for text, of_text in zip(texts, spans, strict=True)]
-        edges = {(row.texts[i], edge) for row in rows for i, inside in row.cut.items() for edge in inside}
-        # Offsets cost time. Where the tokens before an edge are those of the text before it alone, no token lies across it.
-        heads = {piece[:edge] for piece, edge in edges if self._spells and edge <= SEEN_CHARACTERS}
-        wanted = dict.fromkeys((*(one for row in rows for one in row.texts), *heads))
+        wanted = dict.fromkeys(one for row in rows for one in row.texts)
         new = [one for one in wanted if one not in self._seen]
         encodings = self._backend.encode_batch_fast(new, add_special_tokens=False)
         ids = {text: token_ids(encoding) for text, encoding in zip(new, encodings, strict=True)}
         ids |= {one: self._seen[one] for one in wanted if one not in ids}
-        firsts = {}
-        for piece, edge in edges:
-            head = ids[piece[:edge]] if piece[:edge] in heads else None
-            if head is not None and np.array_equal(ids[piece][: len(head)], head):
-                firsts[piece, edge] = len(head)
-        across = list(dict.fromkeys(piece for piece, edge in edges if (piece, edge) not in firsts))
-        offsets = dict(zip(across, self._backend.encode_batch(across, add_special_tokens=False), strict=True))
+        # Where a span begins or ends inside a piece: counted in bytes, or else by offsets, which cost time.
+        cut = dict.fromkeys(row.texts[i] for row in rows for i in row.cut)
+        places: dict[str, Any] = {one: self._ends(one, ids[one]) for one in cut}
+        odd = [one for one in cut if places[one] is None]
+        places |= zip(odd, self._backend.encode_batch(odd, add_special_tokens=False), strict=True)
         located = [
-            _assembled(row, of_text, [ids[one] for one in row.texts], firsts, offsets)
+            _assembled(row, of_text, [ids[one] for one in row.texts], places)
             for row, of_text in zip(rows, spans, strict=True)
         ]
         if len(self._seen) < SEEN_PIECES:
             self._seen |= {text: ids[text] for text in new if len(text) <= SEEN_CHARACTERS}
         return located
 
+    def _ends(self, piece: str, ids: np.ndarray) -> np.ndarray | None:
+        """Return after how many bytes of a piece each of its tokens ends; None where they do not tell."""
+        if self._token_bytes is None or not unicodedata.is_normalized("NFC", piece):
+            return None
+        ends = np.cumsum(self._token_bytes[ids])
+        return ends if len(ends) and ends[-1] == len(piece.encode()) else None
+
     def _pieces(self, text: str, spans: Sequence[CharSpan]) -> "_Pieces":
         texts = [piece for piece in self._cut.split(text) if piece] if self._cut else [text]
         starts = [0, *accumulate(map(len, texts))]
-        cut: dict[int, list[int]] = {}
-        for edge in {edge for span in spans for edge in span[:2]}.difference(starts):
-            piece = bisect_right(starts, edge) - 1
-            cut.setdefault(piece, []).append(edge - starts[piece])
-        return _Pieces(texts, starts, cut)
+        edges = {edge for span in spans for edge in span[:2]}.difference(starts)
+        return _Pieces(texts, starts, {bisect_right(starts, edge) - 1 for edge in edges})
 
 
 class _Pieces(NamedTuple):
@@ -137,36 +137,57 @@ class _Pieces(NamedTuple):
 
     texts: list[str]
     starts: list[int]  # characters; one more, the length of the text
-    cut: dict[int, list[int]]  # pieces inside which spans begin or end: after how many of their characters
+    cut: set[int]  # the pieces inside which a span begins or ends
 
 
 def _assembled(
     pieces: _Pieces,
     spans: Sequence[CharSpan],
     ids: Sequence[np.ndarray],
-    inside: Mapping[tuple[str, int], int],
-    offsets: Mapping[str, Any],
+    places: Mapping[str, Any],
 ) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """Return the ids of a text, and the tokens of its spans.
-
-    What lies inside of a piece is found by the tokens before a character of it, or in its offsets where it has any.
-    """
+    """Return the ids of a text, and the tokens of its spans; `places` has the ends or the encodings of pieces that are cut."""
     firsts = [0, *accumulate(map(len, ids))]
     located = []
     for start, end, *_ in spans:
         found = []
         for i in range(bisect_right(pieces.starts, start) - 1, bisect_left(pieces.starts, end)):
             at, after = pieces.starts[i : i + 2]
-            piece, begin, stop = pieces.texts[i], max(start, at) - at, min(end, after) - at
-            if i in pieces.cut and piece in offsets:
-                first, last = tokens_of_span(offsets[piece], begin, stop)
-            else:
-                first = inside[piece, begin] if begin else 0
-                last = inside[piece, stop] if stop < len(piece) else len(ids[i])
+            first, last = 0, firsts[i + 1] - firsts[i]
+            if i in pieces.cut:
+                first, last = _tokens_inside(
+                    pieces.texts[i], places[pieces.texts[i]], max(start, at) - at, min(end, after) - at
+                )
             if first < last:
                 found += [firsts[i] + first, firsts[i] + last]
         located.append((found[0], found[-1]) if found else (0, 0))
     return np.concatenate(ids) if ids else np.empty(0, np.int32), located
+
+
+def _tokens_inside(piece: str, places: Any, start: int, end: int) -> tuple[int, int]:
+    """Return the tokens [first, last) of a piece that hold at least one byte of the characters start to end."""
+    if not isinstance(places, np.ndarray):
+        return tokens_of_span(places, start, end)
+    if start == end:
+        return 0, 0
+    begin, stop = len(piece[:start].encode()), len(piece[:end].encode())
+    return int(np.searchsorted(places, begin, "right")), int(np.searchsorted(places, stop)) + 1
+
+
+def _token_bytes(backend: Any, spec: Mapping[str, Any]) -> np.ndarray | None:
+    """Return how many bytes of a text each token stands for, int32 [vocabulary]; None where tokens do not say.
+
+    ByteLevel writes each byte as one character (tokenizers 0.22, pre_tokenizers/byte_level.rs). A text that NFC leaves as it
+    is keeps its bytes.
+    """
+    normalizes = {*_types(spec["normalizer"])} - {"NFC", "Sequence"}
+    if normalizes or "ByteLevel" not in _types(spec["pre_tokenizer"]):
+        return None
+    of_token = {token: len(word) for word, token in backend.get_vocab(with_added_tokens=False).items()}
+    of_token |= {token["id"]: len(token["content"].encode()) for token in spec["added_tokens"]}
+    num_bytes = np.zeros(1 + max(of_token), np.int32)
+    num_bytes[[*of_token]] = [*of_token.values()]
+    return num_bytes
 
 
 def _cut_at_tokens(spec: Mapping[str, Any]) -> re.Pattern[str] | None:
