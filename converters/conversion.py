@@ -248,10 +248,9 @@ class _Sealer:
 
 
 def _note(progress: Path, entry: Mapping[str, Any]) -> None:
+    line = json.dumps(entry)
     with progress.open("a", encoding="utf-8") as file:
-        file.write(
-            f"\n{json.dumps(entry)}\n"
-        )  # the line before may be half of one, of a process that was killed
+        file.write(f"\n{line}\n")  # a process that was killed may have left half a line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,7 +264,11 @@ class _Progress:
 def _read_progress(growing: Path) -> _Progress:
     plan, noted = {}, {}
     for path in growing.glob(_PROGRESS.format("*")):
-        for line in path.read_bytes().split(b"\n"):
+        try:
+            lines = path.read_bytes().split(b"\n")
+        except FileNotFoundError:  # process 0 begins anew, or ends
+            continue
+        for line in lines:
             try:
                 entry = dict(json.loads(line))
             except (ValueError, TypeError):  # empty, or half of one

@@ -1,6 +1,7 @@
 """Words of a command line, or values of a YAML file, to values of a setting's type."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 from megaswift.config.field import Setting
@@ -106,6 +107,13 @@ def _whole(raw: Raw, name: str) -> int:
 def _one_of(setting: Setting, text: str, name: str) -> str:
     if setting.choices and text not in setting.choices:
         raise ConfigError(f"{name}={text} is not one of the choices.{nearest(text, setting.choices)}")
+    if text.startswith("~"):
+        try:
+            Path(text).expanduser()
+        except RuntimeError:
+            raise ConfigError(
+                f"{name}={text} begins in the home of a user whom this machine does not know. Write the folder in full."
+            ) from None
     return text
 
 

@@ -67,6 +67,11 @@ def test_negative_numbers_are_values_not_flags() -> None:
         ("--lr 1 --learning_rate 1", "lr and learning_rate are the same setting (lr)"),
         ("rows.jsonl --lr 1", "rows.jsonl belongs to no flag"),
         ("--config nowhere.yaml", "config=nowhere.yaml cannot be read"),
+        (
+            "--output_dir ~nobody-has-this-name/out",
+            "begins in the home of a user whom this machine does not know",
+        ),
+        ("--dataset a.jsonl ~nobody-has-this-name/b", "dataset=~nobody-has-this-name/b begins in the home"),
     ],
 )
 def test_bad_words_give_one_clear_message(words: str, message: str) -> None:

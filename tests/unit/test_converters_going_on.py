@@ -199,6 +199,13 @@ def test_part_that_a_loss_of_power_has_damaged_is_written_again_and_no_other(
     assert [name for name in before if after[name] != before[name]] == [parts[1].name]
 
 
+def test_output_that_nobody_waited_for_is_written_again_where_fsync_is_asked_for(tmp_path: Path) -> None:
+    there(saved("qwen2"), tmp_path / "out")
+    assert not json.loads((tmp_path / "out" / "conversion.json").read_text())["fsync"]
+    there(saved("qwen2"), tmp_path / "out", fsync=True)
+    assert json.loads((tmp_path / "out" / "conversion.json").read_text())["fsync"]
+
+
 def test_several_processes_wait_for_the_disk(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="fsync false is for one process, and 2 share"):
         one_of_several(saved("qwen2"), tmp_path / "out", 0, 2, fsync=False)
@@ -239,7 +246,7 @@ def test_process_that_comes_when_all_is_done_is_done_too(
         """Process 0 finishes between this process's first look and its next."""
         monkeypatch.undo()
         monkeypatch.setattr(conversion_module, "STALL_S", 1.0)
-        carry_out(plan, output, source=saved("qwen2"))
+        carry_out(plan, output, source=saved("qwen2"), fsync=True)  # as several do
 
     monkeypatch.setattr(conversion_module.time, "sleep", meanwhile)
     assert carry_out(plan, output, source=saved("qwen2"), rank=1, world=2) == output
