@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +29,7 @@ logger = get_logger(__name__)
 REPORT = "conversion.json"
 # Of each process while it works: first the plan, by process 0, then a line for each part, with its tensors' checksums.
 _PROGRESS = "progress-{}.jsonl"
+PARTIAL = ".partial"
 POLL_S = 0.1
 THREADS = min(4, len(os.sched_getaffinity(0)))  # each holds a buffer, or an expert that has to be computed
 DISK_THREADS = 4  # they only wait
@@ -99,9 +100,9 @@ def carry_out(
 ) -> Path:
     """Write the output folder, which appears complete or not at all; every one of `world` processes calls it.
 
-    Process 0 returns when the folder has its name, the others when their parts are written. A complete output of the same
-    plan is left as it is. `fsync` says whether to wait until it is on the disk; None: from FSYNC_BYTES on, and with several
-    processes, whose nodes may fail one by one. Raises CheckpointError where the output cannot be written or a process is
+    Process 0 returns when the folder has its name, the others when their parts are written. `fsync` says whether to wait
+    until it is on the disk; None: from FSYNC_BYTES on, and with several processes, whose nodes may fail one by one. A
+    complete output of the same plan is left as it is, but for one that nobody waited for where `fsync` is true. Raises CheckpointError where the output cannot be written or a process is
     gone; the parts that are complete stay for the next attempt. Raises ConfigError for several processes without fsync.
     """
     output = output.absolute()
@@ -116,10 +117,9 @@ def carry_out(
 
     def is_complete() -> bool:
         report = _read_json(output / REPORT)
-        return report.get("fingerprint") == plan["fingerprint"] and (
-            report.get("fsync") is True
-            or (not fsync and all(_is_whole(part, output / part.name) for part in conversion.parts))
-        )
+        if report.get("fingerprint") != plan["fingerprint"]:
+            return False
+        return report.get("fsync") is True or (not fsync and _is_whole(conversion, output))
 
     try:
         if is_complete():
@@ -127,18 +127,26 @@ def carry_out(
             return output
         if rank == 0:
             _prepare(conversion, output, growing, source, plan)
-        _wait(
-            lambda: _read_progress(growing).plan == plan or is_complete(),
-            growing,
-            "process 0 to begin",
-        )
-        _write_parts(conversion.parts[rank::world], growing, rank=rank, fsync=fsync)
+        progress = _Progress()
+
+        def has_begun() -> bool:
+            nonlocal progress
+            progress = _read_progress(growing)
+            return progress.plan == plan
+
+        _wait(lambda: has_begun() or is_complete(), growing, "process 0 to begin")
+        if progress.plan != plan:
+            return output
+        _write_parts(conversion.parts[rank::world], growing, progress, rank=rank, fsync=fsync)
         if rank == 0:
-            left = {part.name for part in conversion.parts}
-            _wait(
-                lambda: all((growing / name).exists() for name in left), growing, "the other processes' parts"
-            )
-            _finish(conversion, output, growing, plan)
+
+            def all_are_there() -> bool:
+                nonlocal progress
+                progress = _read_progress(growing)
+                return not _missing(conversion.parts, growing, progress)
+
+            _wait(all_are_there, growing, "the other processes' parts")
+            _finish(conversion, output, growing, progress)
     except OSError as error:
         if rank and is_complete():  # process 0 found all parts there
             return output
@@ -159,41 +167,45 @@ def _prepare(
         shutil.rmtree(growing, ignore_errors=True)
         growing.mkdir(parents=True)
         progress = _Progress()
-    missing = [
-        part
-        for part in conversion.parts
-        if part.name not in progress.noted or not (growing / part.name).exists()
-    ]
+    missing = _missing(conversion.parts, growing, progress)
     check_space(growing, sum(part.num_bytes for part in missing))
     if len(missing) < len(conversion.parts):
-        logger.info(
-            "going on: %d of %d parts are there", len(conversion.parts) - len(missing), len(conversion.parts)
-        )
+        there = len(conversion.parts) - len(missing)
+        compared = "" if plan["fsync"] else ", to be compared with the source"
+        logger.info("going on: %d of %d parts are there%s", there, len(conversion.parts), compared)
     for folder in {(growing / part.name).parent for part in conversion.parts}:
         folder.mkdir(parents=True, exist_ok=True)
     # Before the parts: once the system holds much that is not on the disk, each further file waits.
     conversion.begin(growing)
-    if progress.plan != plan:
-        _note(growing / _PROGRESS.format(0), plan)
     parts = {growing / part.name for part in conversion.parts}
     for path in {*growing.rglob("*")} - parts:
-        sync(path)
+        if path.suffix != PARTIAL:  # another process may be at it
+            sync(path)
+    if progress.plan != plan:
+        _note(growing / _PROGRESS.format(0), plan, fsync=bool(plan["fsync"]))
 
 
-def _write_parts(parts: tuple[Part, ...], growing: Path, *, rank: int, fsync: bool) -> None:
+def _missing(parts: Iterable[Part], growing: Path, progress: "_Progress") -> list[Part]:
+    """Return the parts that have no name yet, or whose checksums a loss of power has taken."""
+    return [part for part in parts if part.name not in progress.noted or not (growing / part.name).exists()]
+
+
+def _write_parts(
+    parts: tuple[Part, ...], growing: Path, progress: "_Progress", *, rank: int, fsync: bool
+) -> None:
     """Write those parts that are not there: threads write a part each, others wait for the disk and name it.
 
-    Two threads in one file would wait for each other: the kernel lets one write at a time.
+    Two threads in one file would wait for each other: the kernel lets one write at a time. `progress` is what stood there
+    when this process began; process 0 may be removing it by now.
     """
-    noted = _read_progress(growing).noted
+    missing = {part.name for part in _missing(parts, growing, progress)}
     sealer = _Sealer(growing / _PROGRESS.format(rank), fsync=fsync)
 
     def write(part: Part) -> Future[None] | None:
         path = growing / part.name
-        if part.name in noted and path.exists() and (fsync or _is_whole(part, path)):
+        if part.name not in missing and (fsync or _part_is_whole(part, path)):
             return None
-        path.unlink(missing_ok=True)
-        partial = path.with_name(path.name + ".partial")
+        partial = path.with_name(path.name + PARTIAL)
         sums = _write(part, partial, fsync=fsync)
         return disk.submit(sealer.seal, partial, path, {"part": part.name, "tensors": sums})
 
@@ -208,8 +220,14 @@ def _write_parts(parts: tuple[Part, ...], growing: Path, *, rank: int, fsync: bo
             raise
 
 
-def _is_whole(part: Part, path: Path) -> bool:
-    """Whether a part holds what it should; its sources are read again."""
+def _is_whole(conversion: Conversion, output: Path) -> bool:
+    """Whether a folder holds what the conversion makes; the sources are read again."""
+    logger.info("%s is there; comparing it with its source", output)
+    with ThreadPoolExecutor(THREADS) as readers:
+        return all(readers.map(lambda part: _part_is_whole(part, output / part.name), conversion.parts))
+
+
+def _part_is_whole(part: Part, path: Path) -> bool:
     spans = [span for stretch in part.stretches for span in stretch.spans]
     return path.exists() and holds(path, part.num_bytes, spans)
 
@@ -243,14 +261,16 @@ class _Sealer:
         if self._fsync:
             sync(partial)
         with self._lock:
-            _note(self._progress, entry)
+            _note(self._progress, entry, fsync=self._fsync)
         partial.rename(path)
 
 
-def _note(progress: Path, entry: Mapping[str, Any]) -> None:
+def _note(progress: Path, entry: Mapping[str, Any], *, fsync: bool) -> None:
     line = json.dumps(entry)
     with progress.open("a", encoding="utf-8") as file:
         file.write(f"\n{line}\n")  # a process that was killed may have left half a line
+    if fsync:
+        sync(progress)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,8 +282,9 @@ class _Progress:
 
 
 def _read_progress(growing: Path) -> _Progress:
+    """Return what is noted; process 0's file, the first to go in the end, is read last: with its plan all others are whole."""
     plan, noted = {}, {}
-    for path in growing.glob(_PROGRESS.format("*")):
+    for path in sorted(growing.glob(_PROGRESS.format("*")), reverse=True):
         try:
             lines = path.read_bytes().split(b"\n")
         except FileNotFoundError:  # process 0 begins anew, or ends
@@ -280,25 +301,26 @@ def _read_progress(growing: Path) -> _Progress:
     return _Progress(plan=plan, noted=noted)
 
 
-def _finish(conversion: Conversion, output: Path, growing: Path, plan: Mapping[str, Any]) -> None:
-    """Write the report over the progress of process 0, and give all of it its name.
-
-    No file is removed where one process works alone: while much waits to be written, ext4 takes half a second for one.
-    """
-    noted = _read_progress(growing).noted
+def _finish(conversion: Conversion, output: Path, growing: Path, progress: _Progress) -> None:
+    """Write the report, and give all of it its name."""
     tensors: dict[str, Any] = {}
     for part in conversion.parts:
-        tensors |= noted[part.name]
-    report = {**conversion.facts, **plan}
+        tensors |= progress.noted[part.name]
+    report = {**conversion.facts, **progress.plan}
     report |= {"files": {part.name: part.num_bytes for part in conversion.parts}, "tensors": tensors}
-    own = growing / _PROGRESS.format(0)
-    with own.open("r+", encoding="utf-8") as file:
-        file.write(json.dumps(report, indent=1) + "\n")
-        file.truncate()
-    own.rename(growing / REPORT)
-    for other in growing.glob(_PROGRESS.format("*")):
-        other.unlink()
-    publish(growing, output, fsync=plan["fsync"])
+    text, own = json.dumps(report, indent=1) + "\n", growing / _PROGRESS.format(0)
+    fsync = bool(progress.plan["fsync"])
+    if fsync:
+        (growing / REPORT).write_text(text, encoding="utf-8")
+        for noted in (own, *growing.glob(_PROGRESS.format("*"))):
+            noted.unlink(missing_ok=True)
+    else:
+        # Over the progress: ext4 takes half a second to remove a file while much waits to be written.
+        with own.open("r+", encoding="utf-8") as file:
+            file.write(text)
+            file.truncate()
+        own.rename(growing / REPORT)
+    publish(growing, output, fsync=fsync)
 
 
 def _wait(is_done: Callable[[], bool], growing: Path, what: str) -> None:
@@ -306,9 +328,7 @@ def _wait(is_done: Callable[[], bool], growing: Path, what: str) -> None:
     newest, since = 0, time.monotonic()
     while not is_done():
         time.sleep(POLL_S)
-        changed = max(
-            (path.stat().st_mtime_ns for path in growing.rglob("*.partial") if path.exists()), default=0
-        )
+        changed = max(map(_changed_ns, growing.rglob(f"*{PARTIAL}")), default=0)
         if changed != newest:
             newest, since = changed, time.monotonic()
         if time.monotonic() - since > STALL_S:
@@ -316,6 +336,13 @@ def _wait(is_done: Callable[[], bool], growing: Path, what: str) -> None:
                 f"Nothing was written into {growing} for {STALL_S:.0f} s while waiting for {what}. A process is gone; run "
                 "the same command again, it goes on where it stopped."
             )
+
+
+def _changed_ns(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:  # it has got its name
+        return 0
 
 
 def _read_json(path: Path) -> dict[str, Any]:

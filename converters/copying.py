@@ -1,7 +1,7 @@
 """Bytes from files into a file, and checksums of tensors as their bytes pass by.
 
 Sources are mapped, so that a byte is copied once, from the page cache of one file into that of the other, and a checksum
-reads it there. Memory stays at BUFFER_BYTES whatever the size of a tensor.
+reads it there. Memory of this process's own stays at BUFFER_BYTES whatever the size of a tensor.
 """
 
 import ctypes

@@ -10,8 +10,8 @@ import numpy as np
 
 from megaswift.errors import CheckpointError
 
-MAPPED_BYTES = 64 << 20  # that count as this process's memory, before they are let go
-_MADV_POPULATE_READ = 22  # asm-generic/mman-common.h; before Linux 5.14 refused, and pages come one by one
+MAPPED_BYTES = 64 << 20  # of a file that count as this process's memory, before they are let go
+_MADV_POPULATE_READ = 22  # asm-generic/mman-common.h; Linux 5.14
 _libc = ctypes.CDLL(None, use_errno=True)  # Python's own madvise keeps the other threads waiting
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
@@ -42,12 +42,17 @@ class MappedFile:
         self._mapped += num_bytes
         begin = at - at % mmap.PAGESIZE
         # A byte that cannot be read is an error here, where a mere access would end the process.
-        if _libc.madvise(self._address + begin, at + num_bytes - begin, _MADV_POPULATE_READ):
-            error = ctypes.get_errno()
-            if error == errno.EFAULT:
-                raise CheckpointError(
-                    f"{self._path} cannot be read at byte {at}: it was cut off meanwhile, or its disk failed. Copy it again."
-                )
-            if error != errno.EINVAL:
-                raise OSError(error, os.strerror(error), str(self._path))
-        return self._view[at : at + num_bytes]
+        if not _libc.madvise(self._address + begin, at + num_bytes - begin, _MADV_POPULATE_READ):
+            return self._view[at : at + num_bytes]
+        error = ctypes.get_errno()
+        if error == errno.EINVAL:  # an older Linux
+            with self._path.open("rb") as file:
+                file.seek(at)
+                data = file.read(num_bytes)
+            if len(data) == num_bytes:
+                return memoryview(data)
+        elif error != errno.EFAULT:
+            raise OSError(error, os.strerror(error), str(self._path))
+        raise CheckpointError(
+            f"{self._path} cannot be read at byte {at}: it was cut off meanwhile, or its disk failed. Copy it again."
+        )

@@ -49,7 +49,7 @@ class IntoConfig:
     fsync: bool | None = setting(
         None,
         "wait until the output is on the disk and outlives a loss of power; default: from 16 GB on, and with several "
-        "processes. Without, as with `cp`, a rerun compares what is there with the source",
+        "processes. Without it convert returns earlier, as `cp` does, and a rerun compares what is there with the source",
     )
     make_vocab_size_divisible_by: int = setting(
         1, "pad embedding and output layer of --to mcore with zero rows (Megatron-LM asks for 128 x tp)"

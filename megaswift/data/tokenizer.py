@@ -4,7 +4,7 @@ import json
 import re
 import unicodedata
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,15 +101,17 @@ class TextEncoder:
         """Return the ids of each text, and the tokens [first, last) that hold at least one character of each of its spans."""
         rows = [self._pieces(text, of_text) for text, of_text in zip(texts, spans, strict=True)]
         wanted = dict.fromkeys(one for row in rows for one in row.texts)
-        new = [one for one in wanted if one not in self._seen]
-        encodings = self._backend.encode_batch_fast(new, add_special_tokens=False)
-        ids = {text: token_ids(encoding) for text, encoding in zip(new, encodings, strict=True)}
-        ids |= {one: self._seen[one] for one in wanted if one not in ids}
         # Where a span begins or ends inside a piece: counted in bytes, or else by offsets, which cost time.
         cut = dict.fromkeys(row.texts[i] for row in rows for i in row.cut)
-        places: dict[str, Any] = {one: self._ends(one, ids[one]) for one in cut}
-        odd = [one for one in cut if places[one] is None]
-        places |= zip(odd, self._backend.encode_batch(odd, add_special_tokens=False), strict=True)
+        places: dict[str, Any] = self._encodings(cut) if self._token_bytes is None else {}
+        ids = {text: token_ids(encoding) for text, encoding in places.items()}
+        new = [one for one in wanted if one not in ids and one not in self._seen]
+        encodings = self._backend.encode_batch_fast(new, add_special_tokens=False)
+        ids |= {text: token_ids(encoding) for text, encoding in zip(new, encodings, strict=True)}
+        ids |= {one: self._seen[one] for one in wanted if one not in ids}
+        if self._token_bytes is not None:
+            places = {one: self._ends(one, ids[one]) for one in cut}
+            places |= self._encodings([one for one in cut if places[one] is None])
         located = [
             _assembled(row, of_text, [ids[one] for one in row.texts], places)
             for row, of_text in zip(rows, spans, strict=True)
@@ -117,6 +119,11 @@ class TextEncoder:
         if len(self._seen) < SEEN_PIECES:
             self._seen |= {text: ids[text] for text in new if len(text) <= SEEN_CHARACTERS}
         return located
+
+    def _encodings(self, pieces: Collection[str]) -> dict[str, Any]:
+        """Return pieces with what the tokenizer says of them, offsets too."""
+        encodings = self._backend.encode_batch(list(pieces), add_special_tokens=False)
+        return dict(zip(pieces, encodings, strict=True))
 
     def _ends(self, piece: str, ids: np.ndarray) -> np.ndarray | None:
         """Return after how many bytes of a piece each of its tokens ends; None where they do not tell."""

@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -173,7 +174,72 @@ def test_part_without_checksums_is_written_again(
     interrupt_at_the_end(tmp_path / "out", monkeypatch, fsync=fsync)
     progress = tmp_path / "out.incomplete" / "progress-0.jsonl"
     os.truncate(progress, progress.stat().st_size // 2)
+    parts = sorted((tmp_path / "out.incomplete" / "release").glob("*.distcp"))
+    before = {path.name: path.stat().st_mtime_ns for path in parts}
     there(saved("qwen2"), tmp_path / "out", max_bytes=50_000, fsync=fsync)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out" / "release").glob("*.distcp")}
+    assert 0 < sum(after[name] != changed for name, changed in before.items()) < len(before)
+
+
+def run_two(output: Path) -> None:
+    """Convert by two processes."""
+    context = mp.get_context("fork")
+    workers = [
+        context.Process(target=one_of_several, args=(saved("mixtral"), output, rank, 2)) for rank in range(2)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+        assert worker.exitcode == 0
+
+
+def fail_at_the_end(output: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Leave what two processes have converted without its name, and return the folder."""
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion_module, "_finish", full_disk)
+        other = Thread(target=one_of_several, args=(saved("mixtral"), output, 1, 2))
+        other.start()
+        with pytest.raises(CheckpointError, match="No space left"):
+            one_of_several(saved("mixtral"), output, 0, 2)
+        other.join(120)
+    return output.with_name(output.name + ".incomplete")
+
+
+def test_parts_whose_checksums_are_lost_are_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_two(tmp_path / "whole")
+    growing = fail_at_the_end(tmp_path / "out", monkeypatch)
+    (growing / "progress-1.jsonl").unlink()
+    (growing / "release" / "left.partial").write_bytes(b"half")
+    run_two(tmp_path / "out")
+    (tmp_path / "out" / "release" / "left.partial").unlink()
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def test_process_that_comes_late_leaves_its_parts_alone_while_process_0_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_two(tmp_path / "whole")
+    fail_at_the_end(tmp_path / "out", monkeypatch)
+    real_parts, real_publish = conversion_module._write_parts, conversion_module.publish
+
+    def late(*arguments: Any, **rest: Any) -> None:
+        """Process 0 has removed what was noted, and not yet given the folder its name."""
+        monkeypatch.setattr(conversion_module, "_write_parts", real_parts)
+
+        def publish(*folders: Path, fsync: bool) -> None:
+            monkeypatch.setattr(conversion_module, "publish", real_publish)
+            real_parts(*arguments, **rest)
+            real_publish(*folders, fsync=fsync)
+
+        monkeypatch.setattr(conversion_module, "publish", publish)
+        one_of_several(saved("mixtral"), tmp_path / "out", 0, 2)
+
+    monkeypatch.setattr(conversion_module, "_write_parts", late)
+    one_of_several(saved("mixtral"), tmp_path / "out", 1, 2)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
 

@@ -24,6 +24,8 @@ FRAGMENTS = [
     " answer",
     "\u00e9\u6f22",
     "e\u0301",
+    "x\u0301\u1dc2",  # NFC changes the order of two and three bytes, and not the length
+    "\u1112\u1161\u11ab",
     "<|im|",
     "x",
     "1 2",
@@ -48,7 +50,8 @@ def with_token(**takes: bool) -> PreTrainedTokenizerFast:
 IN_PIECES = {
     "byte level": lambda: small_tokenizer(special=SPECIAL),
     "prefix space": lambda: changed(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True)),
-    "nfc": lambda: changed(normalizer=normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])),
+    "nfc": lambda: changed(normalizer=normalizers.NFC()),
+    "lower": lambda: changed(normalizer=normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])),
 }
 WHOLE = {
     "metaspace": lambda: sentencepiece_like("metaspace", None, special=SPECIAL),
@@ -80,6 +83,25 @@ def test_ids_and_places_are_those_of_the_whole_text(name: str, drawn: st.DataObj
 
 def test_only_texts_whose_pieces_are_independent_are_cut() -> None:
     assert [name for name, encoder in ENCODERS.items() if encoder._cut is not None] == list(IN_PIECES)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "ends"),
+    [
+        ("byte level", "the \u00e9", 6),
+        ("nfc", "the \u00e9", 6),
+        ("nfc", "the e\u0301", None),
+        ("nfc", "x\u0301\u1dc2", None),
+        ("lower", "the", None),
+        ("prefix space", "the", None),
+    ],
+)
+def test_places_are_counted_in_bytes_where_tokens_are_bytes_of_the_text(
+    name: str, text: str, ends: int | None
+) -> None:
+    encoder = ENCODERS[name]
+    found = encoder._ends(text, encoder.encode([text])[0])
+    assert (found if found is None else found[-1]) == ends
 
 
 def test_a_piece_is_tokenised_once(monkeypatch: pytest.MonkeyPatch) -> None:
