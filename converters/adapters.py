@@ -6,7 +6,7 @@ a pair of its own:
 - R = weights * r: the adapter was read from a file whose A's differ. They are stacked, and B is block-diagonal, so that
   weight i sees block i only. While that holds, export writes back the r rows and columns of block i. Training makes the
   other blocks of B nonzero; each weight then needs all of A, and export writes pairs of rank R. Both are exact.
-- An adapter that started from the weights is B A - B_0 A_0 (models/pissa.py): a pair of twice the rank, for the same base.
+- An adapter that started from the weights is B A - B_0 A_0 (models/weight_starts.py): a pair of twice the rank, for the same base.
 
 B is cut over ranks like the rows of the weight, A like its columns; the plan of the weight says where.
 Modules that train whole, such as a head of scores, lie whole in the folder (modules_to_save).

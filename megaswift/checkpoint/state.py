@@ -23,7 +23,7 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-STARTS = (".lora_a.start", ".lora_b.start")  # of adapters that do not start at zero: models/pissa.py
+STARTS = (".lora_a.start", ".lora_b.start")  # of adapters that do not start at zero: models/weight_starts.py
 STATES = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 
 

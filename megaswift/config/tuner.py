@@ -39,8 +39,9 @@ class TunerConfig:
     )
     init_weights: str = setting(
         "true",
-        "start of the adapters: true (A random, B zero), or pissa and pissa_niter_N (arXiv 2404.02948): the principal part "
-        "of the weight, exact or in N iterations",
+        "start of the adapters: true (A uniform, B zero), gaussian (A normal), pissa and pissa_niter_N (arXiv 2404.02948; the "
+        "principal part of the weight, exact or in N iterations), olora (arXiv 2406.01775; the first part of its QR "
+        "decomposition)",
         aliases=("init_lora_weights",),
     )
     lorap_lr_ratio: float | None = setting(
@@ -56,9 +57,9 @@ class TunerConfig:
     merge_lora: bool = setting(False, "export the merged model as well as the adapter")
 
     @property
-    def pissa(self) -> bool:
-        """Say whether adapters start from the principal part of their weight."""
-        return re.fullmatch(r"pissa(_niter_[1-9]\d*)?", self.init_weights) is not None
+    def starts_from_weights(self) -> bool:
+        """Say whether adapters start from a part of their weight."""
+        return re.fullmatch(r"olora|pissa(_niter_[1-9]\d*)?", self.init_weights) is not None
 
     @property
     def pissa_iterations(self) -> int | None:

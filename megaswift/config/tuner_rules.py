@@ -52,21 +52,21 @@ def adapters_need_lora(case: Case) -> None:
         "lorap_lr_ratio",
         "use_dora",
         "quant_bits",
-        "pissa",
+        "starts_from_weights",
         "target_regex",
         "modules_to_save",
     ):
         if tuner.tuner_type != "lora" and getattr(tuner, name):
-            flag = "init_weights" if name == "pissa" else name
+            flag = "init_weights" if name == "starts_from_weights" else name
             raise ConfigError(f"{flag} needs tuner_type=lora, not {tuner.tuner_type}.")
-    if tuner.init_weights != "true" and not tuner.pissa:
+    if tuner.init_weights not in ("true", "gaussian") and not tuner.starts_from_weights:
         raise ConfigError(
-            f"init_weights={tuner.init_weights} is not known. Choose true, pissa or pissa_niter_N with N iterations, such as "
-            "pissa_niter_16."
+            f"init_weights={tuner.init_weights} is not built. Choose true, gaussian, olora, pissa or pissa_niter_N with N "
+            "iterations, such as pissa_niter_16."
         )
-    if tuner.pissa and tuner.adapters:
+    if tuner.starts_from_weights and tuner.adapters:
         raise ConfigError(
-            "init_weights=pissa starts from the weights, and --adapters from a folder. Leave one of them out."
+            f"init_weights={tuner.init_weights} starts from the weights, and --adapters from a folder. Leave one of them out."
         )
     if tuner.lorap_lr_ratio is not None and tuner.lorap_lr_ratio <= 0:
         raise ConfigError(

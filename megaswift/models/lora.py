@@ -124,7 +124,7 @@ def apply_lora(
             rank = (ranks or {}).get(name, tuner.lora_rank)
             # The scale belongs to the rank the user named; a larger block only holds several adapters of that rank.
             scale = tuner.lora_alpha / (math.sqrt(tuner.lora_rank) if tuner.use_rslora else tuner.lora_rank)
-            a_RD = _initial_a(rank, _inputs(name, module, meta), _generator(seed, name))
+            a_RD = _initial_a(tuner, rank, _inputs(name, module, meta), _generator(seed, name))
             is_expert = ".experts." in name
             if tuner.use_dora and is_expert:
                 raise ConfigError(
@@ -133,7 +133,7 @@ def apply_lora(
             _adapt(module, a_RD, scale=scale, dropout=tuner.lora_dropout, is_expert=is_expert)
             if tuner.use_dora:
                 _add_magnitude(module)
-            if tuner.pissa:
+            if tuner.starts_from_weights:
                 module.lora_a.keep_start(dim=0)
                 module.lora_b.keep_start(dim=1)
         if chunk.pre_process and chunk.config.recompute_granularity is not None:
@@ -194,8 +194,13 @@ def _inputs(name: str, module: Any, meta: ModelMeta) -> int:
     return int(module.weight.shape[1]) * (_group_of(module).size() if _is_row_parallel(module) else 1)
 
 
-def _initial_a(rank: int, inputs: int, generator: torch.Generator) -> torch.Tensor:
-    """Return A [R, D], uniform in +-1/sqrt(D): PEFT's kaiming_uniform with a = sqrt(5) (LoraLayer.reset_lora_parameters)."""
+def _initial_a(tuner: TunerConfig, rank: int, inputs: int, generator: torch.Generator) -> torch.Tensor:
+    """Return A [R, D] as PEFT draws it (LoraLayer.reset_lora_parameters).
+
+    Uniform in +-1/sqrt(D), kaiming_uniform with a = sqrt(5) that is; "gaussian" is normal with a standard deviation of 1/R.
+    """
+    if tuner.init_weights == "gaussian":
+        return torch.randn(rank, inputs, generator=generator) / tuner.lora_rank
     return (torch.rand(rank, inputs, generator=generator) * 2 - 1) / math.sqrt(inputs)
 
 
@@ -247,7 +252,7 @@ def _add_magnitude(module: Any) -> None:
 class _Matrix(torch.nn.Module):
     """One matrix or vector of an adapter, so that its name ends in .weight as PEFT's does.
 
-    An adapter that does not start at zero has what it started from beside it (models/pissa.py): [A; A_0] and [B, -B_0] give
+    An adapter that does not start at zero has what it started from beside it (models/weight_starts.py): [A; A_0] and [B, -B_0] give
     B A - B_0 A_0, and the base weight stays what it is.
     """
 

@@ -7,7 +7,7 @@ import torch
 from megaswift.config.tuner import TunerConfig
 from megaswift.models.lora import start_magnitudes
 from megaswift.models.nf4 import quantise_base
-from megaswift.models.pissa import start_from_principal_parts
+from megaswift.models.weight_starts import start_from_weights
 
 
 def finish_tuner(
@@ -20,5 +20,5 @@ def finish_tuner(
     if tuner.quant_bits:
         quantise_base(chunks, tuner, device=device)
     start_magnitudes(chunks)
-    if tuner.pissa and fresh:
-        start_from_principal_parts(chunks, tuner, seed=seed)
+    if tuner.starts_from_weights and fresh:
+        start_from_weights(chunks, tuner, seed=seed)

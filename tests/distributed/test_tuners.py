@@ -1,5 +1,6 @@
-"""Kinds of LoRA against peft: DoRA, PiSSA, LoRA+, and adapters of recomputed parts."""
+"""Kinds of LoRA against peft: DoRA, PiSSA, OLoRA, LoRA+, and adapters of recomputed parts."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,9 +86,9 @@ PISSA = TunerConfig(
 )
 
 
-def pissa_start(rank: int, world_size: int, folder: Path) -> dict[str, tuple[torch.Tensor, ...]]:
+def weight_start(rank: int, world_size: int, folder: Path, how: str) -> dict[str, tuple[torch.Tensor, ...]]:
     """Return A, B and their gradients at the start, by the name of the linear in transformers, and the logits."""
-    (chunk,) = build(rank, folder, Layout(), PISSA)
+    (chunk,) = build(rank, folder, Layout(), replace(PISSA, init_weights=how))
     seen = chunk(TOKENS, torch.arange(TOKENS.shape[1])[None], None)
     seen.float().square().mean().backward()
     found = {}
@@ -102,12 +103,13 @@ def pissa_start(rank: int, world_size: int, folder: Path) -> dict[str, tuple[tor
     return {**found, "logits": (seen.detach(),)}
 
 
-def test_the_start_of_pissa_and_its_gradients_are_those_of_peft(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["pissa", "olora"])
+def test_the_start_from_weights_and_its_gradients_are_those_of_peft(tmp_path: Path, how: str) -> None:
     folder = save_tiny("llama", tmp_path)
     base = base_model(folder)
     before = base(TOKENS).logits.detach()
     settings = LoraConfig(
-        init_lora_weights="pissa",
+        init_lora_weights=how,
         r=4,
         lora_alpha=8,
         target_modules=PISSA.target_modules,
@@ -115,7 +117,7 @@ def test_the_start_of_pissa_and_its_gradients_are_those_of_peft(tmp_path: Path) 
     )
     model = get_peft_model(base, settings)
     model(TOKENS).logits.square().mean().backward()
-    [found] = run_distributed(pissa_start, 1, folder)
+    [found] = run_distributed(weight_start, 1, folder, how)
     # The base is not touched, so that nothing changes at the start: B A - B_0 A_0 = 0.
     torch.testing.assert_close(found.pop("logits")[0][..., : before.shape[-1]], before, rtol=0, atol=1e-5)
     theirs = dict(model.named_parameters())
@@ -125,14 +127,18 @@ def test_the_start_of_pissa_and_its_gradients_are_those_of_peft(tmp_path: Path) 
         matrices = [theirs[f"base_model.model.model.{name}.lora_{letter}.default.weight"] for letter in "AB"]
         a, b = matrices
         assert a.grad is not None and b.grad is not None
-        signs_R1 = (ours[0] * a.detach()).sum(1).sign()[:, None]  # singular vectors have none of their own
+        signs_R1 = (
+            (ours[0] * a.detach()).sum(1).sign()[:, None]
+        )  # the vectors of a decomposition have none of their own
         for x_R, y_R in zip(ours, (a.detach(), a.grad, b.detach().t(), b.grad.t()), strict=True):
             scale = float(y_R.abs().max())
             assert scale > 0 and float((signs_R1 * x_R - y_R).abs().max()) <= 2e-5 * scale, name
 
 
-@pytest.mark.parametrize("how", ["pissa", "pissa_niter_4"])
-def test_an_adapter_of_pissa_opens_in_peft_beside_the_untouched_base(tmp_path: Path, how: str) -> None:
+@pytest.mark.parametrize("how", ["pissa", "pissa_niter_4", "olora"])
+def test_an_adapter_that_starts_from_weights_opens_in_peft_beside_the_untouched_base(
+    tmp_path: Path, how: str
+) -> None:
     folder = save_tiny("qwen2", tmp_path / "model")
     tuner = TunerConfig(tuner_type="lora", lora_rank=4, lora_dropout=0.0, init_weights=how)
     run_distributed(trained, 1, folder, tmp_path, Layout(), tuner)

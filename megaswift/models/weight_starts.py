@@ -1,8 +1,8 @@
-"""Adapters that start from the principal part of their weight (PiSSA, Meng et al. 2024, arXiv 2404.02948).
+"""Adapters that start from their weight: PiSSA (Meng et al. 2024, arXiv 2404.02948) and OLoRA (Büyükakyüz 2024, arXiv 2406.01775).
 
-W = U S V^T; the first R of each give B_0 = U sqrt(S / s), A_0 = sqrt(S / s) V^T (eqs. 2 and 3, with LoRA's scale s) and the
-residual W - s B_0 A_0 (eq. 4). What is trained is then W - s B_0 A_0 + s B A. The residual is not formed: the base stays W,
-and the adapter is s (B A - B_0 A_0), in models/lora.py.
+PiSSA: W = U S V^T; the first R of each give B_0 = U sqrt(S / s), A_0 = sqrt(S / s) V^T (eqs. 2 and 3, with LoRA's scale s) and the
+residual W - s B_0 A_0 (eq. 4). OLoRA: W = Q R; the first columns of Q are B_0, the first rows of R are A_0. What is trained is
+then W - s B_0 A_0 + s B A. The residual is not formed: the base stays W, and the adapter is s (B A - B_0 A_0), in models/lora.py.
 
 Letters: D input size, F output size, R adapter rank.
 """
@@ -21,7 +21,7 @@ from megaswift.models.nf4 import whole_weight
 
 
 @torch.no_grad()
-def start_from_principal_parts(chunks: Sequence[torch.nn.Module], tuner: TunerConfig, *, seed: int) -> None:
+def start_from_weights(chunks: Sequence[torch.nn.Module], tuner: TunerConfig, *, seed: int) -> None:
     """Fill A, B and their starts from the weights, which are loaded; every rank of the world calls it.
 
     One rank of the copies of a linear decomposes it. Raises ConfigError where a matrix has no such rank.
@@ -41,17 +41,21 @@ def _start(module: Any, tuner: TunerConfig, seed: int) -> None:
     rank, (outputs, inputs) = module.lora_a.weight.shape[0], whole_FD.shape
     if rank > min(outputs, inputs):
         raise ConfigError(
-            f"init_weights={tuner.init_weights} has lora_rank={rank}, and a linear has only {min(outputs, inputs)} singular "
-            "values. Choose a smaller --lora_rank."
+            f"init_weights={tuner.init_weights} has lora_rank={rank}, and a linear has a matrix of rank {min(outputs, inputs)}. "
+            "Choose a smaller --lora_rank."
         )
     a_RD, b_FR = whole_FD.new_empty(rank, inputs), whole_FD.new_empty(outputs, rank)
     copies = _copies(module)
     if group.rank() == 0 and copies.rank() == 0:
-        a, b = principal_part(whole_FD, rank, iterations=tuner.pissa_iterations, seed=seed)
-        root = module.lora_scale**-0.5
-        a_RD.copy_(a * root), b_FR.copy_(b * root)
+        if tuner.init_weights == "olora":
+            q_FK, r_KD = torch.linalg.qr(whole_FD)
+            a_RD.copy_(r_KD[:rank]), b_FR.copy_(q_FK[:, :rank])
+        else:
+            a, b = principal_part(whole_FD, rank, iterations=tuner.pissa_iterations, seed=seed)
+            root = module.lora_scale**-0.5
+            a_RD.copy_(a * root), b_FR.copy_(b * root)
     for matrix in (a_RD, b_FR):
-        # Singular vectors have no sign, and their last bits depend on the processor: all copies take those of one rank.
+        # Vectors of a decomposition have no sign, and their last bits depend on the processor: all copies take those of one rank.
         dist.broadcast(matrix, group=copies, group_src=0)
         dist.broadcast(matrix, group=group, group_src=0)
     own_a, own_b = (
