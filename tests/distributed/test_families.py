@@ -44,7 +44,11 @@ EXPERTS = (
 # families, their layouts of two ranks, and how many steps
 GROUPS: tuple[tuple[tuple[str, ...], dict[str, dict[str, Any]], int], ...] = (
     (DENSE, {"tp2": {"tp": 2}, "tp2 sp": {"tp": 2, "sequence_parallel": True}, "pp2": {"pp": 2}}, 4),
-    (("gemma4_text-small",), {"tp2": {"tp": 2}, "tp2 sp": {"tp": 2, "sequence_parallel": True}, "cp2": {"cp": 2}}, 3),
+    (
+        ("gemma4_text-small",),
+        {"tp2": {"tp": 2}, "tp2 sp": {"tp": 2, "sequence_parallel": True}, "cp2": {"cp": 2}},
+        3,
+    ),
     (EXPERTS, {"tp2 sp": {"tp": 2, "sequence_parallel": True}, "ep2": {"ep": 2}, "pp2": {"pp": 2}}, 3),
 )
 CASES = {family: (layouts, steps) for families, layouts, steps in GROUPS for family in families}
@@ -55,7 +59,9 @@ def all_curves(family: str, ranks: int) -> list[dict[str, Curve]]:
     """Run every layout of so many ranks in one set of processes; return what each rank saw."""
     layouts, steps = CASES[family]
     rows = ROWS["packed"]
-    settings = {**rows, "training": {**rows["training"], "train_iters": steps}}
+    # Some gradients are zero but for rounding, which differs between processors: with its usual eps Adam would follow it.
+    still = {"adam_eps": 1e-6}
+    settings = {**rows, "training": {**rows["training"], "train_iters": steps}, "optimizer": still}
     chosen = {"one": {}} if ranks == 1 else layouts
     cases = [
         Case(name=name, settings={**settings, "parallel": parallel}) for name, parallel in chosen.items()

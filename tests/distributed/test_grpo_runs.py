@@ -53,10 +53,11 @@ CALM = ("--adam_eps", "1e-3")  # gradients that are 0 but for rounding move noth
 LORA = ("--tuner_type", "lora", "--lora_dropout", "0", *CALM)
 # what is trained -> flags
 TRAININGS: dict[str, tuple[str, ...]] = {
-    "grpo": (),
+    "grpo": ("--adam_eps", "1e-6"),
     "lora": LORA,
     "twice": ("--num_iterations", "2", "--kl_in_reward", "true", "--importance_sampling_level", "sequence", *CALM),
-    "rloo": ("--advantage_estimator", "rloo", "--beta", "0", "--loss_type", "dapo", "--temperature", "0.7", "--top_k", "40"),
+    "rloo": ("--advantage_estimator", "rloo", "--beta", "0", "--loss_type", "dapo", "--temperature", "0.7", "--top_k", "40",
+             "--adam_eps", "1e-6"),
 }  # fmt: skip
 # what is trained besides: on conversations of several turns and with a reward model; on shares of generations, whose tokens have
 # second thoughts, half of which the model is too sure of; by forms of the loss that look beyond a token -> flags
@@ -353,7 +354,9 @@ def test_the_mean_reward_rises() -> None:
     run_distributed(train_all, 1, [parse_run("rlhf", words)])
     lines = [json.loads(line) for line in (folder() / "short" / "logging.jsonl").read_text().splitlines()]
     rewards = [line["reward"] for line in lines]
-    assert statistics.mean(rewards[-4:]) > statistics.mean(rewards[:4]) + 0.2
+    assert statistics.mean(rewards[-4:]) > rewards[0] + 0.2, (
+        "the first completions are those of the model as it was"
+    )
     for number, line in enumerate(lines):
         rows = (
             (folder() / "short" / "completions.jsonl").read_text().splitlines()[8 * number : 8 * number + 8]
