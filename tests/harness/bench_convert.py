@@ -3,7 +3,7 @@
     python -m tests.harness.bench_convert [--gigabytes 1 4] [--repeats 3] [--folder .bench/convert]
 
 cp and both directions take turns, so that they meet the same machine; the figures are medians. Neither waits for the disk; with
-`--fsync true` convert does, as cp with `sync -f` after it. Nothing but a command's input is there when it starts, and free memory has
+`--fsync true` convert does, as cp with `sync -f` after it. No output of another is there when a command starts, and free memory has
 just been in use: the page cache is a part of what is measured, and a virtual machine gives memory that lies idle back to its
 host, from where a gigabyte can take seconds to come back. RssAnon is that of /proc/PID/status, sampled.
 """
@@ -94,10 +94,11 @@ def measure(folder: Path, *, gigabytes: float, repeats: int) -> list[tuple[str, 
     """Return the rows of one size."""
     source, fused_bytes = make_checkpoint(folder / "source", num_bytes=int(gigabytes * 1e9))
     num_bytes = sum(path.stat().st_size for path in source.iterdir())
-    copy, mcore, back = folder / "copy", folder / "mcore", folder / "hf"
+    checkpoint, copy, mcore, back = (folder / name for name in ("checkpoint", "copy", "mcore", "hf"))
     convert = [sys.executable, "-m", "megaswift.cli.main", "convert", "--max_shard_size", str(SHARD_BYTES)]
     to_mcore = [*convert, "--model", str(source), "--to", "mcore", "--output_dir", str(mcore)]
-    to_hf = [*convert, "--model", str(mcore), "--to", "hf", "--output_dir", str(back)]
+    subprocess.run([*to_mcore[:-1], str(checkpoint)], check=True, capture_output=True)
+    to_hf = [*convert, "--model", str(checkpoint), "--to", "hf", "--output_dir", str(back)]
     commands = {
         "cp": ["cp", "-r", str(source), str(copy)],
         "to mcore": [*to_mcore, "--fsync", "false"],
@@ -109,7 +110,7 @@ def measure(folder: Path, *, gigabytes: float, repeats: int) -> list[tuple[str, 
     runs = {way: Runs() for way in commands}
     for _ in range(repeats):
         for way, command in commands.items():
-            for path in (copy, back) if way.startswith("to hf") else (copy, back, mcore):
+            for path in (copy, mcore, back):
                 shutil.rmtree(path, ignore_errors=True)
             os.sync()  # what others have left to write is not this run's to wait for
             subprocess.run([sys.executable, "-c", f"{USE_MEMORY}\nuse({2 * num_bytes})"], check=True)
