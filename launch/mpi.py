@@ -3,6 +3,7 @@
 import contextlib
 import socket
 import sys
+import time
 from dataclasses import replace
 
 from megaswift.errors import LaunchError
@@ -11,6 +12,7 @@ from megaswift.launch.local import free_port
 
 # Routed nowhere: connecting a UDP socket to it sends nothing, and tells which interface leads out of this host.
 ELSEWHERE = ("10.255.255.255", 1)
+PASS_ON_S = 0.5  # in which mpirun reads what a rank has said last
 
 
 def broadcast_master(rank: RankEnv) -> RankEnv:
@@ -43,6 +45,9 @@ def abort(code: int) -> None:
     """End all ranks of the MPI world that this process has joined: leaving alone, it would wait for them in MPI_Finalize."""
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+        # mpirun ends without what it has not read yet from its ranks: on a busy machine, why this one ends.
+        sys.stderr.flush()
+        time.sleep(PASS_ON_S)
         mpi.COMM_WORLD.Abort(code)
 
 
