@@ -29,7 +29,7 @@ logger = get_logger(__name__)
 REPORT = "conversion.json"
 # Of each process while it works: first the plan, by process 0, then a line for each part, with its tensors' checksums.
 _PROGRESS = "progress-{}.jsonl"
-PARTIAL = ".partial"
+_PARTIAL = ".partial"
 POLL_S = 0.1
 THREADS = min(4, len(os.sched_getaffinity(0)))  # each holds a buffer, or an expert that has to be computed
 DISK_THREADS = 4  # they only wait
@@ -102,8 +102,9 @@ def carry_out(
 
     Process 0 returns when the folder has its name, the others when their parts are written. `fsync` says whether to wait
     until it is on the disk; None: from FSYNC_BYTES on, and with several processes, whose nodes may fail one by one. A
-    complete output of the same plan is left as it is, but for one that nobody waited for where `fsync` is true. Raises CheckpointError where the output cannot be written or a process is
-    gone; the parts that are complete stay for the next attempt. Raises ConfigError for several processes without fsync.
+    complete output of the same plan is left as it is, but for one that nobody waited for where `fsync` is true. Raises
+    CheckpointError where the output cannot be written or a process is gone; the parts that are complete stay for the next
+    attempt. Raises ConfigError for several processes without fsync.
     """
     output = output.absolute()
     growing = growing_name(output)
@@ -179,7 +180,7 @@ def _prepare(
     conversion.begin(growing)
     parts = {growing / part.name for part in conversion.parts}
     for path in {*growing.rglob("*")} - parts:
-        if path.suffix != PARTIAL:  # another process may be at it
+        if path.suffix != _PARTIAL:  # another process may be at it
             sync(path)
     if progress.plan != plan:
         _note(growing / _PROGRESS.format(0), plan, fsync=bool(plan["fsync"]))
@@ -205,7 +206,7 @@ def _write_parts(
         path = growing / part.name
         if part.name not in missing and (fsync or _part_is_whole(part, path)):
             return None
-        partial = path.with_name(path.name + PARTIAL)
+        partial = path.with_name(path.name + _PARTIAL)
         sums = _write(part, partial, fsync=fsync)
         return disk.submit(sealer.seal, partial, path, {"part": part.name, "tensors": sums})
 
@@ -315,7 +316,7 @@ def _finish(conversion: Conversion, output: Path, growing: Path, progress: _Prog
         for noted in (own, *growing.glob(_PROGRESS.format("*"))):
             noted.unlink(missing_ok=True)
     else:
-        # Over the progress: ext4 takes half a second to remove a file while much waits to be written.
+        # Over the progress: ext4 takes up to half a second to remove a file while much waits to be written.
         with own.open("r+", encoding="utf-8") as file:
             file.write(text)
             file.truncate()
@@ -328,7 +329,7 @@ def _wait(is_done: Callable[[], bool], growing: Path, what: str) -> None:
     newest, since = 0, time.monotonic()
     while not is_done():
         time.sleep(POLL_S)
-        changed = max(map(_changed_ns, growing.rglob(f"*{PARTIAL}")), default=0)
+        changed = max(map(_changed_ns, growing.rglob(f"*{_PARTIAL}")), default=0)
         if changed != newest:
             newest, since = changed, time.monotonic()
         if time.monotonic() - since > STALL_S:

@@ -41,7 +41,7 @@ def _start(module: Any, tuner: TunerConfig, seed: int) -> None:
     rank, (outputs, inputs) = module.lora_a.weight.shape[0], whole_FD.shape
     if rank > min(outputs, inputs):
         raise ConfigError(
-            f"init_weights={tuner.init_weights} has lora_rank={rank}, and a linear has a matrix of rank {min(outputs, inputs)}. "
+            f"init_weights={tuner.init_weights} has lora_rank={rank}, and a linear has at most rank {min(outputs, inputs)}. "
             "Choose a smaller --lora_rank."
         )
     a_RD, b_FR = whole_FD.new_empty(rank, inputs), whole_FD.new_empty(outputs, rank)

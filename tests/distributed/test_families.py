@@ -44,11 +44,7 @@ EXPERTS = (
 # families, their layouts of two ranks, and how many steps
 GROUPS: tuple[tuple[tuple[str, ...], dict[str, dict[str, Any]], int], ...] = (
     (DENSE, {"tp2": {"tp": 2}, "tp2 sp": {"tp": 2, "sequence_parallel": True}, "pp2": {"pp": 2}}, 4),
-    (
-        ("gemma4_text-small",),
-        {"tp2": {"tp": 2}, "tp2 sp": {"tp": 2, "sequence_parallel": True}, "cp2": {"cp": 2}},
-        3,
-    ),
+    (("gemma4_text-small",), {"tp2": {"tp": 2}, "tp2 sp": {"tp": 2, "sequence_parallel": True}, "cp2": {"cp": 2}}, 3),
     (EXPERTS, {"tp2 sp": {"tp": 2, "sequence_parallel": True}, "ep2": {"ep": 2}, "pp2": {"pp": 2}}, 3),
 )
 CASES = {family: (layouts, steps) for families, layouts, steps in GROUPS for family in families}

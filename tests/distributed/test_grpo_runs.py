@@ -50,14 +50,15 @@ def broken(completions, goal, **columns):
     return [wanted / 0 for wanted in goal]
 '''
 CALM = ("--adam_eps", "1e-3")  # gradients that are 0 but for rounding move nothing
+CALMER = ("--adam_eps", "1e-6")  # enough where all parameters train, and the others still move
 LORA = ("--tuner_type", "lora", "--lora_dropout", "0", *CALM)
 # what is trained -> flags
 TRAININGS: dict[str, tuple[str, ...]] = {
-    "grpo": ("--adam_eps", "1e-6"),
+    "grpo": CALMER,
     "lora": LORA,
     "twice": ("--num_iterations", "2", "--kl_in_reward", "true", "--importance_sampling_level", "sequence", *CALM),
     "rloo": ("--advantage_estimator", "rloo", "--beta", "0", "--loss_type", "dapo", "--temperature", "0.7", "--top_k", "40",
-             "--adam_eps", "1e-6"),
+             *CALMER),
 }  # fmt: skip
 # what is trained besides: on conversations of several turns and with a reward model; on shares of generations, whose tokens have
 # second thoughts, half of which the model is too sure of; by forms of the loss that look beyond a token -> flags

@@ -127,9 +127,8 @@ def test_the_start_from_weights_and_its_gradients_are_those_of_peft(tmp_path: Pa
         matrices = [theirs[f"base_model.model.model.{name}.lora_{letter}.default.weight"] for letter in "AB"]
         a, b = matrices
         assert a.grad is not None and b.grad is not None
-        signs_R1 = (
-            (ours[0] * a.detach()).sum(1).sign()[:, None]
-        )  # the vectors of a decomposition have none of their own
+        # The vectors of a decomposition have no sign of their own.
+        signs_R1 = (ours[0] * a.detach()).sum(1).sign()[:, None]
         for x_R, y_R in zip(ours, (a.detach(), a.grad, b.detach().t(), b.grad.t()), strict=True):
             scale = float(y_R.abs().max())
             assert scale > 0 and float((signs_R1 * x_R - y_R).abs().max()) <= 2e-5 * scale, name

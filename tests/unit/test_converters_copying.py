@@ -1,7 +1,10 @@
 """Bytes copied from files into a file, and the checksums taken as they pass by."""
 
+import ctypes
+import errno
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -86,6 +89,23 @@ def test_source_that_is_cut_off_meanwhile_is_an_error(tmp_path: Path) -> None:
     source.write_bytes(bytes(100_000))
     mapped = MappedFile(source)
     assert len(mapped.read(0, 100_000)) == 100_000
+    os.truncate(source, 10)
+    with pytest.raises(CheckpointError, match=r"cannot be read at byte 50000.*cut off"):
+        mapped.read(50_000, 50_000)
+
+
+def test_older_kernels_read_without_the_mapping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They refuse to bring pages in, and a mere access to a page that is gone would end the process."""
+
+    def refuse(*_: object) -> int:
+        ctypes.set_errno(errno.EINVAL)
+        return -1
+
+    source = tmp_path / "source"
+    source.write_bytes(bytes(range(250)) * 400)
+    mapped = MappedFile(source)
+    monkeypatch.setattr(mapped_file, "_libc", SimpleNamespace(madvise=refuse))
+    assert mapped.read(50_001, 9) == bytes(range(1, 10))
     os.truncate(source, 10)
     with pytest.raises(CheckpointError, match=r"cannot be read at byte 50000.*cut off"):
         mapped.read(50_000, 50_000)

@@ -28,18 +28,23 @@ def one_of_several(folder: Path, output: Path, rank: int, world: int, *, fsync: 
     carry_out(conversion, output, source=folder, rank=rank, world=world, fsync=fsync)
 
 
-def test_several_processes_write_the_bytes_of_one(tmp_path: Path) -> None:
-    there(saved("mixtral"), tmp_path / "one", max_bytes=30_000, fsync=True)  # as several do
+def run_several(output: Path, world: int) -> None:
+    """Convert by so many processes."""
     context = mp.get_context("fork")  # nothing here needs torch's threads
     workers = [
-        context.Process(target=one_of_several, args=(saved("mixtral"), tmp_path / "many", rank, 3))
-        for rank in range(3)
+        context.Process(target=one_of_several, args=(saved("mixtral"), output, rank, world))
+        for rank in range(world)
     ]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join(120)
         assert worker.exitcode == 0
+
+
+def test_several_processes_write_the_bytes_of_one(tmp_path: Path) -> None:
+    there(saved("mixtral"), tmp_path / "one", max_bytes=30_000, fsync=True)  # as several do
+    run_several(tmp_path / "many", 3)
     assert len(list((tmp_path / "one" / "release").glob("*.distcp"))) > 10
     assert files_of(tmp_path / "one") == files_of(tmp_path / "many")
 
@@ -182,19 +187,6 @@ def test_part_without_checksums_is_written_again(
     assert 0 < sum(after[name] != changed for name, changed in before.items()) < len(before)
 
 
-def run_two(output: Path) -> None:
-    """Convert by two processes."""
-    context = mp.get_context("fork")
-    workers = [
-        context.Process(target=one_of_several, args=(saved("mixtral"), output, rank, 2)) for rank in range(2)
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(120)
-        assert worker.exitcode == 0
-
-
 def fail_at_the_end(output: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Leave what two processes have converted without its name, and return the folder."""
     with monkeypatch.context() as patch:
@@ -210,11 +202,11 @@ def fail_at_the_end(output: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_parts_whose_checksums_are_lost_are_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_two(tmp_path / "whole")
+    run_several(tmp_path / "whole", 2)
     growing = fail_at_the_end(tmp_path / "out", monkeypatch)
     (growing / "progress-1.jsonl").unlink()
     (growing / "release" / "left.partial").write_bytes(b"half")
-    run_two(tmp_path / "out")
+    run_several(tmp_path / "out", 2)
     (tmp_path / "out" / "release" / "left.partial").unlink()
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
@@ -222,7 +214,7 @@ def test_parts_whose_checksums_are_lost_are_waited_for(
 def test_process_that_comes_late_leaves_its_parts_alone_while_process_0_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_two(tmp_path / "whole")
+    run_several(tmp_path / "whole", 2)
     fail_at_the_end(tmp_path / "out", monkeypatch)
     real_parts, real_publish = conversion_module._write_parts, conversion_module.publish
 
