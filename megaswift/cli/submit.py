@@ -8,7 +8,7 @@ from pathlib import Path
 from megaswift.cli.help import sections_help
 from megaswift.config.field import declared
 from megaswift.config.parse import TASK_DEFAULTS, Parsed, parse, take_flags
-from megaswift.config.reference import needs_copy
+from megaswift.config.reference import needs_reference
 from megaswift.config.rules import minimal_world
 from megaswift.config.run import RunConfig
 from megaswift.config.submit import SubmitConfig
@@ -194,7 +194,7 @@ def _layout(row: Parsed, machine: Machine | None, known: dict[str, Chosen | None
     if machine is None or not run.launch.auto_layout:
         return None
     lengths = (run.data.max_length, run.data.packing_length)
-    models = (needs_copy(run), run.preference.teacher_model, run.preference.ref_model)
+    models = (needs_reference(run), run.preference.teacher_model, run.preference.ref_model)
     key = repr((run.model, lengths, run.training, run.tuner, run.parallel, models, run.sampler, run.vllm))
     if key not in known:
         known[key] = chosen = choose_layout(run, model_of(run), machine)

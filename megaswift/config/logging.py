@@ -28,6 +28,10 @@ class LoggingConfig:
         None, "optimizer steps between validations; default: --save_steps", aliases=("eval_interval",)
     )
     eval_iters: int = setting(-1, "global batches in a validation; -1: the whole set")
+    eval_metric: str | None = setting(
+        None,
+        "ms-swift's name of what validations report beside the loss, which they do in any case: acc for seq_cls, infonce, reranker",
+    )
     early_stop_interval: int | None = setting(
         None, "validations in a row without a lower loss after which the run ends; default: never"
     )

@@ -66,16 +66,25 @@ class PreferenceConfig:
     ref_model_mixup_alpha: float = setting(0.6, "share of the trained model in what the reference becomes")
     ref_model_sync_steps: int = setting(512, "optimizer steps after which it does")
     teacher_model: str | None = setting(
-        None, "gkd: model with the same vocabulary whose distributions are learnt"
+        None,
+        "model with the same vocabulary: gkd learns its distributions, and grpo adds to the advantage of each token how much likelier "
+        "it finds it (--teacher_kl_coef)",
     )
     teacher_model_server: str | None = setting(
         None,
-        "gkd: address of a vLLM server that has the teacher instead, http://host:port, with --gkd_logits_topk (and --max-logprobs "
-        'of as much there); several share the rows out by tags: [{"url": "http://host:port", "tags": ["a.jsonl"]}, ...]',
+        "gkd, grpo: address of a vLLM server that has the teacher instead, http://host:port, for gkd with --gkd_logits_topk (and "
+        '--max-logprobs of as much there); several share the rows out by tags: [{"url": "http://host:port", "tags": ["a.jsonl"]}, ...]',
     )
     teacher_tag_key: str = setting(
         "dataset",
-        "gkd: column with the tag that says which of several --teacher_model_server teaches the row; dataset: the --dataset it is of",
+        "gkd, grpo: column with the tag that says which of several --teacher_model_server teaches the row; dataset: the --dataset it "
+        "is of",
+    )
+    teacher_kl_coef: float = setting(
+        1.0, "grpo: weight of log(pi_teacher/pi) of a token in its advantage; without rewards the only lesson"
+    )
+    offload_teacher_model: bool = setting(
+        False, "keep --teacher_model in host memory except while it is asked, once a step"
     )
     sft_alpha: float = setting(
         0.0, "gkd: weight of the cross-entropy of answers by the rows or the teacher beside the divergence"

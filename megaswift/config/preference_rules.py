@@ -7,7 +7,6 @@ from megaswift.config.loss_forms import JUDGE_ALONE, LOSS_TYPES, weighted_forms
 from megaswift.config.preference import PreferenceConfig
 from megaswift.config.reranker import TASK_TYPES
 from megaswift.config.run import RunConfig
-from megaswift.config.teachers import BY_SET, shares_rows_out, tag_of_set, teachers_by_tag
 from megaswift.errors import ConfigError, nearest
 
 # setting -> the rlhf_types that read it
@@ -32,9 +31,11 @@ BELONGS: dict[str, tuple[str, ...]] = {
     "sync_ref_model": ("dpo", "grpo"),
     "ref_model_mixup_alpha": ("dpo", "grpo"),
     "ref_model_sync_steps": ("dpo", "grpo"),
-    "teacher_model": ("gkd",),
-    "teacher_model_server": ("gkd",),
-    "teacher_tag_key": ("gkd",),
+    "teacher_model": ("gkd", "grpo"),
+    "teacher_model_server": ("gkd", "grpo"),
+    "teacher_tag_key": ("gkd", "grpo"),
+    "offload_teacher_model": ("gkd", "grpo"),
+    "teacher_kl_coef": ("grpo",),
     "lmbda": ("gkd",),
     "seq_kd": ("gkd",),
     "gkd_logits_topk": ("gkd",),
@@ -180,67 +181,6 @@ def a_reference_that_follows_is_in_memory(run: RunConfig) -> None:
             "sync_ref_model=true moves the weights of a reference in memory: not with precompute_ref_log_probs, reference_free, "
             "beta=0 or adapters. Leave one of them out."
         )
-
-
-def distillation_has_a_teacher(run: RunConfig) -> None:
-    """There is a model to learn from, in memory or behind HTTP."""
-    chosen = run.preference
-    if run.task != "rlhf" or chosen.rlhf_type != "gkd":
-        return
-    if chosen.teacher_model is None and chosen.teacher_model_server is None:
-        raise ConfigError(
-            "rlhf_type=gkd needs teacher_model or teacher_model_server. Give --teacher_model, a model with the same vocabulary, or "
-            "the address of a server that has it."
-        )
-    if chosen.teacher_model is not None and chosen.teacher_model_server is not None:
-        raise ConfigError(
-            f"teacher_model={chosen.teacher_model} and teacher_model_server={chosen.teacher_model_server} are two teachers. Give one."
-        )
-    if chosen.teacher_model_server is not None and chosen.gkd_logits_topk is None:
-        raise ConfigError(
-            "teacher_model_server tells the likeliest tokens of each place alone. Give their number as --gkd_logits_topk, such as 64."
-        )
-
-
-def each_of_several_teachers_has_rows(run: RunConfig) -> None:
-    """Who shares rows out by their sets has a teacher for each, and a set for each tag."""
-    chosen = run.preference
-    if not shares_rows_out(chosen):
-        if chosen.teacher_tag_key != PreferenceConfig().teacher_tag_key:
-            raise ConfigError(
-                f"teacher_tag_key={chosen.teacher_tag_key} chooses among several teachers. Name them in --teacher_model_server, or "
-                "leave it out."
-            )
-        return
-    if chosen.seq_kd:
-        raise ConfigError(
-            "seq_kd=true is not built for several teachers. Leave it out, or give one --teacher_model_server."
-        )
-    if chosen.teacher_tag_key != BY_SET:
-        return
-    tags = teachers_by_tag(chosen)
-    sets = {tag_of_set(name): name for name in (*run.data.dataset, *run.data.val_dataset)}
-    for tag, name in sets.items():
-        if tag not in tags:
-            raise ConfigError(
-                f"dataset={name} has no teacher: the tags are {', '.join(tags)}. Give the tag {tag} to one in --teacher_model_server."
-            )
-    for tag in tags:
-        if tag not in sets:
-            raise ConfigError(f"teacher_model_server: no --dataset is {tag}.{nearest(tag, sets)}")
-
-
-def the_answers_of_distillation_have_authors(case: Case) -> Case | None:
-    """Say which answers the teacher is asked about."""
-    chosen = case.run.preference
-    if case.run.task != "rlhf" or chosen.rlhf_type != "gkd":
-        return None
-    others = "completions by the teacher" if chosen.seq_kd else "the rows' own answers"
-    own = f"completions by the trained model in a share of {chosen.lmbda:g} of the steps"
-    texts = {0.0: others, 1.0: "completions by the trained model"}.get(chosen.lmbda, f"{own}, else {others}")
-    return case.change(
-        "preference", f"rlhf_type=gkd: the teacher is learnt from on {texts} (lmbda={chosen.lmbda:g})."
-    )
 
 
 def preference_settings_have_defaults(case: Case) -> Case | None:

@@ -1,4 +1,4 @@
-"""Whether a run compares its model with a reference, and whether that is a model in memory."""
+"""Whether a run compares its model with a reference or a teacher, and whether that is a model in memory."""
 
 from megaswift.config.preference_rules import NEEDS_REFERENCE
 from megaswift.config.run import RunConfig
@@ -16,14 +16,23 @@ def distils(run: RunConfig) -> bool:
     return run.task == "rlhf" and run.preference.rlhf_type == "gkd"
 
 
-def needs_copy(run: RunConfig) -> bool:
-    """Whether a frozen model stands beside the trained one; an adapted model without its adapters is its own reference.
+def is_taught(run: RunConfig) -> bool:
+    """Whether there is a teacher."""
+    settings = run.preference
+    return run.task == "rlhf" and (settings.teacher_model or settings.teacher_model_server) is not None
+
+
+def has_teacher_here(run: RunConfig) -> bool:
+    """Whether a teacher stands beside the trained model; others are behind HTTP."""
+    return run.task == "rlhf" and run.preference.teacher_model is not None
+
+
+def needs_reference(run: RunConfig) -> bool:
+    """Whether a frozen reference stands beside the trained model; an adapted model without its adapters is its own.
 
     That holds as long as nothing but the adapters trains.
     """
     settings = run.preference
-    if distils(run):
-        return settings.teacher_model is not None  # else it is behind HTTP
     if not compares(run) or settings.precompute_ref_log_probs:
         return False
     changes = run.tuner.tuner_type == "full" or bool(run.tuner.modules_to_save)

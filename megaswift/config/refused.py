@@ -29,7 +29,6 @@ def _refuse(what: str, instead: str = "", **flags: str) -> dict[str, Refused]:
 
 # Flags of reinforcement learning and distillation.
 _RLHF = """
-    offload_teacher_model teacher_kl_coef
     use_gym_env
     vllm_enable_lora use_ray
     reward_adapters num_ppo_epochs kl_coef cliprange vf_coef
@@ -98,7 +97,7 @@ REFUSED: dict[str, Refused] = {
     ),
     **_refuse("another order of samples", data_sharding="false", group_by_length="false"),
     # Loss
-    **_refuse("metrics of generated text", eval_metric="none", predict_with_generate="false"),
+    **_refuse("metrics of generated text", predict_with_generate="false"),
     # Layout and speed
     **_refuse(
         "a layout written as text",

@@ -3,6 +3,8 @@
 from importlib.util import find_spec
 
 from megaswift.config.case import Case
+from megaswift.config.reranker import TASK_TYPES
+from megaswift.config.rows import embedding_loss_of
 from megaswift.config.run import RunConfig
 from megaswift.errors import ConfigError
 
@@ -33,6 +35,20 @@ def reports_are_known(run: RunConfig) -> None:
         service = flag.partition("_")[0]
         if value is not None and service not in logging.report_to:
             raise ConfigError(f"{flag}={value} is for --report_to {service}. Add it, or leave the name out.")
+
+
+def metrics_belong_to_the_task(run: RunConfig) -> None:
+    """What validations report follows from the task; who asks for something else is told so."""
+    asked, task = run.logging.eval_metric, run.model.task_type
+    by_task = {"seq_cls": "acc", "embedding": "infonce", **dict.fromkeys(TASK_TYPES, "reranker")}
+    reported = by_task.get(task) if task != "embedding" or embedding_loss_of(run) == "infonce" else None
+    if task == "seq_cls" and run.model.problem == "regression":
+        reported = None
+    if asked not in (None, reported):
+        what = f"the loss and eval_metric={reported}" if reported else "the loss"
+        raise ConfigError(
+            f"eval_metric={asked} is not built for this task: validations report {what}. Leave it out."
+        )
 
 
 def an_early_end_follows_from_validations(run: RunConfig) -> None:

@@ -4,6 +4,7 @@ from importlib.metadata import entry_points
 from math import ceil
 
 from megaswift.config.case import Case
+from megaswift.config.reference import is_taught
 from megaswift.config.reward import REWARDS, RewardConfig
 from megaswift.config.rollout_rules import generates
 from megaswift.config.run import RunConfig
@@ -18,10 +19,10 @@ def rewards_are_named(run: RunConfig) -> None:
     if not generates(run):
         return
     chosen = run.reward
-    if not chosen.reward_funcs and not chosen.reward_model:
+    if not reward_names(chosen) and not is_taught(run):
         raise ConfigError(
             f"reward_funcs is not set. Name reward functions: {', '.join(REWARDS)}, or functions of --external_plugins; or give "
-            "a --reward_model."
+            "a --reward_model, or a --teacher_model."
         )
     if len(set(chosen.reward_funcs)) < len(chosen.reward_funcs):
         raise ConfigError(f"reward_funcs={' '.join(chosen.reward_funcs)} names a function twice.")
@@ -34,6 +35,12 @@ def rewards_are_named(run: RunConfig) -> None:
                     "of your own need --external_plugins file.py."
                 )
     reward_weights(chosen)
+
+
+def rewards_are_compared(run: RunConfig) -> None:
+    """What a completion is worth shows beside others of its group."""
+    if generates(run) and run.rollout.num_generations == 1 and reward_names(run.reward):
+        raise ConfigError("num_generations=1 leaves nothing to compare a reward with. Give 2 or more.")
 
 
 def reward_names(chosen: RewardConfig) -> list[str]:

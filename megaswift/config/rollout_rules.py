@@ -67,10 +67,10 @@ def turns_have_a_scheduler(run: RunConfig) -> None:
 
 
 def rollout_numbers_are_in_range(run: RunConfig) -> None:
-    """Groups have several members, and probabilities are probabilities."""
+    """Counts count something, and probabilities are probabilities."""
     chosen = run.rollout
     for name, value, least in (
-        ("num_generations", chosen.num_generations, 2),
+        ("num_generations", chosen.num_generations, 1),
         ("max_completion_length", chosen.max_completion_length, 1),
         ("num_iterations", chosen.num_iterations, 1),
         ("max_resample_times", chosen.max_resample_times, 1),

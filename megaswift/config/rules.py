@@ -13,6 +13,7 @@ from megaswift.config import preference_rules as preference
 from megaswift.config import report_rules as report
 from megaswift.config import reward_rules as reward
 from megaswift.config import rollout_rules as rollout
+from megaswift.config import teacher_rules as teacher
 from megaswift.config import training_rules as training
 from megaswift.config import tuner_rules as tuner
 from megaswift.config import vllm_rules as vllm
@@ -28,6 +29,7 @@ REQUEST_RULES = (
     training.sizes_are_positive,
     report.an_early_end_follows_from_validations,
     report.reports_are_known,
+    report.metrics_belong_to_the_task,
     data.every_set_has_its_share,
     data.streams_have_an_end,
     training.random_weights_are_for_pre_training,
@@ -45,10 +47,13 @@ REQUEST_RULES = (
     preference.the_loss_type_is_known,
     preference.preference_numbers_are_in_range,
     preference.a_reference_that_follows_is_in_memory,
-    preference.distillation_has_a_teacher,
-    preference.each_of_several_teachers_has_rows,
+    teacher.there_is_one_teacher,
+    teacher.distillation_has_a_teacher,
+    teacher.each_of_several_teachers_has_rows,
+    teacher.a_teacher_has_a_say_in_every_token,
     rollout.completions_are_for_grpo_and_gkd,
     reward.rewards_are_named,
+    reward.rewards_are_compared,
     reward.reward_numbers_are_in_range,
     rollout.turns_have_a_scheduler,
     policy.policy_settings_belong_to_the_loss,
@@ -105,7 +110,8 @@ RULES: tuple[Rule, ...] = (
     training.router_losses_have_a_kind,
     preference.preference_settings_have_defaults,
     preference.the_reference_is_not_the_adapted_model,
-    preference.the_answers_of_distillation_have_authors,
+    teacher.the_answers_of_distillation_have_authors,
+    teacher.served_teachers_have_a_temperature_of_their_own,
     head.rows_are_whole_documents,
     head.parts_of_embeddings_exist,
     rollout.groups_are_whole,

@@ -99,8 +99,9 @@ def form_of(run: RunConfig) -> Form:
         # On the answers of rows.
         validates = bool(run.data.val_dataset) or run.data.split_dataset_ratio > 0
         form = PROMPTS if distils_nothing_else(run) and not validates else CONVERSATIONS
-        return taught(form, run.preference) if shares_rows_out(run.preference) else form
-    return {"kto": JUDGEMENTS, "grpo": PROMPTS}.get(run.preference.rlhf_type, PAIRS)
+    else:
+        form = {"kto": JUDGEMENTS, "grpo": PROMPTS}.get(run.preference.rlhf_type, PAIRS)
+    return taught(form, run.preference) if shares_rows_out(run.preference) else form
 
 
 def taught(form: Form, chosen: PreferenceConfig) -> Form:

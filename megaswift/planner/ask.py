@@ -1,9 +1,10 @@
 """From settings of a run to a job and a search space: what the user fixed, and what is left to choose."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import ceil
 
-from megaswift.config.reference import needs_copy
+from megaswift.config.reference import has_teacher_here, needs_reference
 from megaswift.config.rows import texts_of_a_row
 from megaswift.config.run import RunConfig
 from megaswift.config.training_rules import DEFAULT_GLOBAL_BATCH
@@ -109,8 +110,7 @@ def ask(
         use_dora=run.tuner.use_dora,
         four_bits=run.tuner.quant_bits is not None,
         document_len=document_len,
-        reference=needs_copy(run),
-        reference_parts=_parts_of_reference(run),
+        beside=tuple(_parts_beside(run)),
         answers=texts,
         trained_elements=trained_of(run, meta),
     )
@@ -121,12 +121,19 @@ def ask(
     return Question(job=job, space=space, assumed=tuple(assumed))
 
 
-def _parts_of_reference(run: RunConfig) -> Parts | None:
-    """Return the parts of the teacher or the reference in memory; None: a copy of the model, or taken for one that cannot be read here."""
-    name = run.preference.teacher_model or run.preference.ref_model
-    if not needs_copy(run) or name in (None, run.model.model):
-        return None
+def _parts_beside(run: RunConfig) -> Iterator[Parts | None]:
+    """Yield the parts of the reference and the teacher that are in memory; None: a copy of the model."""
+    if needs_reference(run):
+        yield _parts_of_model(run, run.preference.ref_model)
+    if has_teacher_here(run):
+        yield _parts_of_model(run, run.preference.teacher_model)
+
+
+def _parts_of_model(run: RunConfig, name: str | None) -> Parts | None:
+    """Return the parts of a model; None for the trained one itself, which one that cannot be read here is taken for."""
     model = run.model
+    if name in (None, model.model):
+        return None
     try:
         return parts_of(
             get_model_meta(

@@ -25,8 +25,8 @@ class Job:
     four_bits: bool = False  # the frozen matrices are asked for in four bits
     document_len: int | None = None  # mean tokens of the documents in a pack; None: one document
     mtp_layers: int = 0  # multi-token-prediction layers that train
-    reference: bool = False  # a frozen copy of the model is in memory too
-    reference_parts: Parts | None = None  # or this model in its place
+    # Frozen models in memory too, a reference or a teacher; None: a copy of the model
+    beside: tuple[Parts | None, ...] = ()
     answers: int = 1  # samples that make one row of the batch: 2 for pairs
 
     @property
@@ -58,8 +58,7 @@ def job_of(
     four_bits: bool = False,
     document_len: int | None = None,
     mtp_layers: int = 0,
-    reference: bool = False,
-    reference_parts: Parts | None = None,
+    beside: tuple[Parts | None, ...] = (),
     answers: int = 1,
     trained_elements: Elements | None = None,
 ) -> Job:
@@ -78,8 +77,7 @@ def job_of(
         four_bits=four_bits,
         document_len=document_len,
         mtp_layers=mtp_layers,
-        reference=reference,
-        reference_parts=reference_parts,
+        beside=beside,
         answers=answers,
     )
 

@@ -124,7 +124,7 @@ def _states(
     shards, expert_shards = layout.dp * layout.cp, max(1, layout.edp)
     size = _element(candidate)
     copies = WEIGHT_COPIES.get(candidate.precision, 0.0) * (params.linear + params.experts)
-    copies += size * params.reference
+    copies += size * params.beside
     own = params.trained / shards + params.trained_experts / expert_shards
     if job.frozen:
         if job.four_bits or candidate.four_bits:

@@ -71,7 +71,7 @@ class StageParams:
     linear: float  # of these, the matrices that FP8 recipes keep a second time
     experts: float  # copied over edp
     adapters: float  # of LoRA, on every linear of attention and the feed-forward part, experts with it
-    reference: float  # of a frozen model beside the trained one
+    beside: float  # of frozen models beside the trained one
     trained: float  # what has gradients of dense, and the adapters outside the experts
     trained_experts: float  # and of the experts, or their adapters
 
@@ -117,20 +117,20 @@ def stage_params(job: Job, layout: Layout, stage: Stage) -> StageParams:
         linear=linear,
         experts=experts,
         adapters=adapters + of_experts if job.frozen else 0.0,
-        reference=_reference(job, layout, stage, own=dense + linear + experts),
+        beside=sum(
+            dense + linear + experts if other is None else _of_another(job, layout, stage, other)
+            for other in job.beside
+        ),
         trained=adapters + (trained if job.whole_modules else 0.0) if job.frozen else trained,
         trained_experts=of_experts if job.frozen else trained_experts,
     )
 
 
-def _reference(job: Job, layout: Layout, stage: Stage, *, own: float) -> float:
-    """Return the reference's parameters on one rank: those of the rank's own copy, or as large a share of another model's layers."""
-    if not job.reference or job.reference_parts is None:
-        return own if job.reference else 0.0
-    other = job.reference_parts
+def _of_another(job: Job, layout: Layout, stage: Stage, other: Parts) -> float:
+    """Return another model's parameters on one rank: as large a share of its layers as the rank has of the trained one's."""
     share = stage.layers / len(job.parts.layers)
     kinds = tuple((kind, count * share) for kind, count in Counter(other.layers).items())
-    alone = replace(job, parts=other, reference=False, mtp_layers=0)
+    alone = replace(job, parts=other, beside=(), mtp_layers=0)
     return stage_params(alone, layout, replace(stage, kinds=kinds)).base
 
 

@@ -18,8 +18,8 @@ from megaswift.rollout.engine import Answer
 
 FILE = "rollout.npz"
 # Arrays of a Rollout by what their entries are of.
-OF_COMPLETIONS = ("prompt_lengths", "stopped", "rewards", "advantages")
-OF_TOKENS = ("input_ids", "own", "old_logps", "reference_logps", "sampler_logps")
+OF_COMPLETIONS = ("prompt_lengths", "stopped", "targets", "rewards", "advantages")
+OF_TOKENS = ("input_ids", "own", "old_logps", "reference_logps", "sampler_logps", "teacher_logps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +113,7 @@ class Rollout(Completions):
     old_logps: np.ndarray | None = None  # float32 [T], of the completions' tokens, 0 elsewhere
     reference_logps: np.ndarray | None = None  # the same under the reference model
     sampler_logps: np.ndarray | None = None  # the same under what drew them, if not the model itself
+    teacher_logps: np.ndarray | None = None  # the same under a teacher
 
     @cached_property
     def encoded(self) -> EncodedSet:
@@ -129,6 +130,7 @@ class Rollout(Completions):
                 old_logps=self._of_labels(batch, self.old_logps),
                 reference_logps=self._of_labels(batch, self.reference_logps),
                 sampler_logps=self._of_labels(batch, self.sampler_logps),
+                teacher_logps=self._of_labels(batch, self.teacher_logps),
             )
 
     def _of_labels(self, batch: MicroBatch, values_T: np.ndarray | None) -> torch.Tensor | None:
@@ -156,7 +158,9 @@ class Rollout(Completions):
         return replace(self, **cut)
 
     def figures(self, names: Sequence[str], weights: Sequence[float]) -> dict[str, float]:
-        """Return what is logged, under TRL's names; `names` and `weights` are those of the reward functions."""
+        """Return what is logged, under TRL's names; `names` and `weights` are those of the reward functions, if there are some."""
+        if not names:
+            return self.length_figures()
         total_PG = (self.rewards @ np.array(weights)).reshape(-1, self.group)
         spread_P = total_PG.std(1, ddof=1)
         each = {

@@ -1,4 +1,5 @@
-"""A teacher that a vLLM server has: what it finds likeliest at every place of a document, and what it writes itself.
+"""A teacher that a vLLM server has: what it finds likeliest at every place of a document or how likely what stands there, and what it
+writes itself.
 
 Letters: S tokens of a document, K likeliest tokens.
 """
@@ -39,31 +40,56 @@ class ServedTeacher:
         self,
         url: str,
         *,
-        top_k: int,
+        top_k: int | None,
         vocab_size: int,
         decode: Callable[[list[int]], str],
         room: int | None,
         timeout_s: float,
     ) -> None:
         """Wait until it is up and check that it can teach a model with `vocab_size` tokens, which `decode` makes text of, on
-        documents of `room` tokens. Raises UserError."""
-        self._top_k, self._vocab_size = min(top_k, vocab_size), vocab_size
-        self._start = f"Start it with `vllm serve MODEL --max-logprobs {self._top_k}`"
+        documents of `room` tokens; without `top_k` it reads them alone. Raises UserError."""
+        self._top_k, self._vocab_size = 0 if top_k is None else min(top_k, vocab_size), vocab_size
+        more = f" --max-logprobs {self._top_k}" if self._top_k else ""
+        self._start = f"Start it with `vllm serve MODEL{more}`"
         advice = f"{self._start}, or correct --teacher_model_server."
         self._server = wait_for(url, time.monotonic() + timeout_s, timeout_s, advice=advice)
         longest = self._server.max_model_len
-        if room is not None and longest is not None and longest < room:
+        # Where it reads whole documents it writes a token more.
+        needed = None if room is None else room + (top_k is None)
+        if needed is not None and longest is not None and longest < needed:
             raise ConfigError(
                 f"max_length={room} is more than the teacher at {url} has room for: {longest}. Lower it, or start the server with "
-                f"--max-model-len {room}."
+                f"--max-model-len {needed}."
             )
         self._compare_vocabularies(decode)
+        what = "log-probabilities" if top_k is None else f"its {self._top_k} likeliest tokens"
         try:
-            self.likeliest(np.zeros(2, np.int32))
+            (self.read if top_k is None else self.likeliest)(np.zeros(2, np.int32))
         except TrainingError as error:
-            raise ConfigError(
-                f"the teacher does not tell its {self._top_k} likeliest tokens: {error} {self._start}."
-            ) from error
+            raise ConfigError(f"the teacher does not tell {what}: {error} {self._start}.") from error
+
+    def read(self, ids_S: np.ndarray) -> np.ndarray:
+        """Return the teacher's log-probability of each token of a document but the first, float32 [S - 1]. Raises UserError."""
+        asked = {
+            "model": self._server.name,
+            "prompt": ids_S.tolist(),
+            "prompt_logprobs": 0,  # of the document's own tokens alone
+            "max_tokens": 1,
+            **UNCHANGED,
+        }
+        (choice,) = post(self._server.url, "/v1/completions", asked, timeout_s=ANSWER_S)["choices"]
+        places = (choice.get("prompt_logprobs") or [None])[1:]  # nothing comes before the first token
+        logps = [
+            place[str(token)]["logprob"]
+            for place, token in zip(places, ids_S[1:].tolist(), strict=False)
+            if str(token) in place
+        ]
+        if len(logps) != len(ids_S) - 1 or not np.isfinite(logps).all():
+            raise TrainingError(
+                f"the teacher at {self._server.url} tells log-probabilities of {len(logps)} tokens behind the first in a document of "
+                f"{len(ids_S)}."
+            )
+        return np.array(logps, np.float32)
 
     def likeliest(self, ids_S: np.ndarray) -> LikeliestTokens:
         """Return the teacher's likeliest next tokens behind each token of a document but the last. Raises UserError."""

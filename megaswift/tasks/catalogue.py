@@ -1,6 +1,7 @@
 """Which task a run has."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,7 @@ from megaswift.tasks.preference import Kto, Preference
 from megaswift.tasks.reranker import Reranker, answer_scores
 from megaswift.tasks.scores import DocumentScores, ReadScores, ScoresLoss, head_scores, scoring_model
 from megaswift.tasks.sft import NextToken
-from megaswift.tasks.task import RunModel, Task, run_model
+from megaswift.tasks.task import CallIn, RunModel, Task, run_model
 
 # rlhf_type -> the loss of pairs, and the names of what it logs
 PAIR_LOSSES: dict[str, tuple[Callable[[Answers, PreferenceConfig], Outcome], tuple[str, ...]]] = {
@@ -76,13 +77,15 @@ def make_task(
     meta: ModelMeta,
     *,
     reference: Sequence[Any] | None = None,
+    teacher: Sequence[Any] | None = None,
+    call_in: CallIn = nullcontext,
     words: tuple[int, int] | None = None,
     run_model: RunModel = run_model,
 ) -> Task:
     """Return the task of a resolved run on the model of trained_model().
 
-    `reference` are the chunks of a frozen model to compare with, or to learn from, where there is one; `words` are those of
-    judging_words(), read from the tokenizer unless given.
+    `reference` are the chunks of a frozen model to compare with, `teacher` those of one to learn from, where there is one, which
+    `call_in` brings to memory; `words` are those of judging_words(), read from the tokenizer unless given.
 
     Pre-training differs from fine-tuning in the data alone: its loss mask is one everywhere.
     """
@@ -104,7 +107,7 @@ def make_task(
     if settings.rlhf_type == "kto":
         return Kto(settings, reference=reference, run=run_model)
     if settings.rlhf_type == "gkd":
-        return Distillation(settings, teacher=reference, run=run_model)
+        return Distillation(settings, teacher=teacher, call_in=call_in, run=run_model)
     if settings.rlhf_type == "grpo":
         return Grpo(settings, run.rollout, run.sampler, run.policy, run=run_model)
     if settings.rlhf_type == "rm":

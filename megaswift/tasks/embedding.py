@@ -38,7 +38,7 @@ from megaswift.tasks.task import Loss, RunModel, look, run_model
 
 MARGIN = 0.5  # sentence-transformers 5, ContrastiveLoss
 METRICS = {
-    "infonce": ("accuracy", "similarity/positive"),
+    "infonce": ("accuracy", "similarity/positive", "similarity/negative", "margin"),
     "cosine_similarity": ("similarity/positive",),
     "contrastive": ("similarity/positive",),
 }
@@ -151,6 +151,11 @@ def _loss_of_whole(
         scores_RC = torch.einsum("rd,rcd->rc", anchors_RD, others_RCD)
         positive = torch.zeros(len(scores_RC), dtype=torch.long, device=scores_RC.device)
     metrics["accuracy"] = (scores_RC.argmax(1) == positive).double()
+    negatives = scores_RC.shape[1] - 1
+    if negatives:  # else there is nothing to compare with
+        best_R = scores_RC.detach().scatter(1, positive[:, None], -torch.inf).amax(1)
+        metrics["margin"] = positive_R.detach() - best_R
+        metrics["similarity/negative"] = (scores_RC.sum(1) - positive_R).detach() / negatives
     losses_R = F.cross_entropy(scores_RC / settings.infonce_temperature, positive, reduction="none")
     return Outcome(losses_R=losses_R, metrics=metrics)
 

@@ -12,6 +12,7 @@ Letters: B batch, S sequence, T tokens that carry loss, K likeliest tokens, D mo
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,26 +26,33 @@ from megaswift.data.batches import MicroBatch
 from megaswift.kernels.linear_cross_entropy.ops import linear_cross_entropy
 from megaswift.kernels.linear_divergence.ops import Likeliest, OutputLayer, linear_divergence
 from megaswift.models.causal_lm import CausalLM
-from megaswift.tasks.task import Loss, RunModel, look, run_model
+from megaswift.tasks.task import CallIn, Loss, RunModel, look, run_model
 
 
 class Distillation:
     """The task of `megaswift rlhf --rlhf_type gkd`, for models that return hidden states."""
 
     def __init__(
-        self, settings: PreferenceConfig, *, teacher: Sequence[CausalLM] | None, run: RunModel = run_model
+        self,
+        settings: PreferenceConfig,
+        *,
+        teacher: Sequence[CausalLM] | None,
+        call_in: CallIn = nullcontext,
+        run: RunModel = run_model,
     ) -> None:
-        """`teacher` are the chunks of a frozen model under the same layout; None: the batches hold what it says."""
+        """`teacher` are the chunks of a frozen model under the same layout; None: the batches hold what it says. Outside the context
+        of `call_in` its output layer alone needs to be there."""
         assert settings.beta is not None, "resolved"
         self._beta, self._top_k, self._sft_alpha = settings.beta, settings.gkd_logits_topk, settings.sft_alpha
         self.metrics: tuple[str, ...] = ("sft_loss",) if self._sft_alpha else ()
-        self._teacher, self._run = teacher, run
+        self._teacher, self._call_in, self._run = teacher, call_in, run
 
     def prepare(self, batches: list[MicroBatch], chunks: Sequence[Any]) -> list[MicroBatch]:
         """Return the batches with the last hidden states [T, E] of a teacher in memory, on the last stage."""
         if self._teacher is None:
             return batches
-        found = look(self._teacher, batches, states_with_loss, run=self._run)
+        with self._call_in():
+            found = look(self._teacher, batches, states_with_loss, run=self._run)
         if not found:
             return batches
         return [replace(batch, prepared=states_TE) for batch, states_TE in zip(batches, found, strict=True)]

@@ -14,6 +14,9 @@ entropy        the policy loss of a token is 0 unless its entropy is among the h
                eq. 8, as is e_high apart; a micro batch, by which TRL's bnpo divides, is a matter of the layout here); dr_grpo, the
                sum over completions / (completions * max_completion_length) (Liu et al. 2025, Dr. GRPO, 2503.20783, section 3); real
                has no token losses but those of the reference, as grpo: tasks/labels.py
+teacher        A of a token is that of its completion, 0 without rewards, + --teacher_kl_coef * log(pi_teacher/pi_old): ms-swift 4.6
+               (rl_core/advantage.py). Without rewards the gradient is, in the mean over what the model may write next, that of
+               KL(pi || pi_teacher) of the next token
 sampler        Where another engine drew the completions, with probability q, token losses that compare with pi_old are weighted by
                w = pi_old/q, held to a threshold C: min(w, C) (truncated importance sampling: Yao et al. 2025, "Your efficient RL
                framework secretly brings you off-policy RL training"), or w where w <= C and 0 elsewhere. For a sequence w is the
@@ -52,6 +55,7 @@ from megaswift.tasks.task import Loss, RunModel, run_model
 
 METRICS = (
     "kl",
+    "teacher_kl",
     "clip_ratio/low_mean",
     "clip_ratio/high_mean",
     "cispo_clip_ratio",
@@ -82,6 +86,7 @@ class Completions:
     old_T: torch.Tensor | None = None  # log pi_old; None: pi is what it was when it generated
     references_T: torch.Tensor | None = None  # log pi_ref
     sampler_T: torch.Tensor | None = None  # log q; None: pi itself drew them
+    teacher_T: torch.Tensor | None = None  # log pi_teacher
     entropies_T: torch.Tensor | None = None  # of pi
     peers: Peers | None = None  # of REAL
 
@@ -167,6 +172,7 @@ def completions_of(batch: MicroBatch, losses_BS: torch.Tensor) -> Completions:
         "old_T": batch.old_logps,
         "references_T": batch.reference_logps,
         "sampler_T": batch.sampler_logps,
+        "teacher_T": batch.teacher_logps,
         "entropies_T": prepared.entropies_BS,
     }
     found = {
@@ -203,7 +209,13 @@ def grpo_loss(
     logps_T, lengths_N, form = completions.logps_T, completions.lengths_N, settings.loss_type
     assert settings.beta is not None, "resolved"
     old_T = logps_T.detach() if completions.old_T is None else completions.old_T
-    losses_T, metrics = policy_losses(completions, old_T, form, rollout, policy)
+    advantages_T, metrics = completions.advantages_N.repeat_interleave(lengths_N), {}
+    if completions.teacher_T is not None:
+        lead_T = completions.teacher_T - old_T
+        advantages_T = advantages_T + settings.teacher_kl_coef * lead_T
+        metrics["teacher_kl"] = k3(lead_T)
+    losses_T, more = policy_losses(completions, old_T, advantages_T, form, rollout, policy)
+    metrics |= more
     if rollout.off_policy_sequence_mask_delta is not None:
         is_left_N = left_behind(completions, old_T, most=rollout.off_policy_sequence_mask_delta)
         losses_T = losses_T.masked_fill(is_left_N.repeat_interleave(lengths_N), 0.0)
@@ -216,8 +228,7 @@ def grpo_loss(
         losses_T = losses_T * sampler_weights(log_weight_T, lengths_N, sampler)
         metrics |= _mismatch(log_weight_T)
     if completions.references_T is not None:
-        lead_T = completions.references_T - logps_T
-        divergence_T = lead_T.exp() - lead_T - 1
+        divergence_T = k3(completions.references_T - logps_T)
         metrics["kl"] = divergence_T.detach()
         if not rollout.kl_in_reward:
             losses_T = losses_T + settings.beta * divergence_T
@@ -238,6 +249,7 @@ def grpo_loss(
 def policy_losses(
     completions: Completions,
     old_T: torch.Tensor,
+    advantages_T: torch.Tensor,
     form: str | None,
     rollout: RolloutConfig,
     policy: PolicyConfig,
@@ -246,7 +258,6 @@ def policy_losses(
     logps_T, lengths_N = completions.logps_T, completions.lengths_N
     if form == "real":
         return torch.zeros_like(logps_T), {}
-    advantages_T = completions.advantages_N.repeat_interleave(lengths_N)
     ratio_T = log_ratios(logps_T, old_T, lengths_N, rollout.importance_sampling_level).exp()
     if form == "cispo":
         assert rollout.epsilon_high is not None, "resolved"
@@ -284,6 +295,11 @@ def sampler_weights(
     return weight_T.clamp(max=most) if limit == "truncate" else weight_T.where(weight_T <= most, 0.0)
 
 
+def k3(log_ratio_T: torch.Tensor) -> torch.Tensor:
+    """Return an unbiased estimate of KL(p || q) for tokens that p drew, which is never negative, given log q/p."""
+    return log_ratio_T.exp() - log_ratio_T - 1
+
+
 def _uncertainty(
     completions: Completions, least_entropy: float, rollout: RolloutConfig
 ) -> dict[str, torch.Tensor]:
@@ -301,7 +317,7 @@ def _mismatch(log_weight_T: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return how far the model is from the engine that drew: the KL divergence as in k3, and TRL's figures of tokens."""
     weight_T = log_weight_T.exp()
     return {
-        "sampling/kl": weight_T - log_weight_T - 1,
+        "sampling/kl": k3(log_weight_T),
         "sampling/sampling_logp_difference/mean": log_weight_T.abs(),
         "sampling/importance_sampling_ratio/mean": weight_T,
         "sampling/importance_sampling_ratio/max": weight_T,

@@ -4,6 +4,7 @@ Letters: B batch, S sequence, D model size.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,7 @@ MAXIMUM = "/max"  # ends the name of what is logged as the greatest value, which
 Loss = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 # (micro batch, this rank's chunk of the model) -> the chunk's output
 RunModel = Callable[[MicroBatch, Any], torch.Tensor]
+CallIn = Callable[[], AbstractContextManager[None]]  # in whose context a model is in memory
 
 
 class Task(Protocol):

@@ -7,7 +7,6 @@ batch counts packs of rows, or rows where no answer of theirs is ever read; comp
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from enum import Enum
 from typing import Any
@@ -26,10 +25,11 @@ from megaswift.parallel.layout import Layout
 from megaswift.rollout.engine import Answer, Prompt, RolloutEngine
 from megaswift.rollout.generate import chances
 from megaswift.rollout.rollout import Completions, joined
+from megaswift.tasks.task import CallIn
 from megaswift.training.author import Author, completions_table, stop_ids_of
 from megaswift.training.engine import Engine
 from megaswift.training.feed import TrainFeed
-from megaswift.training.reference import reference_meta
+from megaswift.training.reference import teacher_meta
 from megaswift.training.reporters import JsonLines
 from megaswift.training.set_aside import room_for_authors
 from megaswift.training.setup import Sets
@@ -70,16 +70,17 @@ class DistillationFeed(TrainFeed):
         pad_id: int,
         tokenizer: Any,
         table: JsonLines | None,
+        call_in: CallIn,
         dp_rank: int,
         dp: int,
     ) -> None:
         """`prompts` are those of the entries of `data`, `rows` what is behind them; `settings` are those of batches of
-        completions, which `table` takes on rank 0."""
+        completions, which `table` takes on rank 0; `call_in` brings a teacher to memory who writes."""
         super().__init__(data, dp_rank=dp_rank, dp=dp)
         self._train, self._authors, self._run, self._engine = data, authors, run, engine
         self._prompts, self._rows, self._pad_id = prompts, rows, pad_id
         self._settings = settings
-        self._tokenizer, self._table = tokenizer, table
+        self._tokenizer, self._table, self._call_in = tokenizer, table, call_in
         self._figures: dict[str, float] = {}
 
     def batch(self, consumed: int) -> list[MicroBatch]:
@@ -94,7 +95,7 @@ class DistillationFeed(TrainFeed):
             Prompt(ids=self._prompt(entry), key=(seed, epoch, entry))
             for epoch, entry in self._entries(consumed)
         ]
-        with self._engine.settled_parameters() if writer is Writer.STUDENT else nullcontext():
+        with self._engine.settled_parameters() if writer is Writer.STUDENT else self._call_in():
             answers = self._authors[writer].write(prompts, lambda places, answers: list(answers))
         completions = Completions(
             **joined([prompt.ids for prompt in prompts], answers), targets=self._targets(consumed)
@@ -153,17 +154,18 @@ def distillation_feed(
     *,
     checkpoint: Checkpoint | None,
     teacher: Sequence[Any] | None,
+    call_in: CallIn,
     served: RolloutEngine | None,
     group: Any,
 ) -> DistillationFeed:
     """Return the feed of a resolved run; `checkpoint` is the one that it goes on from. Every rank calls it; raises UserError.
 
-    The teacher is in memory, `teacher`, or writes by itself, `served`.
+    The teacher is `teacher`, whom `call_in` brings to memory, or writes by itself, `served`.
     """
     assert sets.rows is not None and sets.prompts is not None and isinstance(sets.train, TrainData)
     tokenizer = load_tokenizer(str(meta.folder), trust_remote_code=run.model.trust_remote_code)
-    teacher_meta = reference_meta(run, meta)
-    stop_ids = tuple(sorted({*stop_ids_of(meta, tokenizer), *teacher_meta.eos_token_ids}))
+    theirs = teacher_meta(run, meta)
+    stop_ids = tuple(sorted({*stop_ids_of(meta, tokenizer), *theirs.eos_token_ids}))
 
     aside = room_for_authors(run, engine, teacher or ())
 
@@ -177,7 +179,7 @@ def distillation_feed(
     if run.preference.seq_kd and teacher is None:  # it has devices of its own
         authors[Writer.TEACHER] = author(meta, student, served=served)
     elif run.preference.seq_kd:
-        authors[Writer.TEACHER] = author(teacher_meta, teacher, aside=aside)
+        authors[Writer.TEACHER] = author(theirs, teacher, aside=aside)
     return DistillationFeed(
         sets.train,
         authors,
@@ -189,6 +191,7 @@ def distillation_feed(
         pad_id=sets.pad_id,
         tokenizer=tokenizer,
         table=completions_table(run, checkpoint),
+        call_in=call_in,
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp=layout.dp,
     )

@@ -1,4 +1,4 @@
-"""The reference model of preference training, or the teacher of distillation: a frozen copy, or its log-probabilities computed once to disk."""
+"""Frozen models beside the trained one: the reference, or its log-probabilities computed once to disk, and a teacher."""
 
 import hashlib
 import os
@@ -14,11 +14,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megaswift.config.freeze import FreezeConfig
-from megaswift.config.reference import distils
 from megaswift.config.rules import resolve
 from megaswift.config.run import RunConfig
 from megaswift.config.tuner import TunerConfig
-from megaswift.converters.peft_folder import read_adapter
+from megaswift.converters.peft_folder import PeftAdapter, read_adapter
 from megaswift.data.batches import BatchSettings, MicroBatch, ValidationData
 from megaswift.data.encode import EncodedSet
 from megaswift.errors import ConfigError
@@ -39,7 +38,7 @@ logger = get_logger(__name__)
 FOLDER = "reference_logps"  # below the run's folder
 
 
-def frozen_copy(
+def reference_copy(
     run: RunConfig,
     meta: ModelMeta,
     layout: Layout,
@@ -48,22 +47,42 @@ def frozen_copy(
     group: Any,
     kept: Path | None = None,
 ) -> list[Any]:
-    """Return this rank's chunks of the reference model, without gradients; every rank of the world calls it.
+    """Return this rank's chunks of the reference, without gradients; every rank of the world calls it.
 
-    `group` holds all ranks and is patient; `kept` is where its weights are if they have changed. Raises UserError where --ref_model,
-    --ref_adapters or --teacher_model does not fit.
+    `group` holds all ranks and is patient; `kept` is where its weights are if they have changed. Raises UserError where --ref_model
+    or --ref_adapters does not fit.
     """
     reference = alike(lambda: reference_meta(run, meta))
-    if distils(run):  # a model of another size, under the same layout
-        alike(lambda: resolve(run, reference, layout.world, platform.name))
-    adapter = None
-    tuner = TunerConfig()  # neither adapted nor in four bits
+    adapter, tuner = None, TunerConfig()  # not in four bits either
     if run.preference.ref_adapters:
         adapter = alike(lambda: read_adapter(run.preference.ref_adapters[0], reference))
         tuner = adapter.adopt(replace(tuner, tuner_type="lora"), reference)
-    plain = replace(run, tuner=tuner, freeze=FreezeConfig())
+    run = replace(run, tuner=tuner)
+    return _frozen(run, reference, layout, platform, adapter=adapter, group=group, weights=kept)
+
+
+def teacher_copy(
+    run: RunConfig, meta: ModelMeta, layout: Layout, platform: Platform, *, group: Any
+) -> list[Any]:
+    """Return this rank's chunks of --teacher_model as reference_copy() does; it may be of another size, under the same layout."""
+    teacher = alike(lambda: teacher_meta(run, meta))
+    alike(lambda: resolve(run, teacher, layout.world, platform.name))
+    return _frozen(replace(run, tuner=TunerConfig()), teacher, layout, platform, group=group)
+
+
+def _frozen(
+    run: RunConfig,
+    meta: ModelMeta,
+    layout: Layout,
+    platform: Platform,
+    *,
+    adapter: PeftAdapter | None = None,
+    group: Any,
+    weights: Path | None = None,
+) -> list[Any]:
+    plain = replace(run, freeze=FreezeConfig())
     chunks = load_model(
-        plain, reference, layout, platform, adapter=adapter, fresh=True, group=group, weights=kept
+        plain, meta, layout, platform, adapter=adapter, fresh=True, group=group, weights=weights
     )
     for chunk in chunks:
         chunk.requires_grad_(False)
@@ -71,18 +90,25 @@ def frozen_copy(
 
 
 def reference_meta(run: RunConfig, meta: ModelMeta) -> ModelMeta:
-    """Return the facts of the model that frozen_copy() makes; raises ConfigError."""
-    flag = "teacher_model" if distils(run) else "ref_model"
-    name = run.preference.teacher_model or run.preference.ref_model
+    """Return the facts of the reference; raises ConfigError."""
+    return _facts_of(run, meta, "ref_model", run.preference.ref_model)
+
+
+def teacher_meta(run: RunConfig, meta: ModelMeta) -> ModelMeta:
+    """Return the facts of the teacher in memory; raises ConfigError."""
+    return _facts_of(run, meta, "teacher_model", run.preference.teacher_model)
+
+
+def _facts_of(run: RunConfig, meta: ModelMeta, flag: str, name: str | None) -> ModelMeta:
     if name is None:
         return meta
-    reference = get_model_meta(name, use_hf=run.model.use_hf, trust_remote_code=run.model.trust_remote_code)
-    if reference.vocab_size != meta.vocab_size:
+    other = get_model_meta(name, use_hf=run.model.use_hf, trust_remote_code=run.model.trust_remote_code)
+    if other.vocab_size != meta.vocab_size:
         raise ConfigError(
-            f"{flag}={name} has vocab_size={reference.vocab_size} and the trained model {meta.vocab_size}: they do not read "
+            f"{flag}={name} has vocab_size={other.vocab_size} and the trained model {meta.vocab_size}: they do not read "
             "the same tokens. Choose one with the same tokenizer."
         )
-    return trained_model(run, reference)
+    return trained_model(run, other)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +133,7 @@ class References:
             file = self.output_dir / FOLDER / f"{self._key(encoded)}.npy"
             if not agree_on_first(file.exists):
                 if not chunks:
-                    chunks = frozen_copy(self.run, self.meta, self.layout, self.platform, group=self.group)
+                    chunks = reference_copy(self.run, self.meta, self.layout, self.platform, group=self.group)
                 table = self._compute(chunks, encoded, settings, pad_id)
                 agree_on_first(lambda file=file, table=table: _write(file, table))  # type: ignore[misc]  # bound now
                 logger.info(

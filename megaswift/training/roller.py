@@ -35,12 +35,13 @@ from megaswift.rollout.rollout import Rollout, joined
 from megaswift.rollout.turns import Talked, Talks, load_scheduler
 from megaswift.tasks.advantages import advantages, decoupled_advantages
 from megaswift.tasks.answers import whole_rows
-from megaswift.tasks.task import RunModel, look
+from megaswift.tasks.task import CallIn, RunModel, look
 from megaswift.training.author import Author, stop_ids_of
 from megaswift.training.context import context_share
 from megaswift.training.engine import Engine
 from megaswift.training.reporters import JsonLines
 from megaswift.training.set_aside import room_for_authors
+from megaswift.training.teachers import Teachers
 
 OTHERS = (0, 0, 1)  # behind seed, position and round: keys of completions go on otherwise
 
@@ -56,7 +57,8 @@ class _Completion:
 
 @dataclass(kw_only=True)
 class Roller:
-    """Makes rollouts. `group` holds all ranks and is patient; `reference` are the chunks of a frozen model, where there is one."""
+    """Makes rollouts. `group` holds all ranks and is patient; `reference` and `teacher` are the chunks of frozen models, where there
+    are some; `call_in` brings the teacher to memory, or it is `served` elsewhere."""
 
     run: RunConfig
     meta: ModelMeta
@@ -68,6 +70,9 @@ class Roller:
     run_model: RunModel
     group: Any
     reference: Sequence[Any] | None
+    teacher: Sequence[Any] | None
+    call_in: CallIn
+    served: Teachers | None
     table: JsonLines | None  # of completions; rank 0's, where they are logged
 
     def __post_init__(self) -> None:
@@ -84,7 +89,7 @@ class Roller:
             stop_ids=stop_ids_of(self.meta, self.tokenizer),
             pad_id=self.pad_id,
             group=self.group,
-            aside=room_for_authors(self.run, self.engine, self.reference or ()),
+            aside=room_for_authors(self.run, self.engine, (*(self.reference or ()), *(self.teacher or ()))),
         )
         self.rewards = agree(self._load_rewards, group=self.group)
         self.talks = agree(self._load_talks, group=self.group)
@@ -184,10 +189,10 @@ class Roller:
         for start in range(0, len(places), group):
             some = slice(start, start + group)
             row = self._row(entries[places[start] // group])
-            rewards = zip(*rewards_of(self.rewards, row, judged[some]), strict=True)
+            columns = rewards_of(self.rewards, row, judged[some])
             found += [
-                _Completion(answer=answer, judged=one, rewards=list(each))
-                for answer, one, each in zip(answers[some], judged[some], rewards, strict=True)
+                _Completion(answer=answer, judged=one, rewards=[column[place] for column in columns])
+                for place, (answer, one) in enumerate(zip(answers[some], judged[some], strict=True))
             ]
         return found
 
@@ -212,21 +217,22 @@ class Roller:
         return (*key, 0, again) if again else key  # a fourth number counts turns
 
     def _joined(self, entries: np.ndarray, position: int, found: list[_Completion]) -> Rollout:
-        group = self.run.rollout.num_generations
+        group, targets = self.run.rollout.num_generations, self.prompts.encoded.targets
         prompts = [self._prompt(entry) for entry in np.repeat(entries, group)]
         return Rollout(
+            targets=None if targets is None else np.repeat(targets[entries], group),
             **joined(prompts, [one.answer for one in found]),
             position=position,
             group=group,
             trains_cut=not self.run.rollout.overlong_filter,
-            rewards=np.array([one.rewards for one in found]),
+            rewards=np.array([one.rewards for one in found], np.float64),
             sampler_logps=_sampler_logps(prompts, found),
         )
 
     def _with_logps(self, rollout: Rollout) -> Rollout:
         """Add what the loss and the rewards compare with, as far as they do."""
         chosen, compares = self.run.rollout, bool(self.run.preference.beta)
-        old = reference = None
+        old = reference = teacher = None
         if uses_of_a_generation(chosen) > 1 or chosen.kl_in_reward:
             old = self._logps(rollout, self.engine.chunks)
         if compares and self.reference is not None:
@@ -234,7 +240,12 @@ class Roller:
         elif compares:
             with adapters_off(self.engine.chunks):
                 reference = self._logps(rollout, self.engine.chunks)
-        return replace(rollout, old_logps=old, reference_logps=reference)
+        if self.teacher is not None:
+            with self.call_in():
+                teacher = self._logps(rollout, self.teacher)
+        elif self.served is not None:
+            teacher = self.served.logps(rollout)
+        return replace(rollout, old_logps=old, reference_logps=reference, teacher_logps=teacher)
 
     def _logps(self, rollout: Rollout, chunks: Sequence[Any]) -> np.ndarray:
         """Return the log-probability of every completion's tokens, float32 [T]; every rank of the world calls it."""
@@ -260,6 +271,8 @@ class Roller:
         return table_T.cpu().numpy()
 
     def _with_advantages(self, rollout: Rollout) -> Rollout:
+        if not self.names:  # a teacher is all there is
+            return replace(rollout, advantages=np.zeros(len(rollout), np.float32))
         if self.run.rollout.scale_rewards == "gdpo":
             rewards_PGF = torch.from_numpy(rollout.rewards).unflatten(0, (-1, rollout.group))
             found_PG = decoupled_advantages(rewards_PGF, self.weights)

@@ -15,12 +15,13 @@ from megaswift.data.batches import BatchSettings, MicroBatch, TrainData
 from megaswift.metadata.meta import ModelMeta
 from megaswift.parallel.layout import Layout
 from megaswift.rollout.rollout import Rollout
-from megaswift.tasks.task import RunModel
+from megaswift.tasks.task import CallIn, RunModel
 from megaswift.training.author import completions_table
 from megaswift.training.engine import Engine
 from megaswift.training.feed import TrainFeed
 from megaswift.training.roller import Roller
 from megaswift.training.setup import Sets
+from megaswift.training.teachers import Teachers
 
 KEPT = "rollout"  # the folder of a checkpoint with completions that are not used up
 
@@ -106,6 +107,9 @@ def rollout_feed(
     *,
     checkpoint: Checkpoint | None,
     reference: Sequence[Any] | None,
+    teacher: Sequence[Any] | None,
+    call_in: CallIn,
+    served: Teachers | None,
     run_model: RunModel,
     group: Any,
 ) -> RolloutFeed:
@@ -122,6 +126,9 @@ def rollout_feed(
         run_model=run_model,
         group=group,
         reference=reference,
+        teacher=teacher,
+        call_in=call_in,
+        served=served,
         table=completions_table(run, checkpoint),
     )
     return RolloutFeed(

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -12,7 +13,7 @@ from megatron.core import parallel_state
 from megaswift.checkpoint.resume import check_identity, find_checkpoint, load_checkpoint
 from megaswift.checkpoint.store import Checkpoint, Store
 from megaswift.config.freeze import FreezeConfig
-from megaswift.config.reference import compares, needs_copy
+from megaswift.config.reference import compares, distils, has_teacher_here, needs_reference
 from megaswift.config.rules import ResolvedRun, resolve
 from megaswift.config.run import RunConfig
 from megaswift.converters.lora_targets import adapted_modules, whole_tensors
@@ -33,7 +34,7 @@ from megaswift.parallel.layout import Layout
 from megaswift.platforms.fp8 import check_fp8, format_for, software_here
 from megaswift.platforms.platform import Platform, init_distributed, select_platform
 from megaswift.tasks.catalogue import make_task, trained_model
-from megaswift.tasks.task import run_model
+from megaswift.tasks.task import CallIn, run_model
 from megaswift.training.allocation import check_allocation
 from megaswift.training.beside import (
     account_of,
@@ -51,8 +52,9 @@ from megaswift.training.following import FollowReference, kept_reference, refere
 from megaswift.training.loop import Progress, train_loop
 from megaswift.training.model import load_model
 from megaswift.training.optimizer import build_optimizer, shards_optimizer, wrap_chunks
-from megaswift.training.reference import References, frozen_copy
+from megaswift.training.reference import References, reference_copy, teacher_copy
 from megaswift.training.schedule import build_schedule
+from megaswift.training.set_aside import room_beside_a_teacher
 from megaswift.training.setup import (
     TOKENISED,
     Saver,
@@ -166,9 +168,14 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
         )
         sets = with_references(sets, references)
     reference = None
-    if needs_copy(run):
+    if needs_reference(run):
         kept = alike(lambda: kept_reference(run, checkpoint))
-        reference = frozen_copy(run, meta, layout, platform, group=patient, kept=kept)
+        reference = reference_copy(run, meta, layout, platform, group=patient, kept=kept)
+    teacher = None
+    call_in: CallIn = nullcontext
+    if has_teacher_here(run):
+        teacher = teacher_copy(run, meta, layout, platform, group=patient)
+        call_in = room_beside_a_teacher(run, teacher)
     fresh = checkpoint is None
     chunks = load_model(run, meta, layout, platform, adapter=adapter, fresh=fresh, group=patient)
     wrapped = wrap_chunks(chunks, run)
@@ -183,8 +190,8 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
         patience_s=run.launch.hang_timeout_seconds or 0.0,
     )
     forward = heartbeat.during("a forward pass", run_model)
-    task = make_task(run, meta, reference=reference, run_model=forward)
-    teachers = start_teachers(run, meta, device=platform.device, group=patient)
+    task = make_task(run, meta, reference=reference, teacher=teacher, call_in=call_in, run_model=forward)
+    served = start_teachers(run, meta, device=platform.device, group=patient)
     engine = Engine(
         wrapped,
         optimizer,
@@ -192,7 +199,7 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
         task,
         measure=measurer(run, meta),
         share=context_share(layout),
-        teach=None if teachers is None else heartbeat.patiently("asking the teacher", teachers.teach),
+        teach=heartbeat.patiently("asking the teacher", served.teach) if served and distils(run) else None,
     )
     if checkpoint is not None:
         load_checkpoint(checkpoint, chunks=chunks, optimizer=optimizer, layout=layout)
@@ -211,8 +218,9 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
             engine,
             sets,
             checkpoint=checkpoint,
-            teacher=reference,
-            served=None if teachers is None else teachers.servers[0],
+            teacher=teacher,
+            call_in=call_in,
+            served=served.servers[0] if served else None,
             group=patient,
         )
     elif sets.rows is None:
@@ -234,6 +242,9 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
             sets,
             checkpoint=checkpoint,
             reference=reference,
+            teacher=teacher,
+            call_in=call_in,
+            served=served,
             run_model=forward,
             group=patient,
         )

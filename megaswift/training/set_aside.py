@@ -1,4 +1,4 @@
-"""Making room on a device for those who write completions: the trainer's memory goes to the host and comes back.
+"""Making room on a device: memory of the trainer, or of a teacher, goes to the host and comes back.
 
 Every tensor keeps its place in its storage, whose bytes are moved: views of a storage, as parameters are of Megatron's buffers, need not
 be known.
@@ -10,8 +10,34 @@ from typing import Any
 
 import torch
 
+from megaswift.config.reference import distils
 from megaswift.config.run import RunConfig
 from megaswift.training.engine import Engine
+
+
+class CalledIn:
+    """Keeps frozen chunks in host memory, on this rank, but for as long as the context lasts that a call returns."""
+
+    def __init__(self, chunks: Sequence[Any], *, stay: Sequence[torch.Tensor] = ()) -> None:
+        """`stay` are parameters that are not moved."""
+        staying = _storages(stay)
+        found = _storages(parameter for chunk in chunks for parameter in chunk.parameters())
+        self._storages = [storage for key, storage in found.items() if key not in staying]
+        self._host = [_on_host(storage) for storage in self._storages]
+        for storage in self._storages:
+            storage.resize_(0)
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Have the weights on the device."""
+        for storage, bytes_ in zip(self._storages, self._host, strict=True):
+            storage.resize_(len(bytes_))
+            _bytes(storage).copy_(bytes_, non_blocking=True)
+        try:
+            yield
+        finally:
+            for storage in self._storages:
+                storage.resize_(0)
 
 
 class SetAside:
@@ -49,10 +75,10 @@ class SetAside:
                     bytes_.zero_()
 
     def _to_host(self, key: int, storage: torch.UntypedStorage) -> None:
-        if key not in self._host or self._host[key].numel() != storage.nbytes():
-            on_device = storage.device.type == "cuda"
-            self._host[key] = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=on_device)
-        self._host[key].copy_(_bytes(storage))
+        if key in self._host and self._host[key].numel() == storage.nbytes():
+            self._host[key].copy_(_bytes(storage))
+        else:
+            self._host[key] = _on_host(storage)
 
     def _weights(self) -> Iterator[torch.Tensor]:
         for chunk in (*self._engine.chunks, *self._others):
@@ -81,6 +107,16 @@ def room_for_authors(
     return SetAside(engine, frozen, model=chosen.offload_model, optimizer=chosen.offload_optimizer)
 
 
+def room_beside_a_teacher(
+    run: RunConfig, teacher: Sequence[Any]
+) -> Callable[[], AbstractContextManager[None]]:
+    """Return what brings a teacher to the device: --offload_teacher_model; it stays there else."""
+    if not run.preference.offload_teacher_model:
+        return nullcontext
+    last = teacher[-1]  # gkd forms its logits micro batch by micro batch
+    return CalledIn(teacher, stay=[last.output_weight] if distils(run) and last.post_process else [])
+
+
 def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, torch.UntypedStorage]:
     """Return the memory of plain tensors by its address among storages; those whose memory is not torch's own stay."""
     plain = (
@@ -88,6 +124,12 @@ def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, torch.UntypedStorage
     )  # FP8 weights are of a class of their own
     storages = (one.untyped_storage() for one in plain)
     return {one._cdata: one for one in storages if one.nbytes() and one.resizable()}
+
+
+def _on_host(storage: torch.UntypedStorage) -> torch.Tensor:
+    """Return a copy of memory, from which a device can fetch it while it computes."""
+    bytes_ = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=storage.device.type == "cuda")
+    return bytes_.copy_(_bytes(storage))
 
 
 def _bytes(storage: torch.UntypedStorage) -> torch.Tensor:

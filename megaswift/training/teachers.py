@@ -1,6 +1,6 @@
-"""What teachers behind HTTP find likeliest, for the micro batches of one step.
+"""What teachers behind HTTP find likeliest, for the micro batches of one step, or what they think of completions.
 
-The ranks of a last pipeline stage that hold the same batch (tp x cp) deal its documents out, each asks about its own over
+Of micro batches the ranks of a last pipeline stage that hold the same batch (tp x cp) deal its documents out, each asks about its own over
 HTTP, and a sum brings them together: a document is asked about once for each time that it is learnt from. cp ranks take their
 parts of what was said as of everything else (data/context.py).
 
@@ -24,6 +24,7 @@ from megaswift.data.batches import MicroBatch, places_of
 from megaswift.data.tokenizer import load_tokenizer
 from megaswift.metadata.meta import ModelMeta
 from megaswift.parallel.agreement import agree
+from megaswift.rollout.rollout import Completions
 from megaswift.rollout.vllm_teacher import READ_AT_ONCE, LikeliestTokens, ServedTeacher
 
 
@@ -39,7 +40,7 @@ class Teachers:
     """Teachers who are asked by number; every rank of the world calls it alike."""
 
     def __init__(
-        self, servers: Sequence[ServedTeacher], *, top_k: int, device: torch.device, group: Any
+        self, servers: Sequence[ServedTeacher], *, top_k: int | None, device: torch.device, group: Any
     ) -> None:
         """`group` holds all ranks and is patient; what ranks tell each other of answers goes over their own groups, by `device`."""
         self.servers = list(servers)
@@ -53,6 +54,7 @@ class Teachers:
         told = agree(partial(self._ask, documents), group=self._patient)
         if not listens:
             return batches
+        assert self._top_k is not None, "config/teacher_rules.py"
         tables = [
             (
                 torch.zeros(*batch.input_ids.shape, self._top_k, dtype=torch.int32),
@@ -67,6 +69,25 @@ class Teachers:
             replace(batch, teacher_ids=self._sum(ids, group), teacher_logps=self._sum(logps, group))
             for batch, (ids, logps) in zip(batches, tables, strict=True)
         ]
+
+    def logps(self, completions: Completions) -> np.ndarray:
+        """Return the log-probability of every completion's tokens, float32 [T], 0 in prompts. Raises UserError."""
+        starts, mine = completions.starts, range(dist.get_rank(), len(completions), dist.get_world_size())
+
+        def read(number: int) -> np.ndarray:
+            teacher = 0 if completions.targets is None else int(completions.targets[number])
+            return self.servers[teacher].read(completions.input_ids[starts[number] : starts[number + 1]])
+
+        def ask() -> list[np.ndarray]:
+            with ThreadPoolExecutor(READ_AT_ONCE) as pool:
+                return list(pool.map(read, mine))
+
+        table_T = torch.zeros(len(completions.input_ids))
+        for number, told in zip(mine, agree(ask, group=self._patient), strict=True):
+            first, last = starts[number] + completions.prompt_lengths[number], starts[number + 1]
+            table_T[first:last] = torch.from_numpy(told[len(told) - (last - first) :])
+        dist.all_reduce(table_T, group=self._patient)
+        return table_T.numpy()
 
     def _ask(self, documents: list[_Document]) -> list[LikeliestTokens]:
         with ThreadPoolExecutor(READ_AT_ONCE) as pool:
@@ -96,8 +117,7 @@ def start_teachers(run: RunConfig, meta: ModelMeta, *, device: torch.device, gro
     servers = teacher_servers(chosen)
     if not servers:
         return None
-    assert chosen.gkd_logits_topk is not None, "checked by config/preference_rules.py"
-    top_k = min(chosen.gkd_logits_topk, meta.vocab_size)
+    top_k = None if chosen.gkd_logits_topk is None else min(chosen.gkd_logits_topk, meta.vocab_size)
 
     def wait() -> list[ServedTeacher]:
         tokenizer = load_tokenizer(str(meta.folder), trust_remote_code=run.model.trust_remote_code)

@@ -105,7 +105,8 @@ class _Handler(JsonHandler):
             server.asked.append(asked)
             if count is not None:
                 choice["prompt_logprobs"] = server.prompt_logprobs(asked["prompt"], count)
-                choice["logprobs"] = server.next_logprobs(asked["prompt"], asked["logprobs"])
+                if "logprobs" in asked:
+                    choice["logprobs"] = server.next_logprobs(asked["prompt"], asked["logprobs"])
             else:
                 ids = server.complete(asked)
                 choice |= {"token_ids": ids, "logprobs": {"token_logprobs": [0.0] * len(ids)}}

@@ -18,7 +18,7 @@ from megaswift.checkpoint.resume import load_checkpoint
 from megaswift.checkpoint.store import Store
 from megaswift.config.model import ModelConfig
 from megaswift.config.precision import token_multiple
-from megaswift.config.reference import needs_copy
+from megaswift.config.reference import has_teacher_here, needs_reference
 from megaswift.config.reranker import TASK_TYPES as RERANKERS
 from megaswift.config.rows import PAIRED, texts_of_a_row
 from megaswift.config.rules import resolve
@@ -45,7 +45,7 @@ from megaswift.training.feed import TrainFeed
 from megaswift.training.freeze import freeze, open_modules
 from megaswift.training.loop import Progress
 from megaswift.training.optimizer import build_optimizer, wrap_chunks
-from megaswift.training.reference import frozen_copy
+from megaswift.training.reference import reference_copy, teacher_copy
 from megaswift.training.schedule import build_schedule
 from megaswift.training.setup import Saver
 from megaswift.training.validations import Validations
@@ -207,11 +207,12 @@ def _prepare(folder: Path, case: Case, encoded: EncodedSet | None) -> Trained:
         freeze(chunks, meta, layout, dist.get_rank(), run.freeze)
     load_weights(chunks, meta, layout, dist.get_rank(), folder)
     finish_tuner(chunks, run.tuner, device=platform.device, seed=run.training.seed, fresh=True)
-    reference = frozen_copy(run, meta, layout, platform, group=None) if needs_copy(run) else None
+    reference = reference_copy(run, meta, layout, platform, group=None) if needs_reference(run) else None
+    teacher = teacher_copy(run, meta, layout, platform, group=None) if has_teacher_here(run) else None
     wrapped = wrap_chunks(chunks, run)
     optimizer = build_optimizer(wrapped, run)
     schedule = build_schedule(optimizer, run.optimizer, total_steps=run.training.train_iters or 1)
-    task = make_task(run, meta, reference=reference, words=WORDS)
+    task = make_task(run, meta, reference=reference, teacher=teacher, words=WORDS)
     engine = Engine(wrapped, optimizer, schedule, task, measure=count, share=context_share(layout))
     settings = BatchSettings(
         global_batch_size=run.training.global_batch_size or 1,

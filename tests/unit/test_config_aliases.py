@@ -100,7 +100,7 @@ def test_a_flag_that_asks_for_nothing_is_accepted(words: str) -> None:
         "--new_special_tokens <x>",
         "--mcore_ref_model x",
         "--vllm_enable_lora true",
-        "--teacher_kl_coef 0.5",
+        "--num_ppo_epochs 4",
         "--lr_scheduler_type polynomial",
         "--optim galore",
         "--eval_strategy epoch",

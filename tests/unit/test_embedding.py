@@ -109,6 +109,23 @@ def test_loss_and_gradient_are_those_of_the_paper(name: str) -> None:
     assert not any(values.requires_grad for values in outcome.metrics.values())
 
 
+@pytest.mark.parametrize("in_batch", [True, False])
+def test_margins_and_similarities_are_those_of_the_texts(in_batch: bool) -> None:
+    rows = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    settings = EmbeddingConfig(infonce_hard_negatives=2, infonce_use_batch=in_batch)
+    outcome = embedding_loss(rows.flatten(0, 1), None, loss_type="infonce", settings=settings)
+    for number, row in enumerate(rows.tolist()):
+        others = [
+            dot(row[0], text)
+            for where, own in enumerate(rows.tolist())
+            for place, text in enumerate(own)
+            if place and (where, place) != (number, 1) and (in_batch or where == number)
+        ]
+        found = {name: float(values[number]) for name, values in outcome.metrics.items()}
+        assert found["margin"] == pytest.approx(dot(row[0], row[1]) - max(others))
+        assert found["similarity/negative"] == pytest.approx(sum(others) / len(others))
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

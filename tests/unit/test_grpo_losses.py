@@ -281,7 +281,7 @@ def test_completions_of_another_engine_are_weighted(mode: str, old: bool) -> Non
     if old:
         assert sum(one in (most, 0.0) for one in flattened) >= touched, "the threshold must bite"
     assert set(outcome.metrics) == {
-        name for name in METRICS if not name.startswith(("off_policy/", "entropy/", "cispo", "fipo/"))
+        name for name in METRICS if not name.startswith(("off_policy/", "entropy/", "cispo", "fipo/", "teacher_"))
     }
     ratios = [math.exp(a - b) for a, b in zip(sum(before, ()), sum(DRAWN, ()), strict=True)]
     assert float(outcome.metrics["sampling/importance_sampling_ratio/max"].max()) == pytest.approx(
@@ -378,3 +378,57 @@ def test_reward_functions_are_scaled_before_they_are_added_up() -> None:
     expected = [(one - statistics.mean(sums)) / (statistics.stdev(sums) + 1e-4) for one in sums]
     given = torch.tensor(functions, dtype=torch.float64).permute(1, 2, 0)
     assert decoupled_advantages(given, weights).flatten().tolist() == pytest.approx(expected, abs=1e-12)
+
+
+TEACHER: Tokens = ((-0.4, -1.3, -1.6), (-2.0, -1.1), (-2.4, -0.9, -0.2, -1.8, -1.0))
+COEFFICIENT = 0.6
+
+
+def taught(*, old: bool = True) -> Completions:
+    return replace(completions(old=old, reference=False), teacher_T=flat(TEACHER))
+
+
+def test_a_teacher_has_a_say_in_the_advantage_of_each_token() -> None:
+    """Tokens of one completion are pulled in different directions, and so clipped at different ends."""
+
+    def paper(logps: Tokens) -> float:
+        losses = []
+        for mine, before, theirs, advantage in zip(logps, OLD, TEACHER, ADVANTAGES, strict=True):
+            row = zip(mine, before, theirs, strict=True)
+            losses.append([-clipped(math.exp(a - b), advantage + COEFFICIENT * (t - b)) for a, b, t in row])
+        return per_completion(losses)
+
+    preference, *others = settings_of("grpo without a reference")
+    given = taught()
+    outcome = grpo_loss(given, replace(preference, teacher_kl_coef=COEFFICIENT), *others)
+    loss = total(outcome, "grpo", given)
+    loss.backward()
+    assert loss.item() == pytest.approx(paper(LOGPS), abs=TOLERANCE)
+    assert given.logps_T.grad is not None
+    assert given.logps_T.grad.tolist() == pytest.approx(slopes_of(paper), abs=TOLERANCE)
+    divergences = map(k3, flat(OLD).tolist(), flat(TEACHER).tolist())
+    assert outcome.metrics["teacher_kl"].tolist() == pytest.approx(list(divergences))
+
+
+def test_a_teacher_alone_is_learnt_as_the_divergence_from_it_falls() -> None:
+    """Over all tokens that may come next, so often as the model writes them, the gradient is that of KL(pi || pi_teacher)."""
+    torch.manual_seed(0)
+    logits_V = torch.randn(9, dtype=torch.float64, requires_grad=True)
+    theirs_V = torch.randn(9, dtype=torch.float64).log_softmax(0)
+    logps_V = logits_V.log_softmax(0)
+    divergence = (logps_V.exp() * (logps_V - theirs_V)).sum()
+    (expected,) = torch.autograd.grad(divergence, logits_V, retain_graph=True)
+    preference, *others = settings_of("grpo without a reference")
+    outcome = grpo_loss(
+        Completions(
+            logps_T=logps_V,
+            lengths_N=torch.ones(9, dtype=torch.long),
+            advantages_N=torch.zeros(9, dtype=torch.float64),
+            teacher_T=theirs_V,
+        ),
+        preference,
+        *others,
+    )
+    (found,) = torch.autograd.grad((logps_V.exp().detach() * outcome.losses_R).sum(), logits_V)
+    assert found.tolist() == pytest.approx(expected.tolist(), abs=TOLERANCE)
+    assert expected.abs().max() > 0.01

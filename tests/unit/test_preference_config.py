@@ -7,7 +7,7 @@ import pytest
 from megaswift.config.dump import dump_run
 from megaswift.config.loss_forms import weighted_forms
 from megaswift.config.parse import parse_run, parse_saved
-from megaswift.config.reference import needs_copy
+from megaswift.config.reference import has_teacher_here, needs_reference
 from megaswift.config.rules import ResolvedRun
 from megaswift.config.teachers import TeacherServer, teacher_servers, teachers_by_tag
 from megaswift.data.forms import form_of
@@ -52,7 +52,7 @@ def test_each_loss_has_its_defaults(words: str, loss_type: str, beta: float, cpo
     ],
 )
 def test_a_model_is_its_own_reference_where_adapters_alone_train(words: str, copies: bool) -> None:
-    assert needs_copy(rlhf(words).config) is copies
+    assert needs_reference(rlhf(words).config) is copies
 
 
 def test_several_forms_of_a_loss_are_one_setting(tmp_path: Path) -> None:
@@ -106,10 +106,10 @@ def test_a_pack_holds_both_answers_of_a_pair() -> None:
         (f"{SEVERAL} --val_dataset y z", "dataset=z has no teacher: the tags are rows.jsonl, y. Give the tag z to one"),
         (f"{SEVERAL} --teacher_tag_key c --seq_kd", "seq_kd=true is not built for several teachers"),
         ("--rlhf_type gkd --gkd_logits_topk 4 --teacher_model_server http://a:1 --teacher_tag_key c", "teacher_tag_key=c chooses among several teachers"),
-        ("--teacher_model_server http://a:1", "is for rlhf_type gkd, not dpo"),
+        ("--teacher_model_server http://a:1", "is for rlhf_type gkd and grpo, not dpo"),
         ("--rlhf_type gkd --teacher_model t --lmbda 0 --vllm_server_timeout 5", "vllm_server_timeout=5.0 is for `megaswift rlhf"),
         ("--rlhf_type gkd --teacher_model t --beta 1.5", "beta=1.5 is not a share"),
-        ("--teacher_model t", "teacher_model=t is for rlhf_type gkd, not dpo"),
+        ("--teacher_model t", "teacher_model=t is for rlhf_type gkd and grpo, not dpo"),
         ("--rlhf_type gkd --teacher_model t --lmbda 1.5", "lmbda=1.5 is not a share of the steps"),
         ("--rlhf_type gkd --teacher_model t --lmbda 1 --seq_kd", "seq_kd=true has no steps, as lmbda=1 leaves none"),
         ("--rlhf_type gkd --teacher_model t --lmbda 0 --temperature 0.5", "temperature=0.5 is for `megaswift rlhf --rlhf_type grpo, or gkd with --lmbda"),
@@ -181,7 +181,7 @@ def test_teachers_behind_http_are_named_in_the_words_of_ms_swift() -> None:
         "--rlhf_type gkd --teacher_model_server http://a:1/ --gkd_logits_topk 4 --vllm_server_timeout 5"
     ).config
     assert teacher_servers(alone.preference) == [TeacherServer(url="http://a:1")]
-    assert not needs_copy(alone) and needs_copy(rlhf("--rlhf_type gkd --teacher_model t").config)
+    assert not has_teacher_here(alone) and has_teacher_here(rlhf("--rlhf_type gkd --teacher_model t").config)
     for words in ("--val_dataset HF::y#5", "--teacher_tag_key c"):
         several = rlhf(f"{SEVERAL} {words}").config.preference
         assert [server.url for server in teacher_servers(several)] == ["http://a:1", "http://b:1"]

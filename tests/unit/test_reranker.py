@@ -297,3 +297,16 @@ def test_the_words_of_a_judge_are_tokens_of_the_model(tmp_path: Path) -> None:
         ConfigError, match="generative_reranker_positive_token='oui' is no token of this model"
     ):
         judging_words(run, meta)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        f"{RERANKER} --eval_metric reranker",
+        f"{JUDGE} --eval_metric reranker",
+        "--task_type embedding --eval_metric infonce",
+        "--task_type seq_cls --num_labels 2 --eval_metric acc",
+    ],
+)
+def test_what_validations_report_may_be_named(words: str) -> None:
+    assert resolved(words, dense()).config.logging.eval_metric

@@ -59,6 +59,17 @@ def test_likeliest_tokens_are_those_of_the_model_number_for_number(server: Teach
     assert (asked["prompt"], asked["max_tokens"], asked["model"]) == (ids[:-1].tolist(), 1, "the teacher")
 
 
+def test_a_teacher_reads_what_a_document_says_number_for_number(server: TeacherServer) -> None:
+    ids = document()
+    found = teacher(server, top_k=None, room=38).read(ids)
+    with torch.no_grad():
+        logps_SV = server.model(torch.tensor(ids[None].astype(np.int64))).logits[0].log_softmax(-1)
+    expected = logps_SV[:-1].gather(1, torch.from_numpy(ids[1:, None].astype(np.int64)))[:, 0]
+    assert found.dtype == np.float32 and np.array_equal(found, expected.numpy())
+    asked = server.asked[-1]
+    assert (asked["prompt"], asked["prompt_logprobs"], asked["max_tokens"]) == (ids.tolist(), 0, 1)
+
+
 def test_no_more_tokens_are_asked_for_than_there_are() -> None:
     with served(model(), max_logprobs=10**6) as found:
         size = found.model.config.vocab_size
@@ -79,6 +90,7 @@ def test_a_teacher_writes(server: TeacherServer) -> None:
     [
         ({"top_k": 21}, r"does not tell its 21 likeliest tokens.*400.*max allowed: 20.*--max-logprobs 21"),
         ({"room": 40}, "max_length=40 is more than the teacher at .* has room for: 39"),
+        ({"top_k": None, "room": 39}, "max_length=39 is more than .* has room for: 39.*--max-model-len 40"),
         ({"vocab_size": 30}, "and the trained model has vocab_size=30: they do not read the same tokens"),
         (
             {"decode": lambda ids: "".join(f"<{token}>" for token in ids)},
