@@ -43,7 +43,7 @@ judged answers (kto), or as prompts (grpo); with --task_type seq_cls as labelled
 --prepare DIR tokenises the sets and, with --packing, packs them, into a folder below DIR whose name depends on the rows,
 the tokenizer and the settings. Any number of such commands may run at once, such as the tasks of a Slurm array: each takes
 pieces that no other has, the last one joins them, and a command that is started again does what is left. Train with
-`--dataset DIR/NAME`, or with the same --dataset and `--prepared_dir DIR`.
+`--dataset DIR/NAME` (or DIR, if it holds one), or with the same --dataset and `--prepared_dir DIR`.
 """
 
 

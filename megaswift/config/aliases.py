@@ -7,6 +7,7 @@ Names and values: ms-swift 4.6.0.dev0 (swift/megatron/arguments, swift/arguments
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any
 
 from megaswift.config.value import Raw, number_of, text_of, truth_of
@@ -165,6 +166,7 @@ TRANSLATIONS: dict[str, Callable[[str, Raw], Translated]] = {
     "finetune": _finetune,
     "resume_only_model": _resume_only_model,
     "cached_dataset": _cached_dataset,
+    "cached_val_dataset": lambda name, raw: NOTHING,  # join_cached_sets left it, as it names nothing
     "sequence_parallel_size": _sequence_parallel_size,
     "no_save_optim": _inverted("save_optim"),
     "save_only_model": _inverted("save_optim"),
@@ -261,6 +263,25 @@ def join_resume_point(words: dict[str, Raw]) -> dict[str, Raw]:
             f"{points[0]} with finetune=false and resume are the same setting (resume). Give one of them."
         )
     return {**joined, "resume": words[points[0]]}
+
+
+def join_cached_sets(words: dict[str, Raw]) -> dict[str, Raw]:
+    """Return `words` with ms-swift's `--cached_dataset D/train --cached_val_dataset D/val` as `--cached_dataset D`, which holds both."""
+    train, val = (_paths(words.get(name)) for name in ("cached_dataset", "cached_val_dataset"))
+    if not val:
+        return words
+    home = val[0].parent
+    if (train, val) != ([home / "train"], [home / "val"]):
+        raise ConfigError(
+            f"cached_val_dataset={' '.join(map(str, val))} does not belong to cached_dataset={' '.join(map(str, train)) or 'none'}: what "
+            "is tokenised ahead lies in one folder, D/train and D/val. Give both of one `megaswift data --prepare D`."
+        )
+    joined = {name: raw for name, raw in words.items() if name != "cached_val_dataset"}
+    return {**joined, "cached_dataset": [str(home)]}
+
+
+def _paths(raw: Raw) -> list[PurePath]:
+    return [PurePath(str(one)) for one in (raw if isinstance(raw, (list, tuple)) else [raw]) if one]
 
 
 def translate(name: str, raw: Raw) -> Translated | None:

@@ -6,7 +6,7 @@ from typing import Any, TypeVar, cast
 
 import yaml
 
-from megaswift.config.aliases import ALWAYS_SO, TRANSLATIONS, join_resume_point, translate
+from megaswift.config.aliases import ALWAYS_SO, TRANSLATIONS, join_cached_sets, join_resume_point, translate
 from megaswift.config.field import Setting, declared
 from megaswift.config.refused import REFUSED, check_refused
 from megaswift.config.run import RunConfig
@@ -160,7 +160,7 @@ def understand(words: dict[str, Raw], notes: list[str]) -> dict[str, Given]:
     settings = declared(RunConfig)
     names = {alias: one for one in settings.values() for alias in (one.flag, *one.aliases)}
     found: dict[str, Given] = {}
-    for name, raw in join_resume_point(words).items():
+    for name, raw in join_cached_sets(join_resume_point(words)).items():
         if name in names:
             _put(found, names[name], raw, name, same_is_fine=False)
             continue

@@ -74,11 +74,6 @@ REFUSED: dict[str, Refused] = {
     **_refuse("images", language_model_only="false true"),
     # Data
     **_refuse(
-        "a validation set encoded by itself",
-        "`megaswift data --prepare` takes --val_dataset too.",
-        cached_val_dataset="",
-    ),
-    **_refuse(
         "a registry of data sets",
         "Give files, folders or hub ids as --dataset, with --columns.",
         custom_dataset_info="",

@@ -27,7 +27,7 @@ class Prepared:
 def named_prepared(config: DataConfig) -> Prepared | None:
     """Return the prepared sets that --dataset names; None where it names rows. Raises DataError."""
     folders = [Path(name).expanduser() for name in (*config.dataset, *config.val_dataset)]
-    found = [folder for folder in folders if is_prepared(folder)]
+    found = [folder for name in folders if (folder := prepared_folder(name)) is not None]
     if not found:
         return None
     if len(folders) > 1:
@@ -44,6 +44,21 @@ def named_prepared(config: DataConfig) -> Prepared | None:
                 "prepare the rows again with it."
             )
     return prepared
+
+
+def prepared_folder(folder: Path) -> Path | None:
+    """Return the folder of prepared sets that a name stands for: itself, or the only one below a folder of --prepare.
+
+    Raises DataError where there are several.
+    """
+    if is_prepared(folder):
+        return folder
+    below = sorted(path.parent for path in folder.glob(f"*/{MANIFEST}"))
+    if len(below) > 1:
+        raise DataError(
+            f"dataset={folder} holds several prepared sets: {', '.join(path.name for path in below)}. Name one of them."
+        )
+    return below[0] if below else None
 
 
 def read_prepared(folder: Path) -> Prepared:

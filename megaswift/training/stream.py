@@ -12,7 +12,8 @@ from megaswift.data.batches import ValidationData
 from megaswift.data.encode import EncodedSet
 from megaswift.data.forms import form_of
 from megaswift.data.load import load_data
-from megaswift.data.sources import FileSet, find_files, is_prepared, parse_source
+from megaswift.data.prepared import prepared_folder
+from megaswift.data.sources import FileSet, find_files, parse_source
 from megaswift.data.stream import Position, Recipe, RowStream
 from megaswift.data.stream_batches import StreamData, where_to_go_on
 from megaswift.data.tokenizer import load_tokenizer, pad_id_of
@@ -84,7 +85,7 @@ def _files_and_nature(run: RunConfig) -> tuple[tuple[FileSet, ...], dict[str, An
 
 def _files(run: RunConfig) -> tuple[FileSet, ...]:
     for name in run.data.dataset:
-        if is_prepared(Path(name).expanduser()):
+        if prepared_folder(Path(name).expanduser()):
             raise DataError(f"dataset={name} is prepared and needs no streaming: leave --streaming out.")
     sources = [parse_source(name, use_hf=run.model.use_hf) for name in run.data.dataset]
     for source in sources:

@@ -55,6 +55,7 @@ def test_no_name_means_two_things() -> None:
         ("--sequence_parallel_size 2", "--context_parallel_size 2"),
         ("--eval_strategy no", "--eval_iters 0"),
         ("--cached_dataset d", "--dataset d"),
+        ("--cached_dataset ./d/e/train --cached_val_dataset d/e/val", "--dataset d/e"),
         ("--acc_strategy seq", "--calculate_per_token_loss false"),
         ("--mcore_model d --finetune false", "--resume d"),
         ("--load d --finetune=false", "--resume d"),
@@ -107,6 +108,9 @@ def test_a_flag_that_asks_for_nothing_is_accepted(words: str) -> None:
         "--resume_only_model",
         "--bf16 --torch_dtype float16",
         "--mcore_model d --finetune false --resume e",
+        "--cached_val_dataset d/val",
+        "--cached_val_dataset d/val --cached_dataset e/train",
+        "--cached_val_dataset d/val e/val --cached_dataset d/train",
     ],
 )
 def test_what_is_not_built_is_refused_by_name(words: str) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from megaswift.cli.main import main
 from megaswift.config.data import DataConfig
+from megaswift.config.parse import parse_run
 from megaswift.data import prepare as module
 from megaswift.data.batches import BatchSettings, TrainData
 from megaswift.data.cursor import Cursor, cut, read_from, read_piece
@@ -363,3 +364,25 @@ def test_the_command_prepares_and_shows_what_it_prepared(files, tmp_path, capsys
     assert len(now.train) > 5
     assert main(["data", "--dataset", *files, "--prepare", str(tmp_path / "home")]) == 2
     assert "needs the tokenizer" in capsys.readouterr().err
+
+
+def test_the_words_of_ms_swift_prepare_and_find_both_sets(files, tmp_path, capsys):
+    model, home = tmp_path / "model", tmp_path / "home"
+    tokenizer().save_pretrained(model)
+    (model / "config.json").write_text(json.dumps(CONFIG))
+    words = ["export", "--to_cached_dataset", "true", "--template_mode", "train", "--model", str(model), "--max_length", "64"]  # fmt: skip
+    assert main([*words, "--dataset", files[0], "--val_dataset", files[1], "--output_dir", str(home)]) == 0
+    run = parse_run("sft", ["--cached_dataset", f"{home}/train", "--cached_val_dataset", f"{home}/val"])
+    assert run.data.dataset == [str(home)]
+    found = load_data(run.data, load_tokenizer(model), max_length=64)
+    direct = DataConfig(dataset=[files[0]], val_dataset=[files[1]])
+    expected = load_data(direct, tokenizer(), max_length=64)
+    assert found.val is not None and same(found.train, expected.train) and same(found.val, expected.val)
+    assert main([*words, "--dataset", files[0], "--output_dir", str(home)]) == 0, "another address"
+    with pytest.raises(DataError, match=r"holds several prepared sets: \w+, \w+\. Name one"):
+        load_data(run.data, load_tokenizer(model), max_length=64)
+    capsys.readouterr()
+    assert main([*words, "--dataset", files[0]]) == 2
+    assert main([*words[:4], "grpo", *words[5:], "--dataset", files[0], "--output_dir", str(home)]) == 2
+    said = capsys.readouterr().err
+    assert "needs a folder. Give --output_dir" in said and "template_mode=grpo is not known" in said
