@@ -50,17 +50,9 @@ class DataConfig:
     )
     loss_scale: str = setting(
         "default",
-        "which tokens carry loss: every assistant turn, the last one, or all tokens; with +ignore_empty_think none of an "
-        "empty <think> block",
-        choices=(
-            "default",
-            "last_round",
-            "all",
-            "ignore_empty_think",
-            "default+ignore_empty_think",
-            "last_round+ignore_empty_think",
-            "all+ignore_empty_think",
-        ),
+        "which tokens carry loss: every assistant turn (default), the last one (last_round), or all tokens (all). Rules for their "
+        "parts are added with +: ignore_empty_think and ignore_think_prefix leave tags out, hermes, react, alpha_umi and qwen weigh "
+        "the calls of agents twice",
     )
     enable_thinking: bool | None = setting(None, "passed to chat templates of thinking models")
     max_length: int | None = setting(None, "tokens a sample may have; default: the model's context length")

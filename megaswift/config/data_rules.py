@@ -3,9 +3,15 @@
 from math import isclose
 
 from megaswift.config.data import DataConfig
+from megaswift.config.loss_scale import split_loss_scale
 from megaswift.config.rollout_rules import distils_completions, generates
 from megaswift.config.run import RunConfig
 from megaswift.errors import ConfigError
+
+
+def the_loss_scale_is_known(run: RunConfig) -> None:
+    """Every word of it says something."""
+    split_loss_scale(run.data.loss_scale)
 
 
 def every_set_has_its_share(run: RunConfig) -> None:

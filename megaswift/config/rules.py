@@ -30,6 +30,7 @@ REQUEST_RULES = (
     report.an_early_end_follows_from_validations,
     report.reports_are_known,
     report.metrics_belong_to_the_task,
+    data.the_loss_scale_is_known,
     data.every_set_has_its_share,
     data.streams_have_an_end,
     training.random_weights_are_for_pre_training,

@@ -91,8 +91,7 @@ class SpanFinder:
         Raises RowError("mask") where the spans cannot be told.
         """
         plain = all(
-            message.keys() == {"role", "content"} and not _has_tag(message["content"])
-            for message in messages
+            message.keys() == {"role", "content"} and not _has_tag(message["content"]) for message in messages
         )
         key = (shape, tuple(message["role"] for message in messages)) if plain else None
         known = self._skeletons.get(key, ()) if key is not None else ()
@@ -131,6 +130,11 @@ class SpanFinder:
             _check(text, span, messages[turn], spans[-1].end if spans else 0)
             spans.append(span)
         return spans
+
+    def ending(self, answer: str) -> int:
+        """Return how many characters at the end of a turn are special tokens."""
+        tokens = self._last_tokens.search(answer)
+        return 0 if tokens is None else len(answer) - tokens.start()
 
     def _derive(self, text: str, messages: Sequence[Message], render: Render) -> list[Span]:
         spans: list[Span] = []

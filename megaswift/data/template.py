@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 
 from megaswift.config.data import DataConfig
+from megaswift.config.loss_scale import split_loss_scale
 from megaswift.data.agent_format import check_agent_format
 from megaswift.data.chatml import chatml
+from megaswift.data.part_weights import weighted_parts
 from megaswift.data.sample import STUMBLES, Message, RowError, Sample, row_error, unicode
 from megaswift.data.spans import Span, SpanFinder, drops_thinking
 from megaswift.data.tokenizer import TextEncoder
@@ -27,10 +29,6 @@ logger = get_logger(__name__)
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 PROBE = ("What is  the capital\nof France?", "Paris.")
 LOSS_KEYS = ("loss", "loss_scale")
-IGNORE_EMPTY_THINK = "ignore_empty_think"
-EMPTY_THINK = re.compile(
-    r"<think>\s*</think>\s*"
-)  # what Qwen3 puts before an answer that it did not think about
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,9 +71,7 @@ class Template:
         self.encoder = TextEncoder(tokenizer)
         self.max_length = max_length
         self.truncation_strategy = truncation_strategy
-        base = loss_scale.removesuffix(IGNORE_EMPTY_THINK).removesuffix("+")
-        self.loss_scale = base or "default"
-        self.ignores_empty_think = loss_scale.endswith(IGNORE_EMPTY_THINK)
+        self.loss_scale, self.part_rules = split_loss_scale(loss_scale)
         self.system = _system_text(system)
         self.uses_chat_template = use_chat_template
         self.variables = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
@@ -270,15 +266,21 @@ class Template:
 
     def _rendered(self, text: str, spans: tuple[tuple[int, int, float], ...]) -> Rendered:
         text = unicode(text)
-        if not self.ignores_empty_think:
+        if not self.part_rules:
             return Rendered(text=text, spans=spans)
         kept = []
         for start, end, weight in spans:
-            for block in EMPTY_THINK.finditer(text, start, end):
-                kept.append((start, block.start(), weight))
-                start = block.end()
-            kept.append((start, end, weight))
-        return Rendered(text=text, spans=tuple(span for span in kept if span[0] < span[1]))
+            said = end - self._ending(text[start:end])
+            for first, last, share in weighted_parts(text[start:said], self.part_rules):
+                kept.append((start + first, start + last, weight * share))
+            kept.append((said, end, weight))  # the end of a turn is no part of what it says
+        return Rendered(text=text, spans=tuple(span for span in kept if span[0] < span[1] and span[2]))
+
+    def _ending(self, answer: str) -> int:
+        """Return how many characters of a span end its turn."""
+        if self.uses_chat_template:
+            return self._finder.ending(answer)
+        return len(self.eos_token) if answer.endswith(self.eos_token) else 0
 
     def _turn_weights(self, messages: Sequence[Message]) -> dict[int, float]:
         """Return the loss weight of every assistant turn: per-message loss and loss_scale first, then --loss_scale."""

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from megaswift.config.data import DataConfig
+from megaswift.config.loss_scale import PART_RULES
+from megaswift.data.part_weights import LABELLED, MATCHED, weighted_parts
 from megaswift.data.sample import RowError, Sample
 from megaswift.data.template import Template
 from megaswift.errors import DataError
@@ -56,6 +58,42 @@ def test_an_empty_thinking_block_carries_no_loss(scale):
     assert trained(Template(tokenizer()), sample).startswith("<think>\n\n</think>")
     last = Template(tokenizer(), loss_scale=f"last_round+{scale.removeprefix('default+')}")
     assert trained(last, sample) == "<think>\nyes\n</think>\n\nSecond<|im_end|>"
+
+
+def weights_of(text: str, *rules: str) -> list[tuple[str, float]]:
+    return [(text[start:end], weight) for start, end, weight in weighted_parts(text, rules)]
+
+
+def test_parts_of_an_answer_weigh_what_the_rules_say():
+    calls = "So:<tool_call>\n{}\n</tool_call> and <tool_call>x</tool_call>"
+    assert weights_of(calls, "hermes") == [
+        ("So:", 1), ("<tool_call>\n{}\n</tool_call>", 2), (" and ", 1), ("<tool_call>x</tool_call>", 2),
+    ]  # fmt: skip
+    steps = "Hm. Thought: a\nAction: b\nAction Input: {}\nObservation: c\nNext: d\nFinal Answer: e"
+    assert weights_of(steps, "react") == [
+        ("Hm. Thought: a\n", 1), ("Action: b\nAction Input: {}\nObservation:", 2), (" c\nNext: d\n", 0), ("Final Answer: e", 1),
+    ]  # fmt: skip
+    assert weights_of(steps, "alpha_umi")[2:4] == [(" c\n", 0), ("Next: d\n", 2)]
+    assert weights_of("✿FUNCTION✿: f\n✿RESULT✿: r\n✿RETURN✿: s", "qwen") == [
+        ("✿FUNCTION✿: f\n✿RESULT✿:", 2), (" r\n", 0), ("✿RETURN✿: s", 1),
+    ]  # fmt: skip
+    thought = "<think>\n\n</think>\n\n<tool_call>x</tool_call>"
+    assert weights_of(thought, "hermes", "ignore_empty_think") == [(thought[:19], 0), (thought[19:], 2)]
+    assert weights_of("<think>\nyes", "ignore_think_prefix") == [("<think>\n", 0), ("yes", 1)]
+    assert weights_of("no <think>\nyes", "ignore_think_prefix") == [("no <think>\nyes", 1)]
+    assert weights_of("", "react") == []
+    assert set(MATCHED) | set(LABELLED) == set(PART_RULES)
+
+
+@pytest.mark.parametrize("uses_chat_template", [True, False])
+def test_the_end_of_a_turn_is_no_part_of_what_an_agent_says(uses_chat_template):
+    template = Template(tokenizer(), loss_scale="last_round+react", use_chat_template=uses_chat_template)
+    (encoded,) = template.encode(chat(user("q"), assistant("Action: go\nObservation: done")))
+    found: dict[float, str] = {}
+    for token, weight in zip(encoded.input_ids, encoded.loss_weights.tolist(), strict=True):
+        found[weight] = found.get(weight, "") + tokenizer().decode([token])
+    assert found[2] == "Action: go\nObservation:" and found[1].strip() == tokenizer().eos_token
+    assert found[0].rstrip().endswith("done")
 
 
 def test_all_trains_every_token():
