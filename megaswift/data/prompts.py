@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,17 @@ class PromptRow:
     source: str  # "file:line"
     messages: tuple[Message, ...]  # the conversation without its answer
     columns: dict[str, Any]  # every column of the row that is no part of the conversation
+    tools: tuple[dict[str, Any], ...] = ()
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def sample(self, messages: Iterable[Message]) -> Sample:
+        """Return another conversation of the row."""
+        return Sample(
+            source=self.source,
+            messages=tuple(messages),
+            tools=self.tools,
+            template_kwargs=self.template_kwargs,
+        )
 
 
 class PromptRows:
@@ -38,7 +49,7 @@ class PromptRows:
     def __getitem__(self, number: int) -> PromptRow:
         self._file.seek(self._starts[number])
         row = json.loads(self._file.readline())
-        return PromptRow(source=row["source"], messages=tuple(row["messages"]), columns=row["columns"])
+        return PromptRow(**{**row, "messages": tuple(row["messages"]), "tools": tuple(row["tools"])})
 
 
 def encode_prompts(
@@ -83,6 +94,12 @@ def save_rows(folder: Path, samples: Iterable[Sample]) -> None:
     starts = [0]
     with (folder / FILE).open("wb") as file:
         for sample in samples:
-            row = {"source": sample.source, "messages": asked_of(sample.messages), "columns": sample.extras}
+            row = {
+                "source": sample.source,
+                "messages": asked_of(sample.messages),
+                "columns": sample.extras,
+                "tools": sample.tools,
+                "template_kwargs": sample.template_kwargs,
+            }
             starts.append(starts[-1] + file.write(json.dumps(row, default=str).encode() + b"\n"))
     np.save(folder / STARTS, np.array(starts, np.int64))

@@ -1,5 +1,6 @@
 """Rows as prompts: what is asked, what is left to the rewards, and what is turned away."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from megaswift.data.forms import CONVERSATIONS, PROMPTS
 from megaswift.data.load import with_prompts
 from megaswift.data.prompts import PromptRows, save_rows
 from megaswift.data.read import read_datasets
+from megaswift.data.sample import Sample
 from megaswift.data.template import Template
 from megaswift.errors import DataError
 from megaswift.rollout.rewards import Judged, load_rewards, rewards_of
@@ -52,6 +54,16 @@ def test_rows_keep_every_other_column_for_the_rewards(tmp_path: Path) -> None:
     assert kept[0].columns == {"solution": "7", "tags": ["sum"]}
     assert kept[0].messages == kept[1].messages == (USER,)
     assert kept[1].source.endswith("rows.jsonl:2")
+
+
+def test_another_conversation_of_a_row_has_its_tools_and_variables(tmp_path: Path) -> None:
+    tool = {"type": "function", "function": {"name": "add", "description": "Add.", "parameters": {}}}
+    given = Sample(
+        source="r:1", messages=(SYSTEM, USER, ANSWER), tools=(tool,), template_kwargs={"thinks": False}
+    )
+    save_rows(tmp_path, [given])
+    kept = PromptRows(tmp_path)[0]
+    assert kept.sample((USER,)) == replace(given, messages=(USER,))
 
 
 def test_test_cases_and_rules_of_rows_reach_their_rewards(tmp_path: Path) -> None:
