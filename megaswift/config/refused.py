@@ -29,11 +29,10 @@ def _refuse(what: str, instead: str = "", **flags: str) -> dict[str, Refused]:
 
 # Flags of reinforcement learning and distillation.
 _RLHF = """
-    use_gym_env
     vllm_enable_lora use_ray
     reward_adapters num_ppo_epochs kl_coef cliprange vf_coef
     cliprange_value gamma lam num_mini_batches response_length async_generate whiten_rewards
-    missing_eos_penalty gym_env reward_model_plugin num_generations_eval
+    missing_eos_penalty reward_model_plugin num_generations_eval
     vllm_limit_mm_per_prompt vllm_disable_cascade_attn vllm_mm_processor_cache_gb wandb_log_unique_prompts
 """.split()
 

@@ -28,9 +28,19 @@ class RewardConfig:
         "sequence-classification models with one label that score conversations, as rlhf_type rm exports them",
     )
     reward_weights: list[str] = setting(
-        [], "a number for each of reward_funcs, then for each reward_model; default: 1 each"
+        [],
+        "a number for each of reward_funcs, then for each reward_model, then for environments; default: 1 each",
     )
-    external_plugins: list[str] = setting([], "Python files with reward functions")
+    external_plugins: list[str] = setting([], "Python files with reward functions and environments")
+    use_gym_env: bool | None = setting(
+        None,
+        "environments answer the model between its turns, and the sum of their rewards counts; default: where --gym_env is given",
+    )
+    gym_env: str | None = setting(
+        None,
+        "FILE.py:CLASS, a class of --external_plugins, or an entry point of the group megaswift.environments; the column env_config "
+        "of a row may name another",
+    )
     cosine_min_len_value_correct: float = setting(1.0, "cosine: reward of a right answer of no length")
     cosine_max_len_value_correct: float = setting(0.5, "cosine: of a right answer of --cosine_max_len tokens")
     cosine_min_len_value_wrong: float = setting(-0.5, "cosine: of a wrong answer of no length")

@@ -4,6 +4,7 @@ from importlib.metadata import entry_points
 from math import ceil
 
 from megaswift.config.case import Case
+from megaswift.config.environment_rules import GYM_REWARD, has_environments
 from megaswift.config.reference import is_taught
 from megaswift.config.reward import REWARDS, RewardConfig
 from megaswift.config.rollout_rules import generates
@@ -22,7 +23,7 @@ def rewards_are_named(run: RunConfig) -> None:
     if not reward_names(chosen) and not is_taught(run):
         raise ConfigError(
             f"reward_funcs is not set. Name reward functions: {', '.join(REWARDS)}, or functions of --external_plugins; or give "
-            "a --reward_model, or a --teacher_model."
+            "a --reward_model, a --gym_env or a --teacher_model."
         )
     if len(set(chosen.reward_funcs)) < len(chosen.reward_funcs):
         raise ConfigError(f"reward_funcs={' '.join(chosen.reward_funcs)} names a function twice.")
@@ -44,17 +45,17 @@ def rewards_are_compared(run: RunConfig) -> None:
 
 
 def reward_names(chosen: RewardConfig) -> list[str]:
-    """Return what rewards are logged as: functions by their names, then reward models."""
+    """Return what rewards are logged as: functions by their names, then reward models, then environments."""
     several = len(chosen.reward_model) > 1
     models = [
         f"reward_model_{number}" if several else "reward_model"
         for number, _ in enumerate(chosen.reward_model, 1)
     ]
-    return [*chosen.reward_funcs, *models]
+    return [*chosen.reward_funcs, *models, *([GYM_REWARD] if has_environments(chosen) else [])]
 
 
 def reward_weights(chosen: RewardConfig) -> list[float]:
-    """Return the weight of every reward function, then model; raises ConfigError where there are more or fewer numbers."""
+    """Return the weight of each of reward_names(); raises ConfigError where there are more or fewer numbers."""
     names = reward_names(chosen)
     if not chosen.reward_weights:
         return [1.0] * len(names)

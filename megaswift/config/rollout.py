@@ -23,7 +23,7 @@ class RolloutConfig:
     multi_turn_scheduler: str | None = setting(
         None,
         "FILE.py:NAME, or an entry point of the group megaswift.multi_turn: a function that gets a conversation and a completion, "
-        "and returns the next message or None",
+        "and returns the next message or None; gym_scheduler: what --gym_env means by itself",
     )
     max_turns: int | None = setting(
         None, "completions of one conversation at most; default: as many as --max_length has room for"

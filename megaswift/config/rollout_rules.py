@@ -3,6 +3,7 @@
 from importlib.metadata import entry_points
 
 from megaswift.config.case import Case
+from megaswift.config.environment_rules import has_environments
 from megaswift.config.policy import PolicyConfig
 from megaswift.config.reward import RewardConfig
 from megaswift.config.rollout import RolloutConfig
@@ -47,20 +48,22 @@ def completions_are_for_grpo_and_gkd(run: RunConfig) -> None:
 def turns_have_a_scheduler(run: RunConfig) -> None:
     """Somebody answers the model between its turns."""
     asked, turns = run.rollout.multi_turn_scheduler, run.rollout.max_turns
-    if asked is None:
+    environments = has_environments(run.reward)
+    if asked is None and not environments:
         if turns is not None:
             raise ConfigError(
-                f"max_turns={turns} needs --multi_turn_scheduler, which answers the model. Leave it out."
+                f"max_turns={turns} needs --multi_turn_scheduler or --gym_env, which answers the model. Leave it out."
             )
         return
     if not run.data.use_chat_template:
         raise ConfigError(
-            "multi_turn_scheduler needs a chat template to write turns with. Leave --use_chat_template out."
+            f"{'gym_env' if environments else 'multi_turn_scheduler'} needs a chat template to write turns with. Leave "
+            "--use_chat_template out."
         )
     if turns is not None and turns < 1:
         raise ConfigError(f"max_turns={turns} is too small. Give 1 or more.")
     known = entry_points(group=SCHEDULER_GROUP).names
-    if ".py:" not in asked and asked not in known:
+    if not environments and asked is not None and ".py:" not in asked and asked not in known:
         raise ConfigError(
             f"multi_turn_scheduler={asked} is neither FILE.py:NAME nor an entry point of {SCHEDULER_GROUP}.{nearest(asked, known)}"
         )

@@ -5,6 +5,7 @@ from math import lcm
 
 from megaswift.config import context_rules as context
 from megaswift.config import data_rules as data
+from megaswift.config import environment_rules as environment
 from megaswift.config import head_rules as head
 from megaswift.config import layout_rules as layout
 from megaswift.config import policy_rules as policy
@@ -56,6 +57,7 @@ REQUEST_RULES = (
     reward.rewards_are_named,
     reward.rewards_are_compared,
     reward.reward_numbers_are_in_range,
+    environment.environments_are_named,
     rollout.turns_have_a_scheduler,
     policy.policy_settings_belong_to_the_loss,
     rollout.rollout_numbers_are_in_range,

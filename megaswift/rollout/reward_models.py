@@ -88,7 +88,7 @@ class RewardModel:
 def load_reward_models(run: RunConfig, *, device: torch.device, dtype: torch.dtype) -> dict[str, RewardModel]:
     """Return the reward models of a resolved run by the names under which they are logged; raises UserError."""
     chosen = run.reward
-    names = reward_names(chosen)[len(chosen.reward_funcs) :]
+    names = reward_names(chosen)[len(chosen.reward_funcs) :][: len(chosen.reward_model)]
     return {
         name: RewardModel(model, run, device=device, dtype=dtype)
         for name, model in zip(names, chosen.reward_model, strict=True)

@@ -1,7 +1,8 @@
 """Reward functions: built-in ones, plain Python functions out of files, and those that installed packages offer.
 
 A function takes `completions`, a list of texts, and as keywords what belongs to each of them: `prompts` (the messages), `messages`
-(the whole conversation with what was completed), `completion_ids`, and every other column of the row. It returns as many numbers.
+(the whole conversation with what was completed), `completion_ids`, of environments `rollout_infos` (rollout/episodes.py), and every
+other column of the row. It returns as many numbers.
 """
 
 import importlib.util
@@ -72,6 +73,11 @@ def loaded(offered: EntryPoint, *, asked: str) -> Callable[..., Any]:
 
 def functions_of(path: Path, *, asked: str) -> dict[str, Callable[..., Any]]:
     """Return functions and classes of a Python file by name; raises ConfigError, which says what was `asked` for."""
+    return {name: value for name, value in contents_of(path, asked=asked).items() if callable(value)}
+
+
+def contents_of(path: Path, *, asked: str) -> dict[str, Any]:
+    """Return what a Python file names, without a leading underscore; raises ConfigError, which says what was `asked` for."""
     spec = importlib.util.spec_from_file_location(f"megaswift_plugin_{path.stem}", path)
     if not path.is_file() or spec is None or spec.loader is None:
         raise ConfigError(f"{asked}={path} is not a Python file. Give a .py file that exists.")
@@ -80,9 +86,7 @@ def functions_of(path: Path, *, asked: str) -> dict[str, Callable[..., Any]]:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever a person's file raises is his to mend
         raise ConfigError(f"{asked}={path} fails: {type(error).__name__}: {error}. Mend it.") from error
-    return {
-        name: value for name, value in vars(module).items() if callable(value) and not name.startswith("_")
-    }
+    return {name: value for name, value in vars(module).items() if not name.startswith("_")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +95,8 @@ class Judged:
 
     ids: list[int]  # that the model wrote, in all its turns
     turns: list[Message]  # that follow the prompt: the model's, and those of an environment between them
+    asked: tuple[Message, ...] | None = None  # what they follow; None: the row's conversation
+    record: dict[str, Any] | None = None  # of an environment: Episode.record
 
     @property
     def text(self) -> str:
@@ -107,11 +113,14 @@ def rewards_of(
     """
     texts = [one.text for one in given]
     columns = {name: [value] * len(texts) for name, value in row.columns.items()}
+    asked = [list(row.messages if one.asked is None else one.asked) for one in given]
     columns |= {
-        "prompts": [list(row.messages)] * len(texts),
-        "messages": [[*row.messages, *one.turns] for one in given],
+        "prompts": asked,
+        "messages": [[*first, *one.turns] for first, one in zip(asked, given, strict=True)],
         "completion_ids": [one.ids for one in given],
     }
+    if all(one.record is not None for one in given):
+        columns["rollout_infos"] = [one.record for one in given]
     found = []
     for name, function in functions.items():
         try:

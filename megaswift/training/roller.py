@@ -19,40 +19,28 @@ from megatron.core import parallel_state
 from megaswift.config.reward_rules import reward_names, reward_weights
 from megaswift.config.rollout_rules import uses_of_a_generation
 from megaswift.config.run import RunConfig
-from megaswift.converters.live import TORCH_DTYPES
-from megaswift.converters.tensor_files import DTYPE_NAMES
 from megaswift.data.batches import BatchSettings, MicroBatch, TrainData
 from megaswift.data.prompts import PromptRow, PromptRows
-from megaswift.data.template import Template
 from megaswift.data.tokenizer import load_tokenizer, pad_id_of
 from megaswift.metadata.meta import ModelMeta
 from megaswift.models.lora import adapters_off
 from megaswift.parallel.agreement import agree
 from megaswift.parallel.layout import Layout
 from megaswift.rollout.engine import Answer, Prompt
-from megaswift.rollout.rewards import Judged, RewardFunction, load_rewards, rewards_of
 from megaswift.rollout.rollout import Rollout, joined
-from megaswift.rollout.turns import Talked, Talks, load_scheduler
+from megaswift.rollout.turns import Talked, Talks
 from megaswift.tasks.advantages import advantages, decoupled_advantages
 from megaswift.tasks.answers import whole_rows
 from megaswift.tasks.task import CallIn, RunModel, look
 from megaswift.training.author import Author, stop_ids_of
 from megaswift.training.context import context_share
 from megaswift.training.engine import Engine
+from megaswift.training.judge import Completion, Judge, load_judge, load_talks
 from megaswift.training.reporters import JsonLines
 from megaswift.training.set_aside import room_for_authors
 from megaswift.training.teachers import Teachers
 
 OTHERS = (0, 0, 1)  # behind seed, position and round: keys of completions go on otherwise
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Completion:
-    """What one rank tells the others about a completion."""
-
-    answer: Answer
-    judged: Judged
-    rewards: list[float]
 
 
 @dataclass(kw_only=True)
@@ -91,36 +79,15 @@ class Roller:
             group=self.group,
             aside=room_for_authors(self.run, self.engine, (*(self.reference or ()), *(self.teacher or ()))),
         )
-        self.rewards = agree(self._load_rewards, group=self.group)
+        self.judge = agree(self._load_judge, group=self.group)
         self.talks = agree(self._load_talks, group=self.group)
 
-    def _load_rewards(self) -> dict[str, RewardFunction]:
-        """Return reward functions, and where this rank judges completions the reward models."""
-        functions, wanted = load_rewards(self.run.reward), self.run.reward.reward_model
-        if not wanted or not self.author.seat.reports:
-            return functions
-        from megaswift.rollout.reward_models import load_reward_models  # transformers' models: seconds
-
-        device = next(self.engine.chunks[0].parameters()).device
-        dtype = TORCH_DTYPES[DTYPE_NAMES[self.run.model.torch_dtype or self.meta.dtype]]
-        return {**functions, **load_reward_models(self.run, device=device, dtype=dtype)}
+    def _load_judge(self) -> Judge:
+        device, reports = next(self.engine.chunks[0].parameters()).device, self.author.seat.reports
+        return load_judge(self.run, self.meta, self.tokenizer, device=device, reports=reports)
 
     def _load_talks(self) -> Talks | None:
-        """Return what leads conversations of several turns, where there are any."""
-        chosen, longest = self.run.rollout, self.run.data.max_length
-        scheduler = load_scheduler(chosen)
-        if scheduler is None:
-            return None
-        assert longest is not None, "resolved"
-        return Talks(
-            scheduler=scheduler,
-            template=Template.from_config(
-                self.run.data, self.tokenizer, max_length=None, stop_ids=self.author.sampling.stop_ids
-            ),
-            decode=partial(self.tokenizer.decode, skip_special_tokens=True),
-            max_turns=chosen.max_turns,
-            max_length=longest,
-        )
+        return load_talks(self.run, self.rows, self.tokenizer, stop_ids=self.author.sampling.stop_ids)
 
     def roll(self, entries: np.ndarray, *, position: int, step: int) -> Rollout:
         """Return rewarded completions of these prompts; every rank of the world calls it. Raises UserError."""
@@ -135,8 +102,8 @@ class Roller:
         return rollout
 
     def _lively(
-        self, entries: np.ndarray, found: list[_Completion], position: int
-    ) -> tuple[np.ndarray, list[_Completion]]:
+        self, entries: np.ndarray, found: list[Completion], position: int
+    ) -> tuple[np.ndarray, list[Completion]]:
         """Replace groups without a spread of rewards, which teach nothing, by those of other prompts.
 
         Yu et al. 2025, DAPO (arXiv 2503.14476), section 3.2; which prompts they are follows from seed and position. Groups that
@@ -157,14 +124,14 @@ class Roller:
                 found[place * group : (place + 1) * group] = more[other * group : (other + 1) * group]
         return entries, found
 
-    def _dull(self, found: list[_Completion]) -> list[int]:
+    def _dull(self, found: list[Completion]) -> list[int]:
         """Return the groups whose completions are all worth the same."""
         rewards_PG = (np.array([one.rewards for one in found]) @ np.array(self.weights)).reshape(
             -1, self.run.rollout.num_generations
         )
         return np.flatnonzero(rewards_PG.max(1) == rewards_PG.min(1)).tolist()
 
-    def _completions(self, entries: np.ndarray, position: int, *, again: int = 0) -> list[_Completion]:
+    def _completions(self, entries: np.ndarray, position: int, *, again: int = 0) -> list[Completion]:
         group = self.run.rollout.num_generations
         prompts = [
             Prompt(ids=self._prompt(entries[place // group]), key=self._key(place, position, again))
@@ -181,27 +148,14 @@ class Roller:
 
     def _judged(
         self, entries: np.ndarray, places: Sequence[int], answers: Sequence[Answer]
-    ) -> list[_Completion]:
+    ) -> list[Completion]:
         """Return completions of whole groups with their rewards."""
         group = self.run.rollout.num_generations
-        judged = [self._as_judged(answer) for answer in answers]
-        found = []
+        found: list[Completion] = []
         for start in range(0, len(places), group):
-            some = slice(start, start + group)
             row = self._row(entries[places[start] // group])
-            columns = rewards_of(self.rewards, row, judged[some])
-            found += [
-                _Completion(answer=answer, judged=one, rewards=[column[place] for column in columns])
-                for place, (answer, one) in enumerate(zip(answers[some], judged[some], strict=True))
-            ]
+            found += self.judge.judged(row, answers[start : start + group])
         return found
-
-    def _as_judged(self, answer: Answer) -> Judged:
-        if isinstance(answer, Talked):
-            own = [token for token, is_own in zip(answer.ids, answer.own or (), strict=True) if is_own]
-            return Judged(ids=own, turns=answer.turns)
-        text = self.tokenizer.decode(answer.ids, skip_special_tokens=True)
-        return Judged(ids=answer.ids, turns=[{"role": "assistant", "content": text}])
 
     def _prompt(self, entry: int) -> np.ndarray:
         encoded = self.prompts.encoded
@@ -216,9 +170,12 @@ class Roller:
         key = self.run.training.seed, position + prompt, generation
         return (*key, 0, again) if again else key  # a fourth number counts turns
 
-    def _joined(self, entries: np.ndarray, position: int, found: list[_Completion]) -> Rollout:
+    def _joined(self, entries: np.ndarray, position: int, found: list[Completion]) -> Rollout:
         group, targets = self.run.rollout.num_generations, self.prompts.encoded.targets
-        prompts = [self._prompt(entry) for entry in np.repeat(entries, group)]
+        prompts = [
+            one.prompt(self._prompt(entry))
+            for entry, one in zip(np.repeat(entries, group), found, strict=True)
+        ]
         return Rollout(
             targets=None if targets is None else np.repeat(targets[entries], group),
             **joined(prompts, [one.answer for one in found]),
@@ -285,26 +242,27 @@ class Roller:
         found_PG = advantages(torch.from_numpy(totals_N).view(-1, rollout.group), self.run.rollout)
         return replace(rollout, advantages=found_PG.flatten().float().numpy())
 
-    def _write(self, entries: np.ndarray, found: list[_Completion], rollout: Rollout, step: int) -> None:
+    def _write(self, entries: np.ndarray, found: list[Completion], rollout: Rollout, step: int) -> None:
         assert self.table is not None and rollout.advantages is not None
         rows = np.repeat(entries, rollout.group)
         for entry, one, advantage in zip(rows, found, rollout.advantages.tolist(), strict=True):
-            row = self._row(entry)
+            row, judged = self._row(entry), one.judged
             self.table.report(
                 {
                     "step": step,
                     "source": row.source,
-                    "prompt": row.messages,
-                    "completion": one.judged.text,
-                    **({"turns": one.judged.turns} if self.talks is not None else {}),
-                    "tokens": len(one.judged.ids),
+                    "prompt": row.messages if judged.asked is None else judged.asked,
+                    "completion": judged.text,
+                    **({"turns": judged.turns} if self.talks is not None else {}),
+                    **({"environment": judged.record} if judged.record is not None else {}),
+                    "tokens": len(judged.ids),
                     "rewards": dict(zip(self.names, one.rewards, strict=True)),
                     "advantage": advantage,
                 }
             )
 
 
-def _sampler_logps(prompts: Sequence[np.ndarray], found: Sequence[_Completion]) -> np.ndarray | None:
+def _sampler_logps(prompts: Sequence[np.ndarray], found: Sequence[Completion]) -> np.ndarray | None:
     """Return the log-probability with which each token was drawn, float32 [T], 0 in prompts; None where the model itself drew."""
     parts = [
         part

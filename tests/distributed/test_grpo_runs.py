@@ -48,6 +48,31 @@ def curt(completions, completion_ids, **columns):
 
 def broken(completions, goal, **columns):
     return [wanted / 0 for wanted in goal]
+
+
+class Letters:
+    """Ask for letters e until there are enough of them, half a point each; a turn costs a quarter."""
+
+    def __init__(self, env_config):
+        self.left = env_config["letters"]
+
+    async def reset(self, config):
+        return f"{self.left} e", {"goal": config.data_dict["goal"]}, "Go" if self.left > 1 else None
+
+    async def step(self, action):
+        found = action[-1]["content"].count("e")
+        self.left -= found
+        return f"{self.left} more", 0.5 * found - 0.25, self.left <= 0, {"found": found}
+
+    async def close(self):
+        pass
+
+
+class Curt(Letters):
+    """The same about the question of the row."""
+
+    async def reset(self, config):
+        return None
 '''
 CALM = ("--adam_eps", "1e-3")  # gradients that are 0 but for rounding move nothing
 CALMER = ("--adam_eps", "1e-6")  # enough where all parameters train, and the others still move
@@ -71,6 +96,8 @@ TALKS: dict[str, tuple[str, ...]] = {
     "future": ("--loss_type", "fipo", "--num_iterations", "2", "--fipo_decay_rate", "3", "--fipo_clip_range", "none",
                "--scale_rewards", "gdpo", *CALM),
     "labels": ("--loss_type", "real", "--num_iterations", "2", "--log_entropy", "true", *CALM),
+    "games": ("--use_gym_env", "true", "--gym_env", "Letters", "--multi_turn_scheduler", "gym_scheduler", "--max_turns", "3",
+              "--reward_weights", "1", "0.5", "2", "--num_iterations", "2", *CALM),
 }  # fmt: skip
 CP2 = ("--context_parallel_size", "2", "--cp_comm_type", "p2p")
 ASIDE = ("--offload_model", "true", "--offload_optimizer", "true")
@@ -111,9 +138,11 @@ ON_TWO = [
     ("shares", "dp2 packed"),
 ]
 BEYOND = [("future", "cp2 packed"), *(("labels", where) for where in ("dp2 packed", "cp2 packed", "pp2"))]
+GAMES = [("games", where) for where in ("tp2", "pp2", "cp2", "dp2")]
 OTHERS = [
     *ON_TWO,
     *BEYOND,
+    *GAMES,
     ("lora", "packed"),
     ("twice", "packed"),
     ("twice", "tp2 pp2"),
@@ -131,7 +160,9 @@ def folder() -> Path:
     with (folder / "prompts.jsonl").open("w") as file:
         for number, line in enumerate(rows.read_text().splitlines()):
             messages = json.loads(line)["messages"]
-            file.write(json.dumps({"messages": messages[: 1 + number % 2], "goal": number % 4}) + "\n")
+            environment = {"letters": 1 + number % 3, **({"name": "Curt"} if number % 4 == 3 else {})}
+            row = {"messages": messages[: 1 + number % 2], "goal": number % 4, "env_config": environment}
+            file.write(json.dumps(row) + "\n")
     (folder / "plugin.py").write_text(PLUGIN)
     save_tiny_scorer(model, folder / "rm")
     return folder
@@ -144,7 +175,7 @@ def flags(training: str, layout: str, *more: str, output: str | None = None) -> 
         "--global_batch_size", "8", "--num_generations", "4", "--micro_batch_size", "2", "--max_completion_length", "10",
         "--learning_rate", "1e-2", "--lr_decay_style", "constant", "--save_steps", "1", "--logging_steps", "1",
         "--report_to", "none", "--log_completions", "true", "--external_plugins", str(folder() / "plugin.py"),
-        "--reward_funcs", "near", "brief", *(() if training == "talks" else ("--reward_weights", "1", "0.5")),
+        "--reward_funcs", "near", "brief", *(() if training in ("talks", "games") else ("--reward_weights", "1", "0.5")),
         *(word.format(folder=folder()) for word in {**TRAININGS, **TALKS}[training]), *LAYOUTS[layout][1], *more,
     ]  # fmt: skip
 
@@ -333,7 +364,8 @@ def test_completions_are_those_of_the_exported_model(training: str) -> None:
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize(
     ("training", "layout", "step"),
-    [("grpo", "one", 2), ("lora", "cp2", 2), ("twice", "one", 1), ("twice", "cp2 packed", 1), ("shares", "cp2 packed", 1)],
+    [("grpo", "one", 2), ("lora", "cp2", 2), ("twice", "one", 1), ("twice", "cp2 packed", 1), ("shares", "cp2 packed", 1),
+     ("games", "one", 1)],
 )  # fmt: skip
 def test_resumed_run_repeats_every_figure_and_completion(training: str, layout: str, step: int) -> None:
     """`twice` goes on amid completions that it has used once, `shares` with the second half of them."""

@@ -71,7 +71,15 @@ def test_lengths_and_clips_follow_each_other() -> None:
         ("--multi_turn_scheduler x", "multi_turn_scheduler=x is neither FILE.py:NAME nor an entry point of megaswift.multi_turn"),
         ("--multi_turn_scheduler x.py:y --max_turns 0", "max_turns=0 is too small"),
         ("--multi_turn_scheduler x.py:y --use_chat_template false", "multi_turn_scheduler needs a chat template"),
-        ("--max_turns 2", "max_turns=2 needs --multi_turn_scheduler"),
+        ("--max_turns 2", "max_turns=2 needs --multi_turn_scheduler or --gym_env"),
+        ("--gym_env lake", "gym_env=lake is neither FILE.py:CLASS nor an entry point of megaswift.environments"),
+        ("--use_gym_env true", "use_gym_env=true names no environment"),
+        ("--gym_env e.py:E --use_gym_env false", "use_gym_env=false contradicts gym_env=e.py:E"),
+        ("--multi_turn_scheduler gym_scheduler", "multi_turn_scheduler=gym_scheduler asks environments. Give --gym_env"),
+        ("--gym_env e.py:E --multi_turn_scheduler x.py:y", "multi_turn_scheduler=x.py:y would answer the model beside an environment"),
+        ("--gym_env e.py:E --max_turns 0", "max_turns=0 is too small"),
+        ("--gym_env e.py:E --use_chat_template false", "gym_env needs a chat template"),
+        ("--gym_env e.py:E --reward_model m --reward_weights 1", "reward_weights has 1 numbers for 3 rewards: accuracy reward_model gym_reward"),
         ("--reward_funcs acuracy", "reward_funcs=acuracy is neither built in nor an entry point of megaswift.rewards. Did you mean accuracy"),
         ("--reward_funcs format format", "names a function twice"),
         ("--reward_weights 1 2", "reward_weights has 2 numbers for 1 rewards: accuracy. Give one each"),
@@ -127,14 +135,34 @@ def test_a_reward_model_is_enough() -> None:
 
 
 def test_rewards_must_be_named() -> None:
-    with pytest.raises(ConfigError, match="reward_funcs is not set"):
-        resolved("--rlhf_type grpo", dense(), task="rlhf")
+    for words in ("", " --use_gym_env false"):
+        with pytest.raises(ConfigError, match="reward_funcs is not set"):
+            resolved(f"--rlhf_type grpo{words}", dense(), task="rlhf")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--gym_env e.py:E",
+        "--gym_env frozen_lake --external_plugins p.py --use_gym_env true --multi_turn_scheduler gym_scheduler --max_turns 10",
+        "--use_gym_env true --external_plugins p.py",
+    ],
+)
+def test_environments_are_enough_and_their_weight_is_the_last(words: str) -> None:
+    run = resolved(f"--rlhf_type grpo {words}", dense(), task="rlhf").config
+    assert (reward_names(run.reward), reward_weights(run.reward)) == (["gym_reward"], [1.0])
+    more = grpo(f"{words} --reward_model m --reward_weights 1 2 3").config.reward
+    assert list(zip(reward_names(more), reward_weights(more), strict=True))[1:] == [
+        ("reward_model", 2.0),
+        ("gym_reward", 3.0),
+    ]
 
 
 @pytest.mark.parametrize(("task", "words"), [("sft", ""), ("rlhf", "--rlhf_type dpo ")])
 def test_other_tasks_have_no_completions(task: str, words: str) -> None:
-    with pytest.raises(ConfigError, match="num_generations=4 is for `megaswift rlhf --rlhf_type grpo`"):
-        resolved(f"{words}--num_generations 4", dense(), task=task)
+    for flag in ("num_generations=4", "use_gym_env=True", "gym_env=e.py:E"):
+        with pytest.raises(ConfigError, match=f"{flag} is for `megaswift rlhf --rlhf_type grpo`"):
+            resolved(f"{words}--{flag.replace('=', ' ')}", dense(), task=task)
 
 
 def test_vllm_is_for_completions() -> None:

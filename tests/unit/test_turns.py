@@ -1,6 +1,7 @@
 """Conversations of several turns: token ids are kept, what an environment says carries no loss, and what goes wrong is named."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,19 @@ def test_schedulers_may_return_messages() -> None:
     )
     assert found.turns[1:3] == said
     assert [*PROMPT.ids, *found.ids] == TOKENIZER.apply_chat_template([*QUESTION, *found.turns]).input_ids
+
+
+def test_variables_of_the_row_reach_every_turn() -> None:
+    template = CHAT_TEMPLATE.replace(
+        "<|assistant|>{% endif", "<|assistant|>{% if hurry %}So: {% endif %}{% endif"
+    )
+    tokenizer = small_tokenizer(template, special=["<|user|>", "<|assistant|>"])
+    hurried = replace(talks(until_right), template=Template(tokenizer))
+    (found,) = hurried.lead(
+        [PROMPT], [replace(ROW, template_kwargs={"hurry": True})], Model("6", "7"), SAMPLING
+    )
+    between = [token for token, own in zip(found.ids, found.own or (), strict=True) if not own]
+    assert tokenizer.decode(between) == "<|user|>No, not 6.</s><|assistant|>So: "
 
 
 @pytest.mark.parametrize(
