@@ -32,7 +32,7 @@ _RLHF = """
     vllm_enable_lora use_ray
     reward_adapters num_ppo_epochs kl_coef cliprange vf_coef
     cliprange_value gamma lam num_mini_batches response_length async_generate whiten_rewards
-    missing_eos_penalty reward_model_plugin num_generations_eval
+    missing_eos_penalty num_generations_eval
     vllm_limit_mm_per_prompt vllm_disable_cascade_attn vllm_mm_processor_cache_gb wandb_log_unique_prompts
 """.split()
 
@@ -258,6 +258,11 @@ REFUSED: dict[str, Refused] = {
         ref_adapter_load="none",
         mcore_ref_model="none",
         mcore_ref_adapter="none",
+    ),
+    **_refuse(
+        "another use of a reward model",
+        "Its one label is the reward; write a reward function that asks it otherwise.",
+        reward_model_plugin="none default",
     ),
     **_refuse(
         "counting the tokens of all turns together",

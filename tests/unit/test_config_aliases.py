@@ -81,7 +81,14 @@ def test_what_is_always_so_is_accepted_with_one_line(words: str) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    ["--mtp_num_layers 0", "--use_galore false", "--streaming False", "--template none", "--lora_bias none"],
+    [
+        "--mtp_num_layers 0",
+        "--use_galore false",
+        "--streaming False",
+        "--template none",
+        "--lora_bias none",
+        "--reward_model_plugin default",
+    ],
 )
 def test_a_flag_that_asks_for_nothing_is_accepted(words: str) -> None:
     assert parse_run("sft", words.split()) == parse_run("sft", [])
@@ -102,6 +109,7 @@ def test_a_flag_that_asks_for_nothing_is_accepted(words: str) -> None:
         "--mcore_ref_model x",
         "--vllm_enable_lora true",
         "--num_ppo_epochs 4",
+        "--reward_model_plugin genrm",
         "--lr_scheduler_type polynomial",
         "--optim galore",
         "--eval_strategy epoch",
