@@ -64,7 +64,13 @@ class DataConfig:
     packing: bool = setting(False, "pack samples into rows of --packing_length (global best-fit decreasing)")
     packing_length: int | None = setting(None, "tokens in a pack; default: --max_length")
     padding_free: bool = setting(True, "concatenate the samples of a micro batch instead of padding them")
+    group_by_length: bool = setting(
+        False,
+        "rows of like length follow each other: 50 global batches at a time are sorted, long rows first",
+    )
     dataset_num_proc: int = setting(1, "processes that encode rows", aliases=("preprocess_num_proc",))
     dataloader_num_workers: int = setting(0, "processes that build batches", aliases=("num_workers",))
-    model_name: str | None = setting(None, "replaces {{NAME}} in self-cognition rows")
-    model_author: str | None = setting(None, "replaces {{AUTHOR}} in self-cognition rows")
+    model_name: list[str] = setting(
+        [], "replaces {{NAME}} in self-cognition rows; of two names the first is for Chinese rows"
+    )
+    model_author: list[str] = setting([], "replaces {{AUTHOR}} in self-cognition rows, one or two alike")

@@ -40,6 +40,23 @@ def every_set_has_its_share(run: RunConfig) -> None:
         )
 
 
+def a_model_has_a_name_in_two_languages(run: RunConfig) -> None:
+    """Self-cognition rows are Chinese or English."""
+    for flag in ("model_name", "model_author"):
+        names = getattr(run.data, flag)
+        if len(names) > 2:
+            raise ConfigError(
+                f"{flag}={' '.join(names)} are {len(names)} names. Give one, or a Chinese and an English one; quote one that has blanks."
+            )
+
+
+def lengths_are_known_where_rows_are_grouped(run: RunConfig) -> None:
+    """Rows that are packed fill rows of one length, and those of a stream are not known ahead."""
+    for asked, what in ((run.data.packing, "packing=true"), (run.data.streaming, "streaming=true")):
+        if run.data.group_by_length and asked:
+            raise ConfigError(f"group_by_length=true has nothing to sort with {what}. Leave one of them out.")
+
+
 def streams_have_an_end(run: RunConfig) -> None:
     """A stream of rows is read once, in order, and nobody knows how long it is."""
     data = run.data

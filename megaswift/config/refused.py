@@ -89,7 +89,7 @@ REFUSED: dict[str, Refused] = {
         "Use --columns.",
         disable_auto_column_mapping="false",
     ),
-    **_refuse("another order of samples", data_sharding="false", group_by_length="false"),
+    **_refuse("another order of samples", data_sharding="false"),
     # Loss
     **_refuse("metrics of generated text", predict_with_generate="false"),
     # Layout and speed

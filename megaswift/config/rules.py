@@ -33,6 +33,8 @@ REQUEST_RULES = (
     report.metrics_belong_to_the_task,
     data.the_loss_scale_is_known,
     data.every_set_has_its_share,
+    data.a_model_has_a_name_in_two_languages,
+    data.lengths_are_known_where_rows_are_grouped,
     data.streams_have_an_end,
     training.random_weights_are_for_pre_training,
     tuner.parts_of_the_model_train_in_full,

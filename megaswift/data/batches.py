@@ -18,10 +18,12 @@ import torch
 
 from megaswift.data.channels import Channels
 from megaswift.data.encode import EncodedSet
-from megaswift.data.order import shuffled
+from megaswift.data.order import long_first, shuffled
 from megaswift.data.packing import Packs, pack
 from megaswift.errors import ConfigError
 from megaswift.kernels.context_attention.plan import ContextPlan
+
+SORTED_BATCHES = 50  # as transformers 5 does at most (trainer_pt_utils.py, get_length_grouped_indices)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,7 @@ class BatchSettings:
     packing_length: int | None = None  # tokens of a pack; needed with packing
     padding_free: bool = True  # concatenate the samples of a micro batch; false: one row each, padded
     shuffle: bool = True
+    group_by_length: bool = False
     seed: int = 42
     pad_to_multiple: int = 1  # S is a multiple of this (tp for sequence parallel)
     round_size: int = 1  # the interleaved schedule takes micro batches in rounds of so many
@@ -157,6 +160,9 @@ class TrainData:
             order = (
                 shuffled(count, seed=settings.seed, stream=epoch) if settings.shuffle else np.arange(count)
             )
+            if settings.group_by_length:
+                window = SORTED_BATCHES * settings.global_batch_size
+                order = long_first(order, self.encoded.row_lengths, window=window)
             self._order = (epoch, order)
         return self._order[1]
 

@@ -22,6 +22,12 @@ def shuffled(count: int, *, seed: int, stream: int) -> np.ndarray:
     return np.argsort(_keys(0, count, seed=seed, stream=stream), kind="stable").astype(np.int64)
 
 
+def long_first(order: np.ndarray, lengths: np.ndarray, *, window: int) -> np.ndarray:
+    """Return an order of items with each next `window` of them from long to short; equally long ones stay as they were."""
+    parts = [order[start : start + window] for start in range(0, len(order), window)]
+    return np.concatenate([part[np.argsort(-lengths[part], kind="stable")] for part in parts])
+
+
 def uniform(start: int, count: int, *, seed: int, stream: int) -> np.ndarray:
     """Return numbers `start` to `start + count` of an endless sequence, float64 in [0, 1)."""
     return (_keys(start, count, seed=seed, stream=stream) >> np.uint64(11)) * 2.0**-53  # what a float64 holds

@@ -147,7 +147,11 @@ def _sample_or_bad(
 
 def _named(sample: Sample, config: DataConfig) -> Sample:
     """Put the model's and the author's name into a self-cognition row."""
-    name, author = config.model_name or DEFAULT_NAME, config.model_author or DEFAULT_AUTHOR
+    place = 0 if sample.extras.get("lang") == "zh" else -1
+    name, author = (
+        (config.model_name or [DEFAULT_NAME])[place],
+        (config.model_author or [DEFAULT_AUTHOR])[place],
+    )
     messages = tuple(
         {**message, "content": message["content"].replace("{{NAME}}", name).replace("{{AUTHOR}}", author)}
         for message in sample.messages

@@ -188,6 +188,7 @@ def batch_settings(run: RunConfig, meta: ModelMeta, layout: Layout) -> BatchSett
         packing_length=run.data.packing_length,
         padding_free=run.data.padding_free,
         shuffle=run.data.dataset_shuffle,
+        group_by_length=run.data.group_by_length,
         token_cost=cost_of(run, meta).token_in_pairs,
         seed=run.training.seed if run.data.data_seed is None else run.data.data_seed,
         pad_to_multiple=token_multiple(run.precision)
@@ -327,7 +328,10 @@ class Saver:
             if settings.save_optim or not self.writers:
                 tensors = model_tensors([chunk.module for chunk in engine.chunks])
             if settings.save_optim:
-                tensors |= {**optimizer_tensors(engine.optimizer, tensors), **states_of_the_rank(engine.optimizer)}
+                tensors |= {
+                    **optimizer_tensors(engine.optimizer, tensors),
+                    **states_of_the_rank(engine.optimizer),
+                }
             checkpoint = save_checkpoint(
                 self.store,
                 self._manifest(progress),

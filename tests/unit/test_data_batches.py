@@ -129,6 +129,26 @@ def test_a_batch_larger_than_the_set_sees_every_epoch():
     assert sorted(items[:3]) == sorted(items[3:6]) == [0, 1, 2]
 
 
+@pytest.mark.parametrize("mode", ["padding_free", "padded"])
+def test_rows_of_like_length_follow_each_other(mode, monkeypatch):
+    monkeypatch.setattr("megaswift.data.batches.SORTED_BATCHES", 2)
+    plain, grouped = (
+        TrainData(encoded_set(LENGTHS), settings_of(mode, global_batch_size=3, group_by_length=chosen))
+        for chosen in (False, True)
+    )
+    for epoch in (0, 1):
+        first = epoch * len(LENGTHS)
+        theirs, ours = (
+            [int(i) for step in range(first, first + 13) for i in data.items(step)[:1]]
+            for data in (plain, grouped)
+        )
+        assert ours != theirs and sorted(ours) == list(range(13))
+        for window in (slice(0, 6), slice(6, 12), slice(12, 13)):
+            assert sorted(ours[window]) == sorted(theirs[window])
+            lengths = [LENGTHS[i] for i in ours[window]]
+            assert lengths == sorted(lengths, reverse=True)
+
+
 def test_without_shuffle_the_order_is_that_of_the_rows():
     data = TrainData(encoded_set(LENGTHS), settings_of("padding_free", shuffle=False))
     assert data.items(0).tolist() == [0, 1, 2, 3] and data.items(12).tolist() == [12, 0, 1, 2]

@@ -283,12 +283,24 @@ def test_a_hub_id_that_is_nowhere_says_how_to_bring_it(tmp_path, monkeypatch):
 
 
 def test_self_cognition_rows_carry_the_given_names():
-    config = DataConfig(dataset=["swift/self-cognition#150"], model_name="Ada", model_author="the team")
+    config = DataConfig(dataset=["swift/self-cognition#150"], model_name=["Ada"], model_author=["the team"])
     samples = read_datasets(config).train
     contents = [message["content"] for sample in samples for message in sample.messages]
     assert len(samples) == 150 and not any("{{" in content for content in contents)
     assert all("Ada" in answer or "the team" in answer for answer in contents[1::2])
     assert sum(any("\u4e00" <= char <= "\u9fff" for char in question) for question in contents[::2]) > 40
+
+
+def test_self_cognition_may_have_a_name_in_each_language():
+    config = DataConfig(
+        dataset=["self-cognition"], model_name=["小黄", "Huang"], model_author=["魔搭", "Scope"]
+    )
+    for sample in read_datasets(config).train:
+        chinese = any("\u4e00" <= char <= "\u9fff" for char in sample.messages[0]["content"])
+        answer = sample.messages[1]["content"]
+        assert (
+            ("小黄" in answer or "魔搭" in answer) is chinese is not ("Huang" in answer or "Scope" in answer)
+        )
 
 
 def test_self_cognition_has_default_names():
