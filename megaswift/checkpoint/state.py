@@ -25,6 +25,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 STARTS = (".lora_a.start", ".lora_b.start")  # of adapters that do not start at zero: models/weight_starts.py
 STATES = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
+EVERY_STATE = tuple(name for names in STATES.values() for name in names)  # Muon's are some of both
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +76,8 @@ def optimizer_tensors(optimizer: Any, model: dict[str, ShardedBase]) -> dict[str
             continue
         shards = weight.build() if isinstance(weight, ShardedTensorFactory) else [weight]
         for state, flat in owned.states.items():
-            for number, shard in enumerate(_pieces(shards, parameter, owned, flat, f"optimizer.{state}")):
+            held = replace(owned, alone=owned.alone or state in owned.dealt)
+            for number, shard in enumerate(_pieces(shards, parameter, held, flat, f"optimizer.{state}")):
                 tensors[f"{state}.{name}.{number}"] = shard
     return tensors
 
@@ -125,7 +127,7 @@ def allocate_states(optimizer: Any, *, updates: int) -> None:
             counts_by_tensor = isinstance(inner, torch.optim.Adam)  # AdamW is one too
             for group in inner.param_groups:
                 for parameter in group["params"]:
-                    if parameter in getattr(inner, "low_rank", ()):
+                    if parameter in getattr(inner, "apart", ()):  # has its own state from the start
                         continue
                     state = inner.state[parameter]
                     for name in names:
@@ -180,6 +182,7 @@ class _Owned:
     start: int
     stop: int
     alone: bool  # no data-parallel replica holds the same range
+    dealt: tuple[str, ...] = ()  # states that no replica has either
     states: dict[str, torch.Tensor]  # flat, stop - start elements each
 
 
@@ -198,13 +201,14 @@ def _owned_by(optimizer: Any, parameter: torch.Tensor) -> _Owned | None:
         # Float16OptimizerWithFloat16Params keeps the master beside its weight; the float32 optimizer has none.
         main = getattr(parameter, "main_param", parameter)
         if main in part.optimizer.state:
-            return _Owned(start=0, stop=parameter.numel(), alone=False, states=_states(part, parameter, main))
+            states, dealt = _states(part, parameter, main), getattr(part.optimizer, "dealt_states", ())
+            return _Owned(start=0, stop=parameter.numel(), alone=False, states=states, dealt=dealt)
     return None
 
 
 def _states(part: Any, parameter: torch.Tensor, main: torch.Tensor) -> dict[str, torch.Tensor]:
     state = part.optimizer.state[main]
-    tensors = {name: state[name] for name in STATES[part.config.optimizer] if name in state}
+    tensors = {name: state[name] for name in EVERY_STATE if name in state}
     if parameter.dtype is not torch.float32:
         # An optimizer in host memory has the weight itself in its groups, and the master in its state.
         tensors["master"] = state.get("master_param", main).detach()

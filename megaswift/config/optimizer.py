@@ -7,12 +7,13 @@ from megaswift.config.field import setting
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Adam, AdamW or SGD, and how its learning rate moves."""
+    """Adam, AdamW, SGD or Muon, and how its learning rate moves."""
 
     optimizer: str = setting(
         "adamw",
-        "adamw decouples the weight decay, adam adds it to the gradient",
-        choices=("adamw", "adam", "sgd"),
+        "adamw decouples the weight decay, adam adds it to the gradient; muon makes the momentum of the layers' matrices orthogonal "
+        "and steps the rest with AdamW (arXiv 2502.16982), dist_muon shares out the matrices over data-parallel ranks",
+        choices=("adamw", "adam", "sgd", "muon", "dist_muon"),
     )
     lr: float | None = setting(
         None,
@@ -57,3 +58,8 @@ class OptimizerConfig:
         False, "keep AdamW's state and the master weights in host memory, and step there"
     )
     optimizer_offload_fraction: float = setting(1.0, "share of the weights whose state is kept there")
+
+    @property
+    def is_muon(self) -> bool:
+        """Say whether the layers' matrices are stepped by Muon."""
+        return self.optimizer in ("muon", "dist_muon")

@@ -149,23 +149,12 @@ REFUSED: dict[str, Refused] = {
     # Optimizer
     **_refuse(
         "another optimizer",
-        "Choose --optimizer adamw, adam or sgd.",
+        "Choose --optimizer adamw, adam, sgd or muon.",
         galore_proj_type="std",
         galore_target_modules="none",
         use_q_galore="false",
     ),
-    **_refuse(
-        "another optimizer",
-        "Choose --optimizer adamw, adam or sgd.",
-        muon_momentum="",
-        muon_use_nesterov="",
-        muon_scale_mode="",
-        muon_fp32_matmul_prec="",
-        muon_num_ns_steps="",
-        muon_tp_mode="",
-        muon_extra_scale_factor="",
-        muon_split_qkv="",
-    ),
+    **_refuse("stepping what Muon leaves with another optimizer than AdamW", muon_scalar_optimizer="adam"),
     **_refuse(
         "weight decay that changes over the run",
         weight_decay_incr_style="constant",

@@ -8,6 +8,7 @@ from megaswift.config import data_rules as data
 from megaswift.config import environment_rules as environment
 from megaswift.config import head_rules as head
 from megaswift.config import layout_rules as layout
+from megaswift.config import muon_rules as muon
 from megaswift.config import policy_rules as policy
 from megaswift.config import precision_rules as precision
 from megaswift.config import preference_rules as preference
@@ -37,6 +38,7 @@ REQUEST_RULES = (
     data.lengths_are_known_where_rows_are_grouped,
     data.streams_have_an_end,
     training.random_weights_are_for_pre_training,
+    muon.muon_settings_belong_to_muon,
     tuner.parts_of_the_model_train_in_full,
     head.heads_are_for_fine_tuning,
     head.labels_are_counted,
@@ -104,6 +106,7 @@ RULES: tuple[Rule, ...] = (
     training.the_schedule_is_complete,
     training.host_memory_holds_adamw_shards,
     training.subspaces_are_of_whole_matrices,
+    muon.muon_steps_whole_matrices,
     vllm.engines_share_out_the_ranks,
     vllm.samples_fit_the_engine,
     training.lengths_fit_the_model,

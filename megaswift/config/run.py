@@ -10,6 +10,7 @@ from megaswift.config.launch import LaunchConfig
 from megaswift.config.logging import LoggingConfig
 from megaswift.config.model import ModelConfig
 from megaswift.config.moe import MoEConfig
+from megaswift.config.muon import MuonConfig
 from megaswift.config.optimizer import OptimizerConfig
 from megaswift.config.parallel import ParallelConfig
 from megaswift.config.policy import PolicyConfig
@@ -34,6 +35,7 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    muon: MuonConfig = field(default_factory=MuonConfig)
     tuner: TunerConfig = field(default_factory=TunerConfig)
     freeze: FreezeConfig = field(default_factory=FreezeConfig)
     embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)

@@ -18,6 +18,7 @@ from torch.optim.adamw import adamw
 
 from megaswift.config.optimizer import OptimizerConfig
 from megaswift.models.nf4 import BLOCK, require_bitsandbytes
+from megaswift.training.adamw import AdamWForTheRest
 
 
 @dataclass(kw_only=True)
@@ -29,7 +30,7 @@ class LowRank:
     step: torch.Tensor = field(default_factory=lambda: torch.tensor(0.0))
 
 
-class GaLoreAdamW(torch.optim.AdamW):
+class GaLoreAdamW(AdamWForTheRest):
     """Steps Megatron's parameter groups; of the weights in `matrices` those that it has are kept in a subspace.
 
     Raises ConfigError where projections are to be in four bits and bitsandbytes is not installed.
@@ -40,12 +41,9 @@ class GaLoreAdamW(torch.optim.AdamW):
     ) -> None:
         if chosen.galore_quantization:
             require_bitsandbytes("galore_quantization=true")
-        super().__init__(groups)
-        own = {parameter for group in groups for parameter in group["params"]}
+        super().__init__(groups, matrices)
         self.chosen = chosen
-        self.low_rank = {matrix: LowRank() for matrix in matrices if matrix in own}
-        for matrix in self.low_rank:
-            self.state[matrix] = {}  # so that a checkpoint finds its float32 master
+        self.low_rank = {matrix: LowRank() for matrix in self.apart}
 
     def low_rank_states(self) -> list[dict[str, Any]]:
         """Return what is kept of every matrix, in the order of the parameters."""
@@ -60,20 +58,11 @@ class GaLoreAdamW(torch.optim.AdamW):
             kept.step, kept.moments = state["step"], state["moments"]
             kept.projector = self._from_tensors(state["projector"])
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no loss is computed
-        """Step all parameters; projected ones are hidden from AdamW's own step."""
-        assert closure is None, "Megatron gives none"
-        hidden = []
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter in self.low_rank and parameter.grad is not None:
-                    hidden.append((group, parameter, parameter.grad))
-                    parameter.grad = None
-        super().step()
-        for group, parameter, gradient in hidden:
-            parameter.grad = gradient
-            self._step_low_rank(group, parameter, gradient.float())
+    def step_apart(self, pairs: list[tuple[dict[str, Any], torch.Tensor]]) -> None:
+        """Step the projected matrices."""
+        for group, matrix in pairs:
+            assert matrix.grad is not None, "the base class chose those with one"
+            self._step_low_rank(group, matrix, matrix.grad.float())
 
     def _step_low_rank(self, group: dict[str, Any], weight_MN: torch.Tensor, grad_MN: torch.Tensor) -> None:
         kept = self.low_rank[weight_MN]

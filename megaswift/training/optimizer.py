@@ -21,6 +21,7 @@ from megaswift.config.run import RunConfig
 from megaswift.mcore.configs import DTYPES
 from megaswift.models.causal_lm import CausalLM
 from megaswift.training.galore import GaLoreAdamW, projected_matrices
+from megaswift.training.muon import MuonAdamW, layer_matrices
 
 
 def shards_optimizer(run: RunConfig) -> bool:
@@ -77,6 +78,12 @@ def build_optimizer(chunks: list[DistributedDataParallel], run: RunConfig) -> Me
         for part in optimizer.chained_optimizers:
             if part.optimizer is not None:
                 part.optimizer = GaLoreAdamW(part.optimizer.param_groups, matrices, run.optimizer)
+    if run.optimizer.is_muon:
+        whole = layer_matrices([chunk.module for chunk in chunks], split_qkv=run.muon.muon_split_qkv)
+        deals = run.optimizer.optimizer == "dist_muon"
+        for part in optimizer.chained_optimizers:
+            if part.optimizer is not None:
+                part.optimizer = MuonAdamW(part.optimizer.param_groups, whole, run.muon, deals=deals)
     _step_with_one_kernel(optimizer)
     config = chunks[0].module.config
     config.finalize_model_grads_func = finalize_model_grads
@@ -94,7 +101,7 @@ def _optimizer_config(run: RunConfig) -> OptimizerConfig:
     distributed = shards_optimizer(run)
     return OptimizerConfig(
         optimizer="sgd" if chosen.optimizer == "sgd" else "adam",
-        decoupled_weight_decay=chosen.optimizer == "adamw",
+        decoupled_weight_decay=chosen.optimizer == "adamw" or chosen.is_muon,
         lr=chosen.lr,
         min_lr=chosen.min_lr,
         weight_decay=chosen.weight_decay,

@@ -264,7 +264,7 @@ def identity_of(run: RunConfig, meta: ModelMeta) -> dict[str, Any]:
         "hidden_size": meta.hidden_size,
         "vocab_size": meta.vocab_size,
         "torch_dtype": run.model.torch_dtype,
-        "optimizer": run.optimizer.optimizer,
+        "optimizer": run.optimizer.optimizer.removeprefix("dist_"),  # the same state, kept elsewhere
         "use_galore": run.optimizer.use_galore,
         "tuner_type": tuner.tuner_type,
         "streaming": run.data.streaming,

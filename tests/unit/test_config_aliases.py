@@ -98,7 +98,7 @@ def test_a_flag_that_asks_for_nothing_is_accepted(words: str) -> None:
     "words",
     [
         "--mtp_num_layers 1",
-        "--muon_momentum 0.9",
+        "--muon_scalar_optimizer lion",
         "--template qwen2_5",
         "--lora_bias all",
         "--fp4_format e2m1",

@@ -150,6 +150,15 @@ def resolved(
         ("--tuner_type lora --quant_method bnb --quant_bits 8", dense(), 1, "quant_bits=8 is not built"),
         ("--optimizer_cpu_offload true --optimizer sgd", dense(), 1, "optimizer_cpu_offload=true needs"),
         ("--optimizer_cpu_offload true --optimizer_offload_fraction 0", dense(), 1, "is not a share"),
+        ("--optimizer_cpu_offload true --optimizer muon", dense(), 1, "optimizer_cpu_offload=true needs"),
+        ("--use_galore true --optimizer muon", dense(), 1, "use_galore=true needs --optimizer adamw"),
+        ("--muon_momentum 0.95", dense(), 1, "muon_momentum needs --optimizer muon or dist_muon, not adamw"),
+        ("--optimizer muon --muon_momentum 1", dense(), 1, "muon_momentum=1.0 is not a share"),
+        ("--optimizer muon --muon_extra_scale_factor 0", dense(), 1, "muon_extra_scale_factor=0.0 must be above 0"),
+        ("--optimizer muon --muon_num_ns_steps 6", dense(), 1, "muon_num_ns_steps=6 does not go with muon_coefficient_type=quintic"),
+        ("--optimizer muon --muon_coefficient_type simple --muon_num_ns_steps 0", dense(), 1, "or 1 or more to simple"),
+        ("--optimizer dist_muon --tp 2", dense(num_kv_heads=1, num_heads=9), 2, "optimizer=dist_muon needs a tp that divides num_heads=9"),
+        ("--optimizer muon --muon_tp_mode blockwise --tp 16", dense(), 16, "as tp=16 is above num_kv_heads=8 (llama). Choose duplicated"),
         ("--tuner_type lora --lorap_lr_ratio 0", dense(), 1, "lorap_lr_ratio=0.0 must be above 0"),
         ("--tuner_type lora --adapters a b", dense(), 1, "training starts from one adapter"),
         ("--tuner_type lora --target_modules", dense(), 1, "target_modules is empty"),
@@ -196,6 +205,7 @@ def test_a_broken_rule_says_what_to_do(words: str, meta: ModelMeta, world: int, 
         ("--fp16 --fp8_format e4m3", dense(), "fp8_format=e4m3 does not go with torch_dtype=float16"),
         ("--fp8_format e4m3 --fp8_recipe mxfp8", dense(hidden_size=528), "takes sizes in multiples of 32, and llama has hidden_size=528"),
         ("--fp8_format hybrid --fp8_param_gather --tuner_type lora", dense(), "fp8_param_gather=true needs"),
+        ("--fp8_format hybrid --fp8_param_gather --optimizer muon", dense(), "optimizer=muon does not go with fp8_param_gather=true"),
     ],
 )  # fmt: skip
 def test_a_rule_of_gpus_says_what_to_do(words: str, meta: ModelMeta, message: str) -> None:
@@ -311,6 +321,19 @@ def test_heads_that_do_not_divide_are_padded_and_said_so() -> None:
     assert "tp=2 does not divide num_heads=9 and num_kv_heads=3: 12 and 4 are computed" in note
     assert resolved("--tp 2", dense(), world=2).notes == ()
     assert resolved("--tp 16", dense(), world=16).notes == ()  # Megatron-Core spreads the groups itself
+
+
+@pytest.mark.parametrize("name", ["muon", "dist_muon"])
+def test_muon_has_whole_matrices(name: str) -> None:
+    found = resolved(f"--optimizer {name} --overlap_grad_reduce --overlap_param_gather", dense())
+    parallel = found.config.parallel
+    assert not parallel.use_distributed_optimizer and not parallel.overlap_param_gather
+    assert parallel.overlap_grad_reduce
+    (note,) = found.notes
+    assert note.startswith(name) and "(use_distributed_optimizer" in note
+    assert resolved(f"--optimizer {name} --use_distributed_optimizer false", dense()).notes == ()
+    for tp in (8, 16):  # key/value heads of a rank, and ranks of one
+        resolved(f"--optimizer {name} --tp {tp} --use_distributed_optimizer false", dense(), world=tp)
 
 
 def test_full_recomputation_is_filled_and_selective_names_the_attention() -> None:
