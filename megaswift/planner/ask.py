@@ -112,12 +112,14 @@ def ask(
         document_len=document_len,
         beside=tuple(_parts_beside(run)),
         answers=texts,
+        optimizer=run.optimizer.optimizer,
         trained_elements=trained_of(run, meta),
     )
     fixed = _fixed(run, given)
     if "cp_comm" in fixed and fixed["cp_comm"] == "auto":
         del fixed["cp_comm"]
-    space = Space(precisions=_precisions(machine.device, precision), last_resort=offload, fixed=fixed)
+    last_resort = offload and (job.frozen or not job.is_muon)  # Muon's state does not go to host memory
+    space = Space(precisions=_precisions(machine.device, precision), last_resort=last_resort, fixed=fixed)
     return Question(job=job, space=space, assumed=tuple(assumed))
 
 

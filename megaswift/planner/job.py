@@ -28,11 +28,17 @@ class Job:
     # Frozen models in memory too, a reference or a teacher; None: a copy of the model
     beside: tuple[Parts | None, ...] = ()
     answers: int = 1  # samples that make one row of the batch: 2 for pairs
+    optimizer: str = "adamw"  # Muon's state is of another size, and lies elsewhere: "muon", "dist_muon"
 
     @property
     def frozen(self) -> bool:
         """Say whether the base weights have no gradients."""
         return self.trained == "lora"
+
+    @property
+    def is_muon(self) -> bool:
+        """Say whether matrices of layers have one moment, and every data-parallel rank all master weights."""
+        return self.optimizer in ("muon", "dist_muon")
 
     @property
     def max_length(self) -> int:
@@ -60,6 +66,7 @@ def job_of(
     mtp_layers: int = 0,
     beside: tuple[Parts | None, ...] = (),
     answers: int = 1,
+    optimizer: str = "adamw",
     trained_elements: Elements | None = None,
 ) -> Job:
     """Return the job of training `meta`, of which so much trains; None: all of it, or the adapters alone."""
@@ -79,6 +86,7 @@ def job_of(
         mtp_layers=mtp_layers,
         beside=beside,
         answers=answers,
+        optimizer=optimizer,
     )
 
 

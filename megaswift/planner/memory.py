@@ -126,23 +126,36 @@ def _states(
     copies = WEIGHT_COPIES.get(candidate.precision, 0.0) * (params.linear + params.experts)
     copies += size * params.beside
     own = params.trained / shards + params.trained_experts / expert_shards
+    optimizer = 0.0 if candidate.offload_optimizer else _optimizer_state(job, candidate, params, own)
     if job.frozen:
         if job.four_bits or candidate.four_bits:
             copies -= (size - FOUR_BITS) * (params.linear + params.experts)
         return (
             size * (params.base + params.adapters) + copies,
             software.gradient_bytes * (params.trained + params.trained_experts),
-            MASTER * own,
+            optimizer,
         )
     if candidate.fully_sharded:
         # Gathered: embedding and head, and three layers around the one in work; the whole stage while a pipeline runs.
         ends = params.dense - params.linear
         layers = (params.linear + params.experts) * min(1.0, 3 / max(1, stage.layers))
-        return size * (params.base if layout.pp > 1 else ends + layers), WIDE * own, MASTER * own
-    state = 2 * WIDE if candidate.precision == "fp32" else MASTER  # fp32 weights are their own master
-    optimizer = 0.0 if candidate.offload_optimizer else state * own
+        return size * (params.base if layout.pp > 1 else ends + layers), WIDE * own, optimizer
     gradients = software.gradient_bytes * (params.trained + params.trained_experts)
     return size * params.base + copies, gradients, optimizer
+
+
+def _optimizer_state(job: Job, candidate: Candidate, params: StageParams, own: float) -> float:
+    """Return the bytes of master weights and moments; `own` is the data-parallel rank's share of what trains."""
+    # fp32 weights are their own master.
+    whole = candidate.precision == "fp32" and not job.frozen and not candidate.fully_sharded
+    master = 0 if whole else WIDE
+    if not job.is_muon:
+        return (master + 2 * WIDE) * own
+    # Norms, which are small, are taken for matrices. Only dist_muon's momenta are not on every rank.
+    trained, ends = params.trained + params.trained_experts, params.trained_ends
+    own_ends = ends / (candidate.layout.dp * candidate.layout.cp)
+    momenta = own - own_ends if job.optimizer == "dist_muon" else trained - ends
+    return master * trained + WIDE * momenta + 2 * WIDE * ends
 
 
 def _element(candidate: Candidate) -> int:

@@ -9,7 +9,7 @@ from megaswift.parallel.layout import Layout, padded_kv_heads
 from megaswift.planner.costs import Costs
 from megaswift.planner.job import Candidate, Job, recompute_modules
 from megaswift.planner.machine import Machine
-from megaswift.planner.memory import FOUR_BITS, MASTER
+from megaswift.planner.memory import FOUR_BITS, MASTER, WIDE
 from megaswift.planner.plan import Plan, cost_of, memory_limit
 from megaswift.planner.software import Software
 from megaswift.planner.splits import pipeline_splits
@@ -313,8 +313,11 @@ def _least_bytes(job: Job, layout: Layout, software: Software, last_resort: bool
         return (FOUR_BITS if last_resort or job.four_bits else 2.0) * weights
     dense, experts = sum(parts.trained.layers) / cut, sum(parts.trained.experts) / expert_cut
     total = 2.0 * weights + software.gradient_bytes * (dense + experts)
-    if not last_resort:
-        total += MASTER * (dense / (layout.dp * layout.cp) + experts / max(1, layout.edp))
+    own = dense / (layout.dp * layout.cp) + experts / max(1, layout.edp)
+    if job.is_muon:
+        total += WIDE * (dense + experts) + WIDE * own
+    elif not last_resort:
+        total += MASTER * own
     return total
 
 

@@ -74,6 +74,7 @@ class StageParams:
     beside: float  # of frozen models beside the trained one
     trained: float  # what has gradients of dense, and the adapters outside the experts
     trained_experts: float  # and of the experts, or their adapters
+    trained_ends: float  # of trained, the embedding and the head
 
     @property
     def base(self) -> float:
@@ -85,14 +86,16 @@ def stage_params(job: Job, layout: Layout, stage: Stage) -> StageParams:
     """Return the parameters that one rank of `stage` holds."""
     parts, trains = job.parts, job.parts.trained
     counts = list(stage.kinds)
-    dense = trained = 0.0
+    dense = trained = ends = 0.0
     if stage.first:
         dense += parts.embedding / layout.tp + parts.other
         trained += trains.embedding / layout.tp + trains.other
+        ends += trains.embedding / layout.tp
     if stage.last:
         is_copy = parts.head == 0 and not stage.first
         dense += (parts.head + is_copy * parts.embedding) / layout.tp + parts.final_norm
         trained += (trains.head + is_copy * trains.embedding) / layout.tp + trains.final_norm
+        ends += (trains.head + is_copy * trains.embedding) / layout.tp
         if job.mtp_layers:
             # Each is a layer with a 2 D x D projection; on a stage of its own it needs the embedding again.
             counts.append((parts.layers[-1], job.mtp_layers))
@@ -123,6 +126,7 @@ def stage_params(job: Job, layout: Layout, stage: Stage) -> StageParams:
         ),
         trained=adapters + (trained if job.whole_modules else 0.0) if job.frozen else trained,
         trained_experts=of_experts if job.frozen else trained_experts,
+        trained_ends=0.0 if job.frozen and not job.whole_modules else ends,
     )
 
 

@@ -146,6 +146,13 @@ def test_a_layout_that_needs_more_memory_than_there_is_is_refused(llama: ModelMe
         check_memory(run, Layout(world=1), llama, profile_of_name("H100", num_gpus=1).machine)
 
 
+def test_muon_is_planned_with_its_own_state_and_not_in_host_memory(llama: ModelMeta, node: Machine) -> None:
+    for name, last_resort in (("muon", False), ("dist_muon", False), ("adamw", True)):
+        run = parsed("--optimizer", name).config
+        asked = ask(run, llama, node, given=frozenset(), precision="auto", document_len=None, offload=True)
+        assert (asked.job.optimizer, asked.space.last_resort) == (name, last_resort)
+
+
 def test_preference_training_counts_its_reference_and_both_answers(llama: ModelMeta, node: Machine) -> None:
     def question(*words: str) -> Question:
         run = parse(

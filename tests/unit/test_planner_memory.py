@@ -10,7 +10,7 @@ from megaswift.planner.job import Candidate, Job
 from megaswift.planner.machine import GIB
 from megaswift.planner.memory import Memory, memory_of, saved
 from megaswift.planner.software import Software
-from megaswift.planner.stages import stages_of
+from megaswift.planner.stages import stage_params, stages_of
 from tests.harness.planning import golden_job
 
 MEGATRON = Software(loss_tokens=None, loss_bytes=6.0)
@@ -51,6 +51,25 @@ def test_weights_gradients_and_optimizer_take_eighteen_bytes_on_one_rank() -> No
     assert spread.optimizer == pytest.approx(found.optimizer / 8)
     offloaded = memory(job, Candidate(layout=Layout(), offload_optimizer=True))
     assert offloaded.optimizer == 0
+
+
+def test_muon_keeps_masters_and_one_moment_of_matrices_on_every_rank_and_shares_out_momenta() -> None:
+    adamw = golden_job("llama-3.1-8b")
+    muon, dealt = (golden_job("llama-3.1-8b", optimizer=name) for name in ("muon", "dist_muon"))
+    ends = adamw.parts.embedding + adamw.parts.head
+    layers = adamw.parts.total - ends
+    for candidate in (Candidate(layout=Layout()), Candidate(layout=Layout(world=8))):
+        assert memory(muon, candidate).optimizer == pytest.approx(12 * ends + 8 * layers)
+        shards = candidate.layout.world
+        assert memory(dealt, candidate).optimizer == pytest.approx(12 * ends + (4 + 4 / shards) * layers)
+    fp32 = memory(muon, Candidate(layout=Layout(), precision="fp32"))
+    assert fp32.optimizer == pytest.approx(8 * ends + 4 * layers)
+    experts = golden_job("qwen3-235b-a22b", optimizer="dist_muon")
+    spread = memory(experts, Candidate(layout=Layout(world=8, ep=8)))
+    stage = stage_params(experts, Layout(world=8, ep=8), stages_of(experts.parts, Layout())[0])
+    own = (stage.trained - stage.trained_ends) / 8 + stage.trained_experts
+    trained = stage.trained + stage.trained_experts
+    assert spread.optimizer == pytest.approx(4 * trained + 4 * own + 8 * stage.trained_ends)
 
 
 def test_lora_has_gradients_and_optimizer_state_of_adapters_only() -> None:
