@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -168,11 +169,13 @@ def test_preference_training_counts_its_reference_and_both_answers(llama: ModelM
     plain, dpo = question("--rlhf_type", "orpo").job, question("--rlhf_type", "dpo").job
     assert (dpo.seq_len, dpo.document_len, dpo.max_length) == (4096, 2048, 2048)
     assert question("--rlhf_type", "kto").job.seq_len == 2048
-    assert not plain.reference and dpo.reference
+    assert not plain.beside and dpo.beside == (None,)
     assert weights(dpo) == 2 * weights(plain)
     for words in ("--precompute_ref_log_probs true", "--reference_free true", "--tuner_type lora"):
-        assert not question("--rlhf_type", "dpo", *words.split()).job.reference
-    assert question("--rlhf_type", "dpo", "--tuner_type", "lora", "--ref_model", "other").job.reference
+        assert not question("--rlhf_type", "dpo", *words.split()).job.beside
+    assert question("--rlhf_type", "dpo", "--tuner_type", "lora", "--ref_model", "other").job.beside
+    taught = question("--rlhf_type", "grpo", "--teacher_model", "m").job
+    assert taught.beside == (None, None) and weights(taught) == 3 * weights(replace(taught, beside=()))
 
 
 @pytest.mark.parametrize(
