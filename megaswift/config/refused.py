@@ -144,7 +144,7 @@ REFUSED: dict[str, Refused] = {
     **_refuse("steering Python's garbage collector", manual_gc="false", manual_gc_steps="0"),
     **_refuse("linear attention", linear_decoupled_in_proj="false"),
     # Mixture of experts, multi-token prediction
-    **_refuse("this part of expert routing", moe_enable_deepep="false", router_replay_mode="disabled"),
+    **_refuse("this part of expert routing", moe_enable_deepep="false"),
     **_refuse("multi-token prediction", mtp_num_layers="none 0", mtp_loss_scaling_factor="0.1"),
     # Optimizer
     **_refuse(

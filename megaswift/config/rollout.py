@@ -72,6 +72,12 @@ class RolloutConfig:
     log_entropy: bool = setting(
         False, "log the entropy of the model's predictions in completions; costs another forward pass"
     )
+    router_replay_mode: str = setting(
+        "disabled",
+        "a token keeps its experts as long as its completion is learnt from, weighed by the router as it is now: those that the trainer "
+        "chose when it computed the old log-probabilities (R2), or the engine that wrote the completion (R3)",
+        choices=("disabled", "R2", "R3"),
+    )
     overlong_filter: bool = setting(False, "completions that were cut off at their longest carry no loss")
     dynamic_sample: bool = setting(
         False, "replace groups whose completions are all worth the same by groups of other prompts (DAPO)"

@@ -136,6 +136,26 @@ def what_distilled_completions_do_not_reach(run: RunConfig) -> None:
         )
 
 
+def replayed_experts_are_known(case: Case) -> None:
+    """Routers choose among experts, and whoever chose them says which."""
+    mode, balancing = case.run.rollout.router_replay_mode, case.run.moe.moe_router_load_balancing_type
+    if mode == "disabled":
+        return
+    if case.meta.moe is None:
+        raise ConfigError(
+            f"router_replay_mode={mode} is set but {case.model_name} has no experts. Leave it out."
+        )
+    if balancing == "sinkhorn":
+        raise ConfigError(
+            f"router_replay_mode={mode} does not go with moe_router_load_balancing_type=sinkhorn, which chooses for all tokens "
+            "together. Choose aux_loss, seq_aux_loss, global_aux_loss or none."
+        )
+    if mode == "R3" and case.meta.moe.scale_input and not case.run.sampler.use_vllm:
+        raise ConfigError(
+            f"router_replay_mode=R3 is not built for {case.model_name}, whose experts transformers does not tell. Choose R2."
+        )
+
+
 def groups_are_whole(case: Case) -> None:
     """A step learns from all completions of its prompts."""
     size, group = case.run.training.global_batch_size, case.run.rollout.num_generations

@@ -122,6 +122,7 @@ RULES: tuple[Rule, ...] = (
     teacher.served_teachers_have_a_temperature_of_their_own,
     head.rows_are_whole_documents,
     head.parts_of_embeddings_exist,
+    rollout.replayed_experts_are_known,
     rollout.groups_are_whole,
     rollout.generations_are_whole_steps,
     rollout.completions_may_be_of_another_policy,

@@ -72,6 +72,8 @@ class MicroBatch:
     old_logps: torch.Tensor | None = None
     reference_logps: torch.Tensor | None = None
     sampler_logps: torch.Tensor | None = None
+    # uint8 or int16 [B, S, layers with experts, experts of a token]: to be replayed
+    experts: torch.Tensor | None = None
     # int32 and float32 [B, S, K]: tokens that a teacher elsewhere finds likeliest at the place of the label, and their logarithms;
     # of completions [B, S]: the logarithm of the label
     teacher_ids: torch.Tensor | None = None

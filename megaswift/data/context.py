@@ -20,6 +20,7 @@ PER_TOKEN = (
     "old_logps",
     "reference_logps",
     "sampler_logps",
+    "experts",
     "channels",
     "noise_keys",
     "noise_scales",

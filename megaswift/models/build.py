@@ -15,6 +15,7 @@ from megaswift.models.causal_lm import CausalLM
 from megaswift.models.fp8 import emulate_fp8
 from megaswift.models.layer_inputs import Carried, PerLayerEmbedding
 from megaswift.models.product import has_half_products, multiply_in_float32
+from megaswift.models.replay import place_replay
 from megaswift.models.rope import RotaryPositions
 from megaswift.models.score import score_head
 from megaswift.models.specs import decoder_spec, norm_of
@@ -71,6 +72,8 @@ def build_model(meta: ModelMeta, run: RunConfig, layout: Layout, platform: Platf
         assert len(model.decoder.layers) == len(layers), (
             f"{len(model.decoder.layers)} layers built, {len(layers)} planned"
         )
+        if meta.moe is not None and run.rollout.router_replay_mode != "disabled":
+            model.replay = place_replay(model.decoder.layers, layers, meta.moe.layer_is_moe)
         if platform.name == "cpu" and not has_half_products(config.params_dtype):
             multiply_in_float32(model)
         if run.precision.fp8_format != "none" and platform.name == "cpu":

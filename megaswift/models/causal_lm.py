@@ -20,6 +20,7 @@ from megaswift.metadata.meta import Multipliers
 from megaswift.models.gathered import gathered
 from megaswift.models.layer_inputs import Carried, PerLayerEmbedding
 from megaswift.models.neftune import TokenNoise, with_token_noise
+from megaswift.models.replay import Replay
 
 
 class CausalLM(GPTModel):
@@ -30,6 +31,7 @@ class CausalLM(GPTModel):
     gives_states = False  # the last stage returns hidden states [B, S, D] in place of losses (tasks/gkd.py, entropy.py, reranker.py)
     layer_inputs: PerLayerEmbedding | None  # what makes the inputs of layers, where they have some
     carried: Carried
+    replay: Replay | None = None  # where experts may be chosen elsewhere
     _noise: TokenNoise | None = None
     all_trains = True  # on this rank and all others; else checkpoints hold what trains, and the rest is in the model's files
     layers_alike = True  # the same parameters train in every layer
@@ -52,14 +54,23 @@ class CausalLM(GPTModel):
             self.carried.inputs = self.layer_inputs(input_ids, made[0])
         return made
 
-    def forward(self, *args: Any, noise: TokenNoise | None = None, **kwargs: Any) -> Any:
-        """As Megatron's; in training with `noise` on the embeddings."""
+    def forward(
+        self, *args: Any, noise: TokenNoise | None = None, experts: torch.Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """As Megatron's; in training with `noise` on the embeddings, and with `experts` [B, S, layers, K] where a model replays them."""
+        assert experts is None or self.replay is not None, "built for it: models/build.py"
         self._noise = noise
+        if self.replay is not None:
+            device, parallel = next(self.parameters()).device, self.config.sequence_parallel
+            self.replay.begin(experts, device, sequence_parallel=parallel)
         try:
-            return super().forward(*args, **kwargs)
+            output = super().forward(*args, **kwargs)
         finally:
             self._noise = None
             self.carried.clear()
+        if self.replay is not None:
+            self.replay.remember(output)
+        return output
 
     def _postprocess(
         self,

@@ -1,6 +1,6 @@
 """A router for the choices of experts that Megatron's does not make.
 
-Letters: T tokens, E experts, N groups of experts.
+Letters: T tokens, E experts, N groups of experts, K experts of a token.
 """
 
 from functools import partial
@@ -75,7 +75,9 @@ class Router(TopKRouter):
         logits_TE = logits.flatten(0, 1)
         mask_T = None if padding_mask is None else padding_mask.flatten()
         logits_TE = self.apply_z_loss(logits_TE, padding_mask=mask_T)
-        weights_TE, chosen_TE = choose_experts(logits_TE, self.moe, bias_E=self.expert_bias)
+        weights_TE, chosen_TE = choose_experts(
+            logits_TE, self.moe, bias_E=self.expert_bias, replay=self.router_replay
+        )
         if self.expert_scale is not None:
             weights_TE = weights_TE * self.expert_scale.to(weights_TE)
         if self.config.moe_expert_capacity_factor is not None:
@@ -101,24 +103,34 @@ class Router(TopKRouter):
 
 
 def choose_experts(
-    logits_TE: torch.Tensor, moe: MoEMeta, *, bias_E: torch.Tensor | None
+    logits_TE: torch.Tensor, moe: MoEMeta, *, bias_E: torch.Tensor | None, replay: Any = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the weights of the chosen experts [T, E], zero elsewhere, and which are chosen [T, E].
 
-    The bias has a say in the choice alone (DeepSeek-V3, 2412.19437, eq. 16; ERNIE 4.5: the same for softmax).
+    The bias has a say in the choice alone (DeepSeek-V3, 2412.19437, eq. 16; ERNIE 4.5: the same for softmax). A
+    `replay` (models/replay.py) may know the experts already.
     """
     scores_TE = logits_TE.float()
     scores_TE = scores_TE.sigmoid() if moe.score_function == "sigmoid" else scores_TE.softmax(dim=-1)
     wanted_TE = scores_TE if bias_E is None else scores_TE + bias_E
-    if moe.num_groups is not None:
-        wanted_TE = _in_best_groups(wanted_TE, moe)
-    chosen = wanted_TE.topk(moe.topk, dim=-1).indices
+    best = partial(_best_experts, moe=moe)
+    choose = best if replay is None else partial(replay.get_replay_topk, default_compute_topk=best)
+    chosen = choose(wanted_TE, moe.topk, moe.num_groups, moe.topk_groups)[1]
     weights = scores_TE.gather(1, chosen)
     if moe.norm_topk_prob:
         weights = weights / weights.sum(dim=-1, keepdim=True)
     weights = (weights * moe.routed_scaling_factor).type_as(logits_TE)
     nothing_TE = torch.zeros_like(logits_TE)
     return nothing_TE.scatter(1, chosen, weights), nothing_TE.bool().scatter(1, chosen, True)
+
+
+def _best_experts(
+    scores_TE: torch.Tensor, topk: int, num_groups: int | None, topk_groups: int | None, *, moe: MoEMeta
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each token's best scores and experts, both [T, K]; the signature is that of Megatron's function for it."""
+    if num_groups is not None:
+        scores_TE = _in_best_groups(scores_TE, moe)
+    return scores_TE.topk(topk, dim=-1)
 
 
 def _in_best_groups(scores_TE: torch.Tensor, moe: MoEMeta) -> torch.Tensor:

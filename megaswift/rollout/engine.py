@@ -46,6 +46,9 @@ class Answer:
     )
     # log of the probability with which each token was drawn, after temperature, top_k and top_p; None: the trained model's own
     logps: list[float] | None = None
+    # [tokens - 1, layers, experts of a token], of the prompt and all ids but the last, in all layers or in those with experts; None:
+    # not told
+    experts: np.ndarray | None = None
 
 
 class RolloutEngine(Protocol):

@@ -4,6 +4,7 @@ Letters: B rows generated at once, S tokens of the longest prompt, L tokens of t
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from transformers.generation.logits_process import (
 
 from megaswift.metadata.meta import ModelMeta
 from megaswift.parity.reference import without_progress_bars
+from megaswift.rollout.chosen_experts import choices_of, experts_of_rows
 from megaswift.rollout.engine import Answer, Prompt, Sampling, Weights
 
 AT_ONCE = 128  # rows of one call: their keys and values lie beside the training state
@@ -27,8 +29,11 @@ AT_ONCE = 128  # rows of one call: their keys and values lie beside the training
 class EmbeddedEngine:
     """The trained model by itself, as a RolloutEngine: each token is decided by the key of its prompt, on any layout."""
 
-    def __init__(self, meta: ModelMeta, *, pad_id: int, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self, meta: ModelMeta, *, pad_id: int, trust_remote_code: bool = False, tells_experts: bool = False
+    ) -> None:
         self._meta, self._pad_id, self._trust = meta, pad_id, trust_remote_code
+        self._tells_experts = tells_experts
         self._model: Any = None
 
     def load(self, weights: Weights) -> None:
@@ -37,15 +42,19 @@ class EmbeddedEngine:
 
     def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Answer]:
         """Return one completion of each prompt."""
-        found = complete(
-            self._model,
-            [prompt.ids for prompt in prompts],
-            [chances(prompt.key, length=sampling.max_tokens) for prompt in prompts],
-            sampling,
-            pad_id=self._pad_id,
-        )
-        stops = set(sampling.stop_ids)
-        return [Answer(ids=ids, stopped=ids[-1] in stops) for ids in found]
+        stops, answers = set(sampling.stop_ids), []
+        for start in range(0, len(prompts), AT_ONCE):
+            some = prompts[start : start + AT_ONCE]
+            ids = [prompt.ids for prompt in some]
+            drawn = [chances(prompt.key, length=sampling.max_tokens) for prompt in some]
+            with choices_of(self._model) if self._tells_experts else nullcontext() as seen:
+                found = complete(self._model, ids, drawn, sampling, pad_id=self._pad_id)
+            experts = [None] * len(some) if seen is None else experts_of_rows(seen, ids, found)
+            answers += [
+                Answer(ids=one, stopped=one[-1] in stops, experts=chosen)
+                for one, chosen in zip(found, experts, strict=True)
+            ]
+        return answers
 
     def rest(self) -> None:
         """Drop the model."""

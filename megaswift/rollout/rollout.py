@@ -1,6 +1,7 @@
 """Completions of the prompts of one step, and what the loss needs to know of them, in flat arrays that are the same on every rank.
 
-Letters: N completions, those of a prompt next to each other; T tokens of all prompts with their completions; F reward functions.
+Letters: N completions, those of a prompt next to each other; T tokens of all prompts with their completions; F reward functions; S tokens
+of a micro batch; L layers with experts, K experts of a token.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ from megaswift.rollout.engine import Answer
 FILE = "rollout.npz"
 # Arrays of a Rollout by what their entries are of.
 OF_COMPLETIONS = ("prompt_lengths", "stopped", "targets", "rewards", "advantages")
-OF_TOKENS = ("input_ids", "own", "old_logps", "reference_logps", "sampler_logps", "teacher_logps")
+OF_TOKENS = ("input_ids", "own", "old_logps", "reference_logps", "sampler_logps", "teacher_logps", "experts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +103,11 @@ def joined(prompts: Sequence[np.ndarray], answers: Sequence[Answer]) -> dict[str
     }
 
 
+def first_experts(tokens: int, like: np.ndarray) -> np.ndarray:
+    """Return the first K experts for so many tokens in every layer [tokens, L, K]: a token needs K different ones."""
+    return np.broadcast_to(np.arange(like.shape[2], dtype=like.dtype), (tokens, *like.shape[1:]))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rollout(Completions):
     """Rewarded completions of one generation, those of a prompt next to each other."""
@@ -114,6 +120,7 @@ class Rollout(Completions):
     reference_logps: np.ndarray | None = None  # the same under the reference model
     sampler_logps: np.ndarray | None = None  # the same under what drew them, if not the model itself
     teacher_logps: np.ndarray | None = None  # the same under a teacher
+    experts: np.ndarray | None = None  # uint8 or int16 [T, L, K], to be replayed
 
     @cached_property
     def encoded(self) -> EncodedSet:
@@ -131,6 +138,7 @@ class Rollout(Completions):
                 reference_logps=self._of_labels(batch, self.reference_logps),
                 sampler_logps=self._of_labels(batch, self.sampler_logps),
                 teacher_logps=self._of_labels(batch, self.teacher_logps),
+                experts=self._experts(batch),
             )
 
     def _of_labels(self, batch: MicroBatch, values_T: np.ndarray | None) -> torch.Tensor | None:
@@ -143,6 +151,17 @@ class Rollout(Completions):
             labels = values_T[self.starts[number] + 1 : self.starts[number + 1]]
             found[0, begin : begin + len(labels)] = torch.from_numpy(np.ascontiguousarray(labels))
         return found
+
+    def _experts(self, batch: MicroBatch) -> torch.Tensor | None:
+        """Return the experts of a micro batch's tokens [1, S, L, K]; padding goes to the first K."""
+        if self.experts is None:
+            return None
+        assert batch.cu_seqlens is not None, "checked by config/rollout_rules.py"
+        found = first_experts(batch.input_ids.shape[1], self.experts).copy()
+        for number, begin in zip(batch.sample_ids, batch.cu_seqlens.tolist(), strict=False):
+            own = self.experts[self.starts[number] : self.starts[number + 1]]
+            found[begin : begin + len(own)] = own
+        return torch.from_numpy(found)[None]
 
     def parts(self, size: int) -> list["Rollout"]:
         """Return all completions, so many at a time."""

@@ -63,6 +63,7 @@ class _Talk:
     own: list[bool] = field(default_factory=list)  # which of them the model wrote
     logps: list[float] = field(default_factory=list)
     turns: list[Message] = field(default_factory=list)  # after the prompt
+    experts: np.ndarray | None = None  # as in Answer, of the newest answer and all before it
     stopped: bool = False
     goes_on: bool = True
 
@@ -153,6 +154,7 @@ class Talks:
                 stopped=talk.stopped,
                 logps=talk.logps if knows_logps else None,
                 own=talk.own,
+                experts=talk.experts,
                 turns=talk.turns,
                 record=None if talk.episode is None else talk.episode.record,
             )
@@ -164,6 +166,7 @@ class Talks:
         talk.ids += answer.ids
         talk.own += [True] * len(answer.ids)
         talk.logps += answer.logps or []
+        talk.experts = answer.experts
         talk.turns.append({"role": "assistant", "content": self.decode(answer.ids)})
         talk.stopped, talk.goes_on = answer.stopped, answer.stopped and not is_last
 

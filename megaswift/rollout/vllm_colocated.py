@@ -36,6 +36,7 @@ class ColocatedEngine:
         dtype: str,
         local_rank: int,
         trust_remote_code: bool = False,
+        tells_experts: bool = False,
     ) -> None:
         """Start vLLM without weights; every rank of the world calls it. Raises ConfigError."""
         if importlib.util.find_spec("vllm") is None:
@@ -62,6 +63,7 @@ class ColocatedEngine:
             "trust_remote_code": trust_remote_code,
             "seed": 0,  # alike on the ranks of an engine; every request has its own
             **({} if chosen.vllm_max_num_seqs is None else {"max_num_seqs": chosen.vllm_max_num_seqs}),
+            **({"enable_return_routed_experts": True} if tells_experts else {}),
             **chosen.vllm_engine_kwargs,
         }
         # vLLM reads these when it starts; the address of the world, which exists already, it only looks for.
@@ -119,7 +121,8 @@ class ColocatedEngine:
 def _answer(output: Any) -> Answer:
     ids = list(output.token_ids)
     logps = [each[token].logprob for each, token in zip(output.logprobs, ids, strict=True)]
-    return Answer(ids=ids, stopped=output.finish_reason == "stop", logps=logps)
+    experts = getattr(output, "routed_experts", None)  # vLLM 0.14 or later, on the first rank of an engine
+    return Answer(ids=ids, stopped=output.finish_reason == "stop", logps=logps, experts=experts)
 
 
 def _start(arguments: dict[str, Any]) -> Any:

@@ -1,12 +1,16 @@
 """Questions to a vLLM server: its API is OpenAI's, with extensions (vLLM 0.32)."""
 
+import base64
 import http.client
+import io
 import json
 import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from megaswift.errors import ConfigError, TrainingError
 from megaswift.rollout.engine import Answer, Prompt, Sampling, seed_of
@@ -65,7 +69,13 @@ def completion_by(server: Served, prompt: Prompt, sampling: Sampling) -> Answer:
         ids=choice["token_ids"],
         stopped=choice["finish_reason"] == "stop",
         logps=choice["logprobs"]["token_logprobs"],
+        experts=_experts(choice.get("routed_experts")),
     )
+
+
+def _experts(text: str | None) -> np.ndarray | None:
+    """Return the array in a choice (vllm/entrypoints/openai/completion/protocol.py); servers are asked for it when they start."""
+    return None if text is None else np.load(io.BytesIO(base64.b64decode(text)))
 
 
 def post(url: str, path: str, asked: dict[str, Any] | None, *, timeout_s: float = 60.0) -> dict[str, Any]:

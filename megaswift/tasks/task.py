@@ -66,6 +66,7 @@ def run_model(batch: MicroBatch, model: Any) -> torch.Tensor:
         loss_mask=batch.loss_mask.to(device, non_blocking=True),
         packed_seq_params=documents_of(batch, device),
         noise=noise_of(batch),
+        experts=batch.experts,
     )
     return output
 

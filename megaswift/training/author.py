@@ -87,6 +87,7 @@ class Author:
     def _start_engine(self) -> RolloutEngine:
         """Return this rank's hold of an engine; every rank calls it, as some engines span ranks."""
         run, sampler, trust = self._run, self._run.sampler, self._run.model.trust_remote_code
+        tells = run.rollout.router_replay_mode == "R3"
         if sampler.use_vllm and sampler.vllm_mode == "server" and self.seat.answers:
             return ServedEngine(
                 server_urls(sampler),
@@ -103,8 +104,9 @@ class Author:
                     dtype=str(run.model.torch_dtype or self._meta.dtype),
                     local_rank=self._device.index or 0,
                     trust_remote_code=trust,
+                    tells_experts=tells,
                 )
-        return EmbeddedEngine(self._meta, pad_id=self._pad_id, trust_remote_code=trust)
+        return EmbeddedEngine(self._meta, pad_id=self._pad_id, trust_remote_code=trust, tells_experts=tells)
 
     def write(
         self,

@@ -13,29 +13,27 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 
 from megaswift.config.reward_rules import reward_names, reward_weights
 from megaswift.config.rollout_rules import uses_of_a_generation
 from megaswift.config.run import RunConfig
-from megaswift.data.batches import BatchSettings, MicroBatch, TrainData
+from megaswift.data.batches import BatchSettings, TrainData
 from megaswift.data.prompts import PromptRow, PromptRows
 from megaswift.data.tokenizer import load_tokenizer, pad_id_of
 from megaswift.metadata.meta import ModelMeta
 from megaswift.models.lora import adapters_off
 from megaswift.parallel.agreement import agree
 from megaswift.parallel.layout import Layout
+from megaswift.rollout.chosen_experts import told_experts
 from megaswift.rollout.engine import Answer, Prompt
 from megaswift.rollout.rollout import Rollout, joined
 from megaswift.rollout.turns import Talked, Talks
 from megaswift.tasks.advantages import advantages, decoupled_advantages
-from megaswift.tasks.answers import whole_rows
-from megaswift.tasks.task import CallIn, RunModel, look
+from megaswift.tasks.task import CallIn, RunModel
 from megaswift.training.author import Author, stop_ids_of
-from megaswift.training.context import context_share
 from megaswift.training.engine import Engine
 from megaswift.training.judge import Completion, Judge, load_judge, load_talks
+from megaswift.training.log_probs import LogProbs
 from megaswift.training.reporters import JsonLines
 from megaswift.training.set_aside import room_for_authors
 from megaswift.training.teachers import Teachers
@@ -68,7 +66,9 @@ class Roller:
         folder, trust = str(self.meta.folder), self.run.model.trust_remote_code
         self.tokenizer = load_tokenizer(folder, trust_remote_code=trust)
         self.pad_id = pad_id_of(self.tokenizer)
-        self.share = context_share(self.layout)
+        self.log_probs = LogProbs(
+            self.settings, self.meta, self.layout, pad_id=self.pad_id, run_model=self.run_model
+        )
         self.author = Author(
             self.run,
             self.meta,
@@ -172,6 +172,7 @@ class Roller:
 
     def _joined(self, entries: np.ndarray, position: int, found: list[Completion]) -> Rollout:
         group, targets = self.run.rollout.num_generations, self.prompts.encoded.targets
+        replays = self.run.rollout.router_replay_mode == "R3"
         prompts = [
             one.prompt(self._prompt(entry))
             for entry, one in zip(np.repeat(entries, group), found, strict=True)
@@ -184,48 +185,31 @@ class Roller:
             trains_cut=not self.run.rollout.overlong_filter,
             rewards=np.array([one.rewards for one in found], np.float64),
             sampler_logps=_sampler_logps(prompts, found),
+            experts=told_experts(prompts, [one.answer for one in found], self.meta) if replays else None,
         )
 
     def _with_logps(self, rollout: Rollout) -> Rollout:
-        """Add what the loss and the rewards compare with, as far as they do."""
+        """Add what the loss and the rewards compare with, as far as they do, and the experts that are to be replayed."""
         chosen, compares = self.run.rollout, bool(self.run.preference.beta)
-        old = reference = teacher = None
-        if uses_of_a_generation(chosen) > 1 or chosen.kl_in_reward:
-            old = self._logps(rollout, self.engine.chunks)
+        reference = teacher = None
+        unled = replace(rollout, experts=None)  # other models choose their own
         if compares and self.reference is not None:
-            reference = self._logps(rollout, self.reference)
+            reference = self.log_probs.of(unled, self.reference)
         elif compares:
             with adapters_off(self.engine.chunks):
-                reference = self._logps(rollout, self.engine.chunks)
+                reference = self.log_probs.of(unled, self.engine.chunks)
         if self.teacher is not None:
             with self.call_in():
-                teacher = self._logps(rollout, self.teacher)
+                teacher = self.log_probs.of(unled, self.teacher)
         elif self.served is not None:
             teacher = self.served.logps(rollout)
-        return replace(rollout, old_logps=old, reference_logps=reference, teacher_logps=teacher)
-
-    def _logps(self, rollout: Rollout, chunks: Sequence[Any]) -> np.ndarray:
-        """Return the log-probability of every completion's tokens, float32 [T]; every rank of the world calls it."""
-        parts = rollout.parts(self.settings.global_batch_size)
-        return np.concatenate([self._logps_of_a_step(part, chunks) for part in parts])
-
-    def _logps_of_a_step(self, rollout: Rollout, chunks: Sequence[Any]) -> np.ndarray:
-        dp_rank = parallel_state.get_data_parallel_rank()
-        whole = rollout.micro_batches(self.settings, dp_rank=dp_rank, dp=self.layout.dp, pad_id=self.pad_id)
-        batches = list(whole if self.share is None else map(self.share, whole))
-        table_T = torch.zeros(len(rollout.input_ids), device=next(chunks[0].parameters()).device)
-        counts = (
-            parallel_state.get_tensor_model_parallel_rank() == 0
-            and parallel_state.get_context_parallel_rank() == 0
-        )
-        for batch, logps_S in look(chunks, batches, _row_of_logps, run=self.run_model):
-            for number, begin in zip(
-                batch.sample_ids if counts else (), batch.cu_seqlens.tolist(), strict=False
-            ):
-                first, last = rollout.starts[number] + 1, rollout.starts[number + 1]
-                table_T[first:last] = logps_S[begin : begin + last - first]
-        dist.all_reduce(table_T)
-        return table_T.cpu().numpy()
+        rollout = replace(rollout, reference_logps=reference, teacher_logps=teacher)
+        if chosen.router_replay_mode == "R2":
+            old, experts = self.log_probs.with_experts(rollout, self.engine.chunks)
+            return replace(rollout, old_logps=old, experts=experts)
+        if uses_of_a_generation(chosen) > 1 or chosen.kl_in_reward:
+            return replace(rollout, old_logps=self.log_probs.of(rollout, self.engine.chunks))
+        return rollout
 
     def _with_advantages(self, rollout: Rollout) -> Rollout:
         if not self.names:  # a teacher is all there is
@@ -271,7 +255,3 @@ def _sampler_logps(prompts: Sequence[np.ndarray], found: Sequence[Completion]) -
         for part in (np.zeros(len(prompt), np.float32), np.array(one.answer.logps, np.float32))
     ]
     return np.concatenate(parts) if parts else None
-
-
-def _row_of_logps(batch: MicroBatch, losses_1S: torch.Tensor) -> tuple[MicroBatch, torch.Tensor]:
-    return batch, whole_rows(-losses_1S, batch)[0]

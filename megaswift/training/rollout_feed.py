@@ -115,6 +115,9 @@ def rollout_feed(
 ) -> RolloutFeed:
     """Return the feed of a resolved run; `checkpoint` is the one that it goes on from. Every rank calls it; raises UserError."""
     assert sets.rows is not None and isinstance(sets.train, TrainData), "the rows are prompts"
+    kept = None if checkpoint is None else Rollout.load(checkpoint.folder / KEPT)
+    if kept is not None and (kept.experts is None) != (run.rollout.router_replay_mode == "disabled"):
+        kept = None  # the checkpoint is of a run with another --router_replay_mode: completions are written anew
     roller = Roller(
         run=run,
         meta=meta,
@@ -137,5 +140,5 @@ def rollout_feed(
         settings=sets.settings,
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp=layout.dp,
-        kept=None if checkpoint is None else Rollout.load(checkpoint.folder / KEPT),
+        kept=kept,
     )

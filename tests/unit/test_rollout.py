@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,6 +57,23 @@ def test_packed_completions_are_each_there_once_with_what_belongs_to_them(dp: in
         assert batch.input_ids.shape[1] % 4 == 0
         for begin, end in list(pairwise(batch.cu_seqlens.tolist()))[: len(batch.sample_ids)]:
             assert batch.old_logps[0, begin : end - 1].tolist() == batch.labels[0, begin : end - 1].tolist()
+
+
+@pytest.mark.parametrize("packing", [{"packing": True, "packing_length": 24}, {"micro_batch_size": 2}])
+def test_each_token_keeps_its_experts(packing: dict[str, Any]) -> None:
+    """Padding has as many as a token needs."""
+    numbers = np.arange(sum(LENGTHS))[:, None, None] + np.array([[0, 100], [50, 150]])
+    whole = replace(rollout(), experts=numbers.astype(np.uint8))
+    settings = BatchSettings(global_batch_size=COMPLETIONS, pad_to_multiple=4, **packing)
+    padding = 0
+    for batch in whole.micro_batches(settings, dp_rank=0, dp=1, pad_id=255):
+        assert batch.experts is not None and batch.experts.shape == (*batch.input_ids.shape, 2, 2)
+        for token, experts in zip(batch.input_ids[0].tolist(), batch.experts[0].tolist(), strict=True):
+            is_padding = token == 255
+            padding += is_padding
+            assert experts == ([[0, 1]] * 2 if is_padding else numbers[token].astype(np.uint8).tolist())
+    assert padding
+    assert np.array_equal(np.concatenate([part.experts for part in whole.parts(3)]), whole.experts)
 
 
 def test_parts_hold_all_completions_with_what_belongs_to_them() -> None:

@@ -1,5 +1,7 @@
 """Settings of `megaswift rlhf --rlhf_type grpo`: defaults, and what does not belong together."""
 
+from dataclasses import replace
+
 import pytest
 
 from megaswift.config.dump import dump_run
@@ -8,9 +10,16 @@ from megaswift.config.reward_rules import reward_names, reward_weights
 from megaswift.config.rules import ResolvedRun
 from megaswift.config.vllm_rules import server_urls
 from megaswift.errors import ConfigError
-from tests.unit.test_config_rules import dense, resolved
+from megaswift.metadata.meta import ModelMeta
+from tests.unit.test_config_rules import dense, moe, resolved
 
 GRPO = "--rlhf_type grpo --reward_funcs accuracy "
+
+
+def moe_that_scales_inputs() -> ModelMeta:
+    meta = moe()
+    assert meta.moe is not None
+    return replace(meta, moe=replace(meta.moe, scale_input=True))
 
 
 def grpo(words: str = "", *, world: int = 1) -> ResolvedRun:
@@ -156,6 +165,36 @@ def test_environments_are_enough_and_their_weight_is_the_last(words: str) -> Non
         ("reward_model", 2.0),
         ("gym_reward", 3.0),
     ]
+
+
+@pytest.mark.parametrize(
+    ("words", "meta", "message"),
+    [
+        ("R2", dense(), "router_replay_mode=R2 is set but llama has no experts. Leave it out."),
+        ("R4", moe(), "router_replay_mode=R4 is not one of the choices. Choose from R2, R3, disabled."),
+        ("R2 --moe_router_load_balancing_type sinkhorn", moe(), "does not go with moe_router_load_balancing_type=sinkhorn"),
+        ("R3", moe_that_scales_inputs(), "router_replay_mode=R3 is not built for llama, whose experts transformers does not tell"),
+    ],
+)  # fmt: skip
+def test_experts_that_nobody_knows_are_not_replayed(words: str, meta: ModelMeta, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolved(f"{GRPO}--router_replay_mode {words}", meta, task="rlhf")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("words", ["disabled", "R2", "R3", "R3 --use_vllm true --vllm_mode server"])
+def test_experts_are_replayed_where_they_are_known(words: str) -> None:
+    run = resolved(f"{GRPO}--router_replay_mode {words}", moe(), task="rlhf").config
+    assert run.rollout.router_replay_mode == words.split()[0]
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [("sft", ""), ("rlhf", "--rlhf_type dpo "), ("rlhf", "--rlhf_type gkd --teacher_model t ")],
+)
+def test_experts_are_replayed_for_rewards_alone(task: str, words: str) -> None:
+    with pytest.raises(ConfigError, match="router_replay_mode=R2 is for `megaswift rlhf --rlhf_type grpo`"):
+        resolved(f"{words}--router_replay_mode R2", moe(), task=task)
 
 
 @pytest.mark.parametrize(("task", "words"), [("sft", ""), ("rlhf", "--rlhf_type dpo ")])

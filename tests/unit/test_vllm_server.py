@@ -1,5 +1,7 @@
 """The trainer's side of vLLM behind HTTP, against servers that answer as vLLM 0.32 does: who is asked what, and what goes wrong."""
 
+import base64
+import io
 import json
 import socket
 import time
@@ -37,6 +39,7 @@ class Server(ThreadingHTTPServer):
         self.asked: list[tuple[str, Any]] = []
         self.weights: dict[str, torch.Tensor] = {}
         self.refuses = ""
+        self.more: dict[str, Any] = {}  # in each choice
 
     @property
     def url(self) -> str:
@@ -65,7 +68,8 @@ class Handler(JsonHandler):
         elif self.path == "/v1/completions":
             ids = [*asked["prompt"][:2], 9]
             logprobs = {"token_logprobs": [-0.5, -1.5, -0.25]}
-            self.say({"choices": [{"token_ids": ids, "finish_reason": "stop", "logprobs": logprobs}]})
+            choice = {"token_ids": ids, "finish_reason": "stop", "logprobs": logprobs}
+            self.say({"choices": [choice | self.server.more]})
         else:
             self.say(None)
 
@@ -141,6 +145,20 @@ def test_completions_come_back_in_order_and_groups_stay_together() -> None:
             assert asked[0]["stop_token_ids"] == [2, 9]
             assert (asked[0]["temperature"], asked[0]["top_k"], asked[0]["model"]) == (0.7, 0, "the model")
             assert (asked[0]["repetition_penalty"], asked[0]["min_p"]) == (1.2, 0.0)
+
+
+def test_experts_come_back_as_the_server_chose_them() -> None:
+    """As vllm/entrypoints/openai/completion/protocol.py says: base64 of a .npy file, of all tokens but the last."""
+    experts = np.arange(5 * 2 * 3, dtype=np.uint8).reshape(5, 2, 3)
+    file = io.BytesIO()
+    np.save(file, experts)
+    prompt = Prompt(ids=np.array([10, 5, 6], np.int32), key=(1,))
+    with servers() as found:
+        (without,) = engine(found).complete([prompt], SAMPLING)
+        found[0].more = {"routed_experts": base64.b64encode(file.getvalue()).decode()}
+        (answer,) = engine(found).complete([prompt], SAMPLING)
+    assert without.experts is None
+    assert answer.experts is not None and np.array_equal(answer.experts, experts)
 
 
 @pytest.mark.parametrize(
