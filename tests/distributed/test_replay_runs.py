@@ -1,6 +1,8 @@
 """Routing replay in whole runs of GRPO: what is kept is what transformers chooses, and every layout learns from it as one rank does."""
 
 import json
+import shutil
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -190,3 +192,19 @@ def test_resumed_run_replays_the_same_experts(layout: str, step: int) -> None:
         (output("qwen3_moe", "R2", layout) / f"checkpoint-{later}" / "manifest.json").unlink()
     run_distributed(train_all, LAYOUTS[layout][0], [run_of("qwen3_moe", "R2", layout)])
     assert figures("qwen3_moe", "R2", layout) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [("disabled", "R2"), ("R2", "disabled")])
+def test_completions_are_written_anew_where_the_mode_changes(before: str, after: str) -> None:
+    """Those in the checkpoint have no experts, or some that nobody replays."""
+    figures("qwen3_moe", before, "one")
+    changed = output("qwen3_moe", f"{before} then", "one")
+    shutil.copytree(output("qwen3_moe", before, "one"), changed)
+    for later in range(2, STEPS + 1):
+        (changed / f"checkpoint-{later}" / "manifest.json").unlink()
+    run = run_of("qwen3_moe", after, "one")
+    run = replace(run, checkpoint=replace(run.checkpoint, output_dir=str(changed)))
+    run_distributed(train_all, 1, [run])
+    found = Rollout.load(changed / f"checkpoint-{STEPS}" / "rollout")
+    assert found is not None and (found.experts is None) == (after == "disabled")
