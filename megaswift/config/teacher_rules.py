@@ -4,6 +4,7 @@ from megaswift.config.case import Case
 from megaswift.config.preference import PreferenceConfig
 from megaswift.config.reference import is_taught
 from megaswift.config.reward_rules import reward_names
+from megaswift.config.rollout import RolloutConfig
 from megaswift.config.rollout_rules import generates
 from megaswift.config.run import RunConfig
 from megaswift.config.teachers import BY_SET, shares_rows_out, tag_of_set, teachers_by_tag
@@ -41,10 +42,13 @@ def a_teacher_has_a_say_in_every_token(run: RunConfig) -> None:
             raise ConfigError(
                 f"{what} weighs completions as a whole, and a teacher judges each token. Leave one of them out."
             )
-    if run.rollout.dynamic_sample and not reward_names(run.reward):
-        raise ConfigError(
-            "dynamic_sample=true replaces groups by their rewards, and there are none. Give --reward_funcs, or leave it out."
-        )
+    blank = RolloutConfig()
+    for name in ("dynamic_sample", "advantage_estimator", "scale_rewards", "kl_in_reward"):
+        value = getattr(run.rollout, name)
+        if value != getattr(blank, name) and not reward_names(run.reward):
+            raise ConfigError(
+                f"{name}={value} is said of rewards, and there are none. Give --reward_funcs, or leave it out."
+            )
 
 
 def distillation_has_a_teacher(run: RunConfig) -> None:

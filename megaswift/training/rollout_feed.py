@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megaswift.checkpoint.store import Checkpoint
+from megaswift.config.reference import is_taught
 from megaswift.config.rollout_rules import uses_of_a_generation
 from megaswift.config.run import RunConfig
 from megaswift.data.batches import BatchSettings, MicroBatch, TrainData
@@ -115,9 +116,6 @@ def rollout_feed(
 ) -> RolloutFeed:
     """Return the feed of a resolved run; `checkpoint` is the one that it goes on from. Every rank calls it; raises UserError."""
     assert sets.rows is not None and isinstance(sets.train, TrainData), "the rows are prompts"
-    kept = None if checkpoint is None else Rollout.load(checkpoint.folder / KEPT)
-    if kept is not None and (kept.experts is None) != (run.rollout.router_replay_mode == "disabled"):
-        kept = None  # the checkpoint is of a run with another --router_replay_mode: completions are written anew
     roller = Roller(
         run=run,
         meta=meta,
@@ -140,5 +138,15 @@ def rollout_feed(
         settings=sets.settings,
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp=layout.dp,
-        kept=kept,
+        kept=None if checkpoint is None else _kept(run, checkpoint),
     )
+
+
+def _kept(run: RunConfig, checkpoint: Checkpoint) -> Rollout | None:
+    """Return the completions that a checkpoint was amidst, unless this run replays or is taught otherwise: they are written anew then."""
+    kept = Rollout.load(checkpoint.folder / KEPT)
+    if kept is None:
+        return None
+    replays, taught = run.rollout.router_replay_mode != "disabled", is_taught(run)
+    fits = (kept.experts is not None) == replays and (kept.teacher_logps is not None) == taught
+    return kept if fits else None
