@@ -8,7 +8,7 @@ in it.
 import re
 from bisect import bisect_right
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from megaswift.config.freeze import FreezeConfig
@@ -83,6 +83,16 @@ def trained_tensors(meta: ModelMeta, chosen: FreezeConfig) -> frozenset[str]:
 def trained_elements(meta: ModelMeta, chosen: FreezeConfig) -> Elements:
     """Return how many elements train in full training; raises ConfigError as trained_tensors() does."""
     return elements_of(meta, trained_tensors(meta, chosen))
+
+
+def drawn_elements(meta: ModelMeta, layers: int) -> Elements:
+    """Return how many elements train on average where so many of the layers are drawn at random, beside all that is no layer."""
+    everything, there = trained_elements(meta, FreezeConfig()), meta.num_layers
+    return replace(
+        everything,
+        layers=tuple(count * layers // there for count in everything.layers),
+        experts=tuple(count * layers // there for count in everything.experts),
+    )
 
 
 def elements_of(meta: ModelMeta, trained: Collection[str]) -> Elements:

@@ -24,6 +24,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 STARTS = (".lora_a.start", ".lora_b.start")  # of adapters that do not start at zero: models/weight_starts.py
+RENEWED_EVERY = "renewed_every"  # updates until the state of a parameter group begins anew: training/lisa.py
 STATES = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 EVERY_STATE = tuple(name for names in STATES.values() for name in names)  # Muon's are some of both
 
@@ -71,7 +72,7 @@ def optimizer_tensors(optimizer: Any, model: dict[str, ShardedBase]) -> dict[str
     tensors: dict[str, ShardedBase] = {}
     for name, weight in model.items():
         parameter: Any = weight.data
-        owned = _owned_by(optimizer, parameter) if parameter.requires_grad else None
+        owned = owned_by(optimizer, parameter) if parameter.requires_grad else None
         if owned is None:
             continue
         shards = weight.build() if isinstance(weight, ShardedTensorFactory) else [weight]
@@ -120,12 +121,12 @@ def allocate_states(optimizer: Any, *, updates: int) -> None:
     for part in optimizer.chained_optimizers:
         if part.optimizer is None:
             continue
-        config = part.config
-        names = STATES[config.optimizer] if config.optimizer != "sgd" or config.sgd_momentum else ()
+        config, names = part.config, _moments(part.config)
         host = part.optimizer if isinstance(part.optimizer, HybridDeviceOptimizer) else None
         for inner in host.sub_optimizers if host else [part.optimizer]:
             counts_by_tensor = isinstance(inner, torch.optim.Adam)  # AdamW is one too
             for group in inner.param_groups:
+                done = updates % group[RENEWED_EVERY] if RENEWED_EVERY in group else updates
                 for parameter in group["params"]:
                     if parameter in getattr(inner, "apart", ()):  # has its own state from the start
                         continue
@@ -133,9 +134,9 @@ def allocate_states(optimizer: Any, *, updates: int) -> None:
                     for name in names:
                         state[name] = torch.zeros_like(parameter, dtype=torch.float32)
                     if counts_by_tensor:
-                        state["step"] = torch.tensor(float(updates), device=parameter.device)
+                        state["step"] = torch.tensor(float(done), device=parameter.device)
                 if config.optimizer == "adam" and not counts_by_tensor:
-                    group["step"] = updates  # apex and Transformer Engine count in the group
+                    group["step"] = done  # apex and Transformer Engine count in the group
         if host:
             host._sync_sub_optimizers_state_to_hdo()
 
@@ -176,7 +177,7 @@ def local_bytes(tensors: dict[str, ShardedBase]) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Owned:
+class Owned:
     """The part of a weight whose optimizer state lives on this rank: a range of its flat elements."""
 
     start: int
@@ -186,7 +187,8 @@ class _Owned:
     states: dict[str, torch.Tensor]  # flat, stop - start elements each
 
 
-def _owned_by(optimizer: Any, parameter: torch.Tensor) -> _Owned | None:
+def owned_by(optimizer: Any, parameter: torch.Tensor) -> Owned | None:
+    """Return what this rank holds of the optimizer's state of a parameter; None: nothing."""
     for part in optimizer.chained_optimizers:
         if part.optimizer is None:
             continue
@@ -197,13 +199,23 @@ def _owned_by(optimizer: Any, parameter: torch.Tensor) -> _Owned | None:
             held = part.gbuf_ranges[buffer][dtype][bucket]["param_map"][parameter]["param"]
             group, order = part.model_param_group_index_map[parameter]
             main = part.optimizer.param_groups[group]["params"][order]
-            return _Owned(start=held.start, stop=held.end, alone=True, states=_states(part, parameter, main))
+            return Owned(start=held.start, stop=held.end, alone=True, states=_states(part, parameter, main))
         # Float16OptimizerWithFloat16Params keeps the master beside its weight; the float32 optimizer has none.
         main = getattr(parameter, "main_param", parameter)
         if main in part.optimizer.state:
             states, dealt = _states(part, parameter, main), getattr(part.optimizer, "dealt_states", ())
-            return _Owned(start=0, stop=parameter.numel(), alone=False, states=states, dealt=dealt)
+            return Owned(start=0, stop=parameter.numel(), alone=False, states=states, dealt=dealt)
     return None
+
+
+def state_names(optimizer: Any, parameter: torch.Tensor) -> tuple[str, ...]:
+    """Return the names of the state tensors that some rank holds of a parameter."""
+    moments = _moments(optimizer.chained_optimizers[0].config)
+    return moments if parameter.dtype is torch.float32 else (*moments, "master")
+
+
+def _moments(config: Any) -> tuple[str, ...]:
+    return STATES[config.optimizer] if config.optimizer != "sgd" or config.sgd_momentum else ()
 
 
 def _states(part: Any, parameter: torch.Tensor, main: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -216,7 +228,7 @@ def _states(part: Any, parameter: torch.Tensor, main: torch.Tensor) -> dict[str,
 
 
 def _pieces(
-    shards: list[ShardedTensor], parameter: torch.Tensor, owned: _Owned, flat: torch.Tensor, prefix: str
+    shards: list[ShardedTensor], parameter: torch.Tensor, owned: Owned, flat: torch.Tensor, prefix: str
 ) -> Iterator[ShardedTensor]:
     """Yield the shards of one state tensor, for the owned range of a weight that consists of `shards`."""
     for shard in shards:

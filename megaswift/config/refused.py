@@ -168,7 +168,6 @@ REFUSED: dict[str, Refused] = {
         lora_dtype="none",
         lora_ga_batch_size="2",
     ),
-    **_refuse("LISA", lisa_activated_layers="0", lisa_step_interval="20"),
     **_refuse(
         "another way of quantising base weights",
         "Four bits are --quant_method bnb --quant_bits 4; products have --torch_dtype.",

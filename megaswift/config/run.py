@@ -7,6 +7,7 @@ from megaswift.config.data import DataConfig
 from megaswift.config.embedding import EmbeddingConfig
 from megaswift.config.freeze import FreezeConfig
 from megaswift.config.launch import LaunchConfig
+from megaswift.config.lisa import LisaConfig
 from megaswift.config.logging import LoggingConfig
 from megaswift.config.model import ModelConfig
 from megaswift.config.moe import MoEConfig
@@ -38,6 +39,7 @@ class RunConfig:
     muon: MuonConfig = field(default_factory=MuonConfig)
     tuner: TunerConfig = field(default_factory=TunerConfig)
     freeze: FreezeConfig = field(default_factory=FreezeConfig)
+    lisa: LisaConfig = field(default_factory=LisaConfig)
     embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
     reranker: RerankerConfig = field(default_factory=RerankerConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)

@@ -32,6 +32,49 @@ def parts_of_the_model_train_in_full(run: RunConfig) -> None:
         )
 
 
+def layers_are_drawn_in_full_training(run: RunConfig) -> None:
+    """LISA chooses what trains, and rebuilds the optimizer: nothing else does."""
+    layers, interval = run.lisa.lisa_activated_layers, run.lisa.lisa_step_interval
+    if layers < 0 or interval < 1:
+        raise ConfigError(
+            f"lisa_activated_layers={layers} and lisa_step_interval={interval}: layers are 0 or more, steps 1 or more."
+        )
+    if not layers:
+        return
+    if run.tuner.tuner_type != "full":
+        raise ConfigError(
+            f"lisa_activated_layers={layers} needs tuner_type=full, not {run.tuner.tuner_type}: adapters leave the whole model frozen."
+        )
+    for name, asked in (
+        ("freeze_parameters and trainable_parameters", run.freeze.chooses),
+        ("use_galore", run.optimizer.use_galore),
+        (f"optimizer={run.optimizer.optimizer}", run.optimizer.is_muon),
+        ("optimizer_cpu_offload", run.optimizer.optimizer_cpu_offload),
+        ("fp8_param_gather", run.precision.fp8_param_gather),
+        ("offload_model and offload_optimizer", run.sampler.offload_model or run.sampler.offload_optimizer),
+    ):
+        if asked:
+            raise ConfigError(
+                f"lisa_activated_layers={layers} does not go with {name}. Leave one of them out."
+            )
+
+
+def as_many_layers_are_drawn_as_there_are(case: Case) -> Case | None:
+    """Some of the model's layers train; float32 masters of the others do not exist."""
+    layers, there = case.run.lisa.lisa_activated_layers, case.meta.num_layers
+    if layers > there:
+        raise ConfigError(
+            f"lisa_activated_layers={layers} is above the {there} layers of {case.model_name}. Choose fewer; 2 is the paper's."
+        )
+    if not layers or case.run.model.torch_dtype == "float32":
+        return None
+    note = (
+        f"lisa_activated_layers: {case.run.model.torch_dtype} weights of a layer have float32 masters while it trains; what an "
+        "interval moved them by is rounded at its end (a longer --lisa_step_interval rounds less often)."
+    )
+    return case.change("lisa", note)
+
+
 def adapters_need_lora(case: Case) -> None:
     """Adapter settings belong to LoRA training."""
     tuner = case.run.tuner

@@ -113,6 +113,7 @@ def ask(
         beside=tuple(_parts_beside(run)),
         answers=texts,
         optimizer=run.optimizer.optimizer,
+        drawn_layers=run.lisa.lisa_activated_layers or None,
         trained_elements=trained_of(run, meta),
     )
     fixed = _fixed(run, given)

@@ -29,6 +29,7 @@ class Job:
     beside: tuple[Parts | None, ...] = ()
     answers: int = 1  # samples that make one row of the batch: 2 for pairs
     optimizer: str = "adamw"  # Muon's state is of another size, and lies elsewhere: "muon", "dist_muon"
+    drawn_layers: int | None = None  # of the model, that train at a time; None: all of them
 
     @property
     def frozen(self) -> bool:
@@ -67,6 +68,7 @@ def job_of(
     beside: tuple[Parts | None, ...] = (),
     answers: int = 1,
     optimizer: str = "adamw",
+    drawn_layers: int | None = None,
     trained_elements: Elements | None = None,
 ) -> Job:
     """Return the job of training `meta`, of which so much trains; None: all of it, or the adapters alone."""
@@ -87,6 +89,7 @@ def job_of(
         beside=beside,
         answers=answers,
         optimizer=optimizer,
+        drawn_layers=drawn_layers,
     )
 
 

@@ -103,6 +103,8 @@ def stage_params(job: Job, layout: Layout, stage: Stage) -> StageParams:
             beside += 0 if stage.first else parts.embedding / layout.tp
             dense, trained = dense + beside, trained + beside
     linear = experts = trained_experts = 0.0
+    # All that are drawn may be of one stage.
+    drawn = 1.0 if job.drawn_layers is None else min(1.0, job.drawn_layers / max(1, stage.layers))
     for index, count in counts:
         kind, shards = parts.kinds[index], layout.etp * layout.ep
         cut = (kind.attention + kind.mlp + kind.shared_experts) / layout.tp + kind.attention_replicated
@@ -110,8 +112,8 @@ def stage_params(job: Job, layout: Layout, stage: Stage) -> StageParams:
         dense += count * kind.replicated
         experts += count * kind.experts / shards
         # A rank's share of what trains is taken to be its share of the whole layer.
-        trained += count * (cut + kind.replicated) * kind.trained / (kind.total - kind.experts)
-        trained_experts += count * kind.trained_experts / shards
+        trained += drawn * count * (cut + kind.replicated) * kind.trained / (kind.total - kind.experts)
+        trained_experts += drawn * count * kind.trained_experts / shards
     adapters = sum(count * _adapter(job, parts.kinds[index]) for index, count in stage.kinds) / layout.tp
     of_experts = sum(count * _expert_adapters(job, parts.kinds[index]) for index, count in stage.kinds)
     of_experts /= layout.etp * layout.ep

@@ -127,6 +127,12 @@ class Engine:
         for chunk in hooked:
             chunk.enable_forward_pre_hook()
 
+    def go_on_with(self, chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
+        """Take other wrappings of the same model and another optimizer; the schedule goes on."""
+        self.chunks, self.optimizer = chunks, optimizer
+        self.schedule.optimizer = optimizer
+        self.schedule.step(0)
+
     def _shared(self, batches: list[MicroBatch]) -> list[MicroBatch]:
         """Return this cp rank's part of every micro batch, and of what is said of it."""
         if self._teach is not None:

@@ -38,6 +38,7 @@ from megaswift.parallel.layout import Layout
 from megaswift.platforms.platform import init_distributed, select_platform
 from megaswift.tasks.catalogue import trained_model
 from megaswift.training.freeze import freeze, open_modules
+from megaswift.training.lisa import open_layers
 
 logger = get_logger(__name__)
 
@@ -155,6 +156,8 @@ def _fill(
             open_modules(chunks, meta, layout, 0, run.tuner)
     if run.freeze.chooses:
         freeze(chunks, meta, layout, 0, run.freeze)
+    if run.lisa.lisa_activated_layers:
+        open_layers(chunks, run, updates=0)  # any layers: all are read, by names of their own
     if checkpoint is None or not chunks[0].all_trains:
         load_weights(chunks, meta, layout, 0, folder)
     # A base in four bits is what the adapters were trained beside.

@@ -17,11 +17,14 @@ from megatron.core.optimizer import (
 )
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
+from megaswift.checkpoint.state import RENEWED_EVERY
 from megaswift.config.run import RunConfig
 from megaswift.mcore.configs import DTYPES
 from megaswift.models.causal_lm import CausalLM
 from megaswift.training.galore import GaLoreAdamW, projected_matrices
 from megaswift.training.muon import MuonAdamW, layer_matrices
+
+DRAWN = "is_drawn"  # of parameters that train now and then: training/lisa.py
 
 
 def shards_optimizer(run: RunConfig) -> bool:
@@ -52,6 +55,30 @@ def wrap_chunks(chunks: list[CausalLM], run: RunConfig) -> list[DistributedDataP
     ]
 
 
+def unwrap_chunks(chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> list[CausalLM]:
+    """Free gradients and optimizer state, whoever holds the wrappings or the optimizer, and return what was wrapped.
+
+    Every rank calls it: parameters may still have to be gathered.
+    """
+    modules = [chunk.module for chunk in chunks]
+    for chunk in chunks:
+        if chunk.use_forward_hook:
+            chunk.disable_forward_pre_hook()
+        vars(chunk).clear()
+        # The graph of the last step may live on, and with it hooks of this wrapping: they find nothing to do.
+        vars(chunk)["param_to_bucket_group"] = {}
+    for one in (*optimizer.chained_optimizers, optimizer):
+        vars(one).clear()
+    for module in modules:
+        for parameter in module.parameters():
+            parameter.grad = None
+            for name in ("main_grad", "main_param"):
+                vars(parameter).pop(name, None)
+            if parameter.requires_grad:
+                parameter.data = parameter.data.clone()  # else it would keep the whole buffer that it lies in
+    return modules
+
+
 def _reduce_experts_over_their_own_group(chunk: CausalLM) -> None:
     # Megatron (0.16-0.19) does so for ep > 1 only. With ep = 1 and etp < tp, tp ranks hold copies of an expert that see
     # different tokens, and the dense group leaves their gradients apart: the copies drift, and no error says so.
@@ -72,7 +99,7 @@ def build_optimizer(chunks: list[DistributedDataParallel], run: RunConfig) -> Me
     Master weights are float32. Without apex or Transformer Engine it steps with torch.optim. Every rank calls it.
     """
     settings = _optimizer_config(run)
-    optimizer = get_megatron_optimizer(settings, chunks, _overrides(settings, run.tuner.lorap_lr_ratio))
+    optimizer = get_megatron_optimizer(settings, chunks, _overrides(settings, run))
     if run.optimizer.use_galore:
         matrices = projected_matrices(chunks, rank=run.optimizer.galore_rank)
         for part in optimizer.chained_optimizers:
@@ -123,12 +150,17 @@ def _optimizer_config(run: RunConfig) -> OptimizerConfig:
     )
 
 
-def _overrides(settings: OptimizerConfig, b_ratio: float | None) -> dict[ParamKey, ParamGroupOverride] | None:
-    """Return what differs for some parameters: Megatron's own exceptions, and LoRA+'s learning rate of B."""
-    if b_ratio is None:
-        return None  # Megatron's own
-    rates = ParamGroupOverride(max_lr=settings.lr * b_ratio, min_lr=settings.min_lr * b_ratio)
-    return {**get_standard_config_overrides(settings), ParamKey(name="*.lora_b.weight"): rates}
+def _overrides(settings: OptimizerConfig, run: RunConfig) -> dict[ParamKey, Any]:
+    """Return what differs for some parameters: Megatron's own exceptions, LoRA+'s learning rate of B, and LISA's counts."""
+    overrides: dict[ParamKey, Any] = dict(get_standard_config_overrides(settings))
+    b_ratio = run.tuner.lorap_lr_ratio
+    if b_ratio is not None:
+        rates = ParamGroupOverride(max_lr=settings.lr * b_ratio, min_lr=settings.min_lr * b_ratio)
+        overrides[ParamKey(name="*.lora_b.weight")] = rates
+    if run.lisa.lisa_activated_layers:
+        # Some optimizers count steps by group: checkpoint/state.py, allocate_states().
+        overrides[ParamKey(attr=DRAWN)] = {RENEWED_EVERY: run.lisa.lisa_step_interval}
+    return overrides
 
 
 def torch_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:

@@ -49,7 +49,8 @@ from megaswift.training.context import context_share, place_context, ranks_of_th
 from megaswift.training.engine import Engine
 from megaswift.training.feed import TrainFeed, ValidationFeed
 from megaswift.training.following import FollowReference, kept_reference, reference_writers
-from megaswift.training.loop import Progress, train_loop
+from megaswift.training.lisa import DrawLayers, open_layers
+from megaswift.training.loop import Callback, Progress, train_loop
 from megaswift.training.model import load_model
 from megaswift.training.optimizer import build_optimizer, shards_optimizer, wrap_chunks
 from megaswift.training.reference import References, reference_copy, teacher_copy
@@ -178,6 +179,8 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
         call_in = room_beside_a_teacher(run, teacher)
     fresh = checkpoint is None
     chunks = load_model(run, meta, layout, platform, adapter=adapter, fresh=fresh, group=patient)
+    if run.lisa.lisa_activated_layers:
+        open_layers(chunks, run, updates=start.updates)
     wrapped = wrap_chunks(chunks, run)
     optimizer = build_optimizer(wrapped, run)
     total_steps = _total_steps(run, sets, start)
@@ -266,11 +269,11 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
         },
         validations=validations,
     )
-    following = []
+    following: list[Callback] = [DrawLayers(run, engine)] if run.lisa.lisa_activated_layers else []
     if run.preference.sync_ref_model:
         assert reference is not None, "config/preference_rules.py"
         steps, alpha = run.preference.ref_model_sync_steps, run.preference.ref_model_mixup_alpha
-        following = [alike(lambda: FollowReference(engine, reference, every_steps=steps, alpha=alpha))]
+        following.append(alike(lambda: FollowReference(engine, reference, every_steps=steps, alpha=alpha)))
 
     validation = None
     if sets.val is not None and run.logging.eval_iters:

@@ -25,7 +25,7 @@ from megaswift.config.run import RunConfig
 from megaswift.converters.adapters import save_peft
 from megaswift.converters.export import export_hf
 from megaswift.converters.lora_targets import whole_tensors
-from megaswift.converters.selection import elements_of, trained_elements
+from megaswift.converters.selection import drawn_elements, elements_of, trained_elements
 from megaswift.data.batches import BatchSettings, MicroBatch, TrainData, ValidationData
 from megaswift.data.chatml import added_chat_template
 from megaswift.data.encode import EncodedSet
@@ -230,6 +230,8 @@ def cost_of(run: RunConfig, meta: ModelMeta) -> StepCost:
     trained = trained_elements(meta, run.freeze) if run.freeze.chooses else None
     if run.tuner.modules_to_save:
         trained = elements_of(meta, whole_tensors(meta, run.tuner))
+    if run.lisa.lisa_activated_layers:
+        trained = drawn_elements(meta, run.lisa.lisa_activated_layers)
     return step_cost(meta, run.tuner, trained=trained)
 
 
@@ -246,7 +248,7 @@ def measurer(run: RunConfig, meta: ModelMeta) -> Callable[[MicroBatch], tuple[in
 
 def identity_of(run: RunConfig, meta: ModelMeta) -> dict[str, Any]:
     """Return what a run must have in common with the checkpoint that it resumes from."""
-    tuner = run.tuner
+    tuner, draws = run.tuner, run.lisa.lisa_activated_layers
     adapters = {
         "lora_rank": tuner.lora_rank,
         "lora_alpha": tuner.lora_alpha,
@@ -270,6 +272,8 @@ def identity_of(run: RunConfig, meta: ModelMeta) -> dict[str, Any]:
         "streaming": run.data.streaming,
         **({} if meta.scores is None else {"scores": meta.scores}),
         **(adapters if tuner.tuner_type == "lora" else asdict(run.freeze)),
+        "lisa_activated_layers": draws,
+        **({"lisa_step_interval": run.lisa.lisa_step_interval, "seed": run.training.seed} if draws else {}),
     }
 
 

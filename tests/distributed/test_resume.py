@@ -71,6 +71,14 @@ RUNS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
         "qwen3",
         {"freeze": {"freeze_parameters_ratio": 0.4, "trainable_parameters": ["model.layers.0.mlp"]}},
     ),
+    "layers": ("qwen2-tied", {"lisa": {"lisa_activated_layers": 2, "lisa_step_interval": 2}}),
+    "layers at a draw": (
+        "qwen2_moe",
+        {
+            "model": {"torch_dtype": "bfloat16"},
+            "lisa": {"lisa_activated_layers": 2, "lisa_step_interval": SAVED_AT},
+        },
+    ),
     "experts": ("qwen2_moe", {}),
     "odd heads": ("llama-odd-heads", {}),
     "hybrid": ("qwen3_5_text", {}),
@@ -109,6 +117,13 @@ CHANGES: dict[str, dict[str, list[str]]] = {
     "qlora": {"tp2 sp": ["tp2 sp"]},
     "pissa": {"tp2 sp": ["tp2 sp", "pp2"]},
     "frozen": {"pp2": ["pp2", "tp2 sp", "dp2 distopt"]},
+    "layers": {
+        "one": ["one", "tp2 sp"],
+        "dp2 distopt": ["dp2 distopt", "dp2", "pp2"],
+        "dp2": ["dp2"],
+        "pp2 vpp2": ["pp2 vpp2", "dp2 distopt"],
+    },
+    "layers at a draw": {"ep2": ["ep2"], "dp2 distopt": ["dp2 distopt"], "dp2": ["dp2"]},
     "odd heads": {"tp2 sp": ["pp2"], "one": ["tp2 sp"]},
     "hybrid": {"tp2 sp": ["tp2 sp", "pp2"]},
     "experts": {"ep2": ["ep2", "dp2 distopt", "tp2 etp2", "pp2"], "one": ["one", "ep2"]},

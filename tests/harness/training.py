@@ -43,7 +43,8 @@ from megaswift.training.context import context_share, place_context
 from megaswift.training.engine import Engine
 from megaswift.training.feed import TrainFeed
 from megaswift.training.freeze import freeze, open_modules
-from megaswift.training.loop import Progress
+from megaswift.training.lisa import DrawLayers, open_layers
+from megaswift.training.loop import Progress, Step
 from megaswift.training.optimizer import build_optimizer, wrap_chunks
 from megaswift.training.reference import reference_copy, teacher_copy
 from megaswift.training.schedule import build_schedule
@@ -162,23 +163,25 @@ def synthetic_judged(kind: str, *, rows: int = 8) -> EncodedSet:
 
 
 @contextmanager
-def prepared(folder: Path, case: Case, *, encoded: EncodedSet | None = None) -> Iterator[Trained]:
+def prepared(
+    folder: Path, case: Case, *, encoded: EncodedSet | None = None, updates: int = 0
+) -> Iterator[Trained]:
     """Yield model, optimizer and data of a case on this rank, with weights from `folder`; free them and the groups after.
 
-    Documents are synthetic unless given.
+    Documents are synthetic unless given. `updates` is where a resumed run goes on.
 
     Megatron's DDP keeps the model, parts of which keep the graph of the last step, whose accumulators have hooks that keep
     the DDP: a cycle through C++ that no collector sees. It would also keep gloo's groups, which poll in threads of their own
     and slow every later test down.
     """
-    trained = _prepare(folder, case, encoded)
+    trained = _prepare(folder, case, encoded, updates)
     yield trained
     for chunk in trained.engine.chunks:
         vars(chunk).clear()
     process_groups.destroy()
 
 
-def _prepare(folder: Path, case: Case, encoded: EncodedSet | None) -> Trained:
+def _prepare(folder: Path, case: Case, encoded: EncodedSet | None, updates: int) -> Trained:
     platform = select_platform("cpu")
     meta = get_model_meta(folder)
     resolved = resolve(case.run_config(folder), meta, dist.get_world_size(), platform.name)
@@ -209,6 +212,8 @@ def _prepare(folder: Path, case: Case, encoded: EncodedSet | None) -> Trained:
     finish_tuner(chunks, run.tuner, device=platform.device, seed=run.training.seed, fresh=True)
     reference = reference_copy(run, meta, layout, platform, group=None) if needs_reference(run) else None
     teacher = teacher_copy(run, meta, layout, platform, group=None) if has_teacher_here(run) else None
+    if run.lisa.lisa_activated_layers:
+        open_layers(chunks, run, updates=updates)
     wrapped = wrap_chunks(chunks, run)
     optimizer = build_optimizer(wrapped, run)
     schedule = build_schedule(optimizer, run.optimizer, total_steps=run.training.train_iters or 1)
@@ -247,6 +252,10 @@ def steps(trained: Trained, first: int, last: int) -> Curve:
         result = trained.engine.train_step(trained.feed.batch(step * trained.feed.items_per_step))
         assert result.grad_norm is not None
         curve.append((result.loss, result.grad_norm))
+        if trained.run.lisa.lisa_activated_layers:
+            progress = Progress(step=step + 1, updates=step + 1)
+            made = Step(progress=progress, result=result, time_s=0.0, is_last=False)
+            DrawLayers(trained.run, trained.engine).after_step(made)
     return curve
 
 
@@ -308,10 +317,10 @@ def resumed_curve(rank: int, world_size: int, folder: Path, case: Case, output_d
     """Go on from the newest checkpoint, maybe under another layout, to step `last`; return the steps made."""
     checkpoint = Store(output_dir).latest_complete()
     assert checkpoint is not None
-    with prepared(folder, case) as trained:
+    with prepared(folder, case, updates=checkpoint.manifest.updates) as trained:
         for chunk in trained.engine.chunks:  # what is not read shows
             for parameter in chunk.parameters():
-                if parameter.requires_grad:
+                if parameter.requires_grad or chunk.module.all_trains:
                     parameter.data.fill_(float("nan"))
         load_checkpoint(
             checkpoint,

@@ -167,6 +167,16 @@ def resolved(
         ("--freeze_parameters_ratio 1.5", dense(), 1, "freeze_parameters_ratio=1.5 is not a share"),
         ("--freeze_parameters_regex (", dense(), 1, "freeze_parameters_regex=( is not a regular expression"),
         ("--trainable_parameters lm_head", dense(), 1, "Add --freeze_parameters_ratio 1 to train these alone"),
+        ("--lisa_activated_layers -1", dense(), 1, "lisa_activated_layers=-1 and lisa_step_interval=20: layers are 0 or more"),
+        ("--lisa_activated_layers 2 --lisa_step_interval 0", dense(), 1, "lisa_step_interval=0: layers are 0 or more, steps 1 or"),
+        ("--lisa_activated_layers 9", dense(), 1, "lisa_activated_layers=9 is above the 8 layers of llama. Choose fewer"),
+        ("--lisa_activated_layers 2 --tuner_type lora", dense(), 1, "lisa_activated_layers=2 needs tuner_type=full, not lora"),
+        ("--lisa_activated_layers 2 --freeze_parameters_ratio 0.5", dense(), 1, "not go with freeze_parameters and trainable_param"),
+        ("--lisa_activated_layers 2 --use_galore true", dense(), 1, "lisa_activated_layers=2 does not go with use_galore"),
+        ("--lisa_activated_layers 2 --optimizer muon", dense(), 1, "does not go with optimizer=muon"),
+        ("--lisa_activated_layers 2 --optimizer_cpu_offload true", dense(), 1, "does not go with optimizer_cpu_offload"),
+        ("--lisa_activated_layers 2 --offload_optimizer true", dense(), 1, "not go with offload_model and offload_optimizer"),
+        ("--lisa_activated_layers 2 --fp8_format hybrid --fp8_param_gather true", dense(), 1, "does not go with fp8_param_gather"),
         ("--target_regex a", dense(), 1, "target_regex needs tuner_type=lora"),
         ("--tuner_type lora --target_regex [", dense(), 1, "target_regex=[ is not a regular expression"),
         ("--tuner_type lora --target_regex a --target_modules q_proj", dense(), 1, "both name modules. Give one of them"),
@@ -244,6 +254,13 @@ def test_adapters_do_not_start_from_random_weights() -> None:
         resolved("--random_init --tuner_type lora", dense(), task="pt")
     with pytest.raises(ConfigError, match="leaves nothing worth freezing"):
         resolved("--random_init --freeze_parameters model.norm", dense(), task="pt")
+
+
+def test_rounding_at_the_end_of_an_interval_is_told() -> None:
+    layers = "--lisa_activated_layers 8 --torch_dtype "
+    assert any("is rounded at its end" in note for note in resolved(layers + "bfloat16", dense()).notes)
+    assert not any("rounded" in note for note in resolved(layers + "float32", dense()).notes)
+    assert not any("rounded" in note for note in resolved("--torch_dtype bfloat16", dense()).notes)
 
 
 def rules_there_are() -> list[Any]:

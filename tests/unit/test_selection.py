@@ -5,7 +5,13 @@ from typing import Any
 import pytest
 
 from megaswift.config.freeze import FreezeConfig
-from megaswift.converters.selection import elements_of, saved_tensors, trained_elements, trained_tensors
+from megaswift.converters.selection import (
+    drawn_elements,
+    elements_of,
+    saved_tensors,
+    trained_elements,
+    trained_tensors,
+)
 from megaswift.errors import ConfigError
 from megaswift.metadata.count import count_parameters
 from megaswift.parallel.layout import Layout
@@ -126,6 +132,24 @@ def test_the_planner_counts_gradients_and_optimizer_state_of_what_trains(model: 
     copy = elements.embedding if job.parts.head == 0 else 0
     spread = first.trained + first.trained_experts + last.trained + last.trained_experts
     assert spread == pytest.approx(elements.total + copy)
+
+
+@pytest.mark.parametrize("model", [LLAMA, TIED])
+def test_the_planner_counts_as_many_drawn_layers_on_every_stage_as_may_be_there(model: str) -> None:
+    meta = golden_meta(model)
+    elements, drawn = trained_elements(meta, FreezeConfig()), golden_job(model, drawn_layers=2)
+    layer = elements.layers[0]
+    ends = elements.total - sum(elements.layers)
+    (stage,) = stages_of(drawn.parts, Layout())
+    one = memory_of(drawn, Candidate(layout=Layout()), stage, software=Software())
+    assert one.optimizer == pytest.approx(12 * (ends + 2 * layer))
+    assert one.gradients == pytest.approx(Software().gradient_bytes * (ends + 2 * layer))
+    layout = Layout(world=4, pp=4)
+    stages = [stage_params(drawn, layout, one).trained for one in stages_of(drawn.parts, layout)]
+    assert stages[1] == stages[2] == pytest.approx(2 * layer)
+    mean = drawn_elements(meta, 2)
+    assert mean.total == pytest.approx(ends + 2 * layer, rel=1e-6)
+    assert mean.embedding == elements.embedding and len(set(mean.layers)) == 1
 
 
 def test_modules_that_train_whole_beside_adapters_are_counted_with_them() -> None:
