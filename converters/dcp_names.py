@@ -78,16 +78,22 @@ def stacks_layers(meta: ModelMeta) -> bool:
     return meta.moe is None and meta.linear_attention is None and meta.layer_variation is None
 
 
+def candidates(parameter: Parameter, meta: ModelMeta) -> list[Address]:
+    """Return every place where a parameter of the whole model may lie, whoever wrote the checkpoint."""
+    return [one for stacked in (False, True) for one in addresses(parameter, meta, stacked=stacked)]
+
+
 def find(
     parameter: Parameter, meta: ModelMeta, stored: dict[str, StoredTensor]
 ) -> tuple[Address, StoredTensor]:
     """Return where a checkpoint keeps a parameter, stacked or not; raises CheckpointError where it does not."""
-    candidates = [one for stacked in (False, True) for one in addresses(parameter, meta, stacked=stacked)]
-    for address in candidates:
+    places = candidates(parameter, meta)
+    for address in places:
         if address.key in stored:
             return address, stored[address.key]
+    keys = dict.fromkeys(address.key for address in places)
     raise CheckpointError(
-        f"The checkpoint has no tensor {' or '.join(one.key for one in candidates)}. "
+        f"The checkpoint has no tensor {' or '.join(keys)}. "
         f"It does not hold a model of {meta.num_layers} layers as config.json describes it."
     )
 

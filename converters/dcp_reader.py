@@ -1,14 +1,15 @@
 """Find the boxes of a torch_dist checkpoint that a tensor of a file is made of, whatever layout wrote it."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 from megaswift.converters.copying import Copy
-from megaswift.converters.dcp_items import STORAGES, find_data
-from megaswift.converters.dcp_metadata import StoredItem, StoredTensor
-from megaswift.converters.dcp_names import Address
-from megaswift.converters.plan import Parameter, Piece
+from megaswift.converters.dcp_items import find_data
+from megaswift.converters.dcp_metadata import StoredItem
+from megaswift.converters.dcp_model import StoredParameter
+from megaswift.converters.plan import Piece
 from megaswift.converters.tensor_files import DTYPE_BYTES, TensorInfo
 from megaswift.errors import CheckpointError
 
@@ -28,56 +29,68 @@ class DataFinder:
         return self._begins[item]
 
 
-def check_shape(parameter: Parameter, address: Address, tensor: StoredTensor) -> None:
-    expected = (*address.counts, *parameter.shape)
-    fits = tensor.shape == expected
-    if parameter.is_paddable and len(tensor.shape) == len(expected):
-        fits = all(found >= size for found, size in zip(tensor.shape, expected, strict=True))
-    if not fits or tensor.dtype not in STORAGES:
-        raise CheckpointError(
-            f"{address.key} is {list(tensor.shape)} of {tensor.dtype} in the checkpoint, and {list(expected)} by config.json. "
-            "They do not belong together."
-        )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Box:
+    """Rows and columns of a parameter that lie together in a file; dims after the second are never cut and count as columns."""
+
+    first_row: int
+    rows: int
+    first_col: int
+    cols: int
+    item: StoredItem
 
 
-def copies_from(
-    info: TensorInfo, piece: Piece, address: Address, tensor: StoredTensor, finder: DataFinder
-) -> Iterator[Copy]:
-    """Yield the copies that fill one tensor of the file, or rows of it, from the boxes of a stored parameter."""
-    itemsize, new_itemsize = DTYPE_BYTES[tensor.dtype], info.item_bytes
-    lead = len(address.offsets)
-    copied = 0
-    for chunk in tensor.chunks:
-        if chunk.offsets[:lead] != address.offsets:
+def boxes_of(stored: StoredParameter) -> Iterator[Box]:
+    """Yield the boxes of a parameter."""
+    lead = len(stored.address.offsets)
+    for chunk in stored.tensor.chunks:
+        if chunk.offsets[:lead] != stored.address.offsets:
             continue
-        first_row, rows = chunk.offsets[lead], chunk.sizes[lead]
-        inner = prod(chunk.sizes[lead + 2 :])  # dimensions that are never cut: they count as columns
+        inner = prod(chunk.sizes[lead + 2 :])
         first_col, cols = (
             (chunk.offsets[lead + 1] * inner, chunk.sizes[lead + 1] * inner)
             if len(chunk.sizes) > lead + 1
             else (0, 1)
         )
-        wanted_cols = min(first_col + cols, info.cols) - first_col
+        first_row, rows = chunk.offsets[lead], chunk.sizes[lead]
+        yield Box(first_row=first_row, rows=rows, first_col=first_col, cols=cols, item=chunk.item)
+
+
+def copies_from(
+    info: TensorInfo, piece: Piece, stored: StoredParameter, finder: DataFinder
+) -> Iterator[Copy]:
+    """Yield the copies that fill one tensor of the file, or rows of it, from the boxes of a stored parameter."""
+    dtype = stored.tensor.dtype
+    itemsize, new_itemsize = DTYPE_BYTES[dtype], info.item_bytes
+    copied = 0
+    for box in boxes_of(stored):
+        wanted_cols = min(box.first_col + box.cols, info.cols) - box.first_col
         if wanted_cols <= 0:
             continue  # padded heads
-        data = finder.begin(chunk.item, num_bytes=rows * cols * itemsize)
+        data = finder.begin(box.item, num_bytes=box.rows * box.cols * itemsize)
         file_row = piece.rows.start
         for begin, end in piece.into.intervals():
-            low, high = max(begin, first_row), min(end, first_row + rows)
+            low, high = max(begin, box.first_row), min(end, box.first_row + box.rows)
             if low < high:
                 copied += (high - low) * wanted_cols
                 yield Copy(
-                    at=info.begin + ((file_row + low - begin) * info.cols + first_col) * new_itemsize,
+                    at=info.begin + ((file_row + low - begin) * info.cols + box.first_col) * new_itemsize,
                     pitch=info.cols * new_itemsize,
-                    source=finder.checkpoint / chunk.item.file,
-                    source_at=data + (low - first_row) * cols * itemsize,
-                    source_pitch=cols * itemsize,
+                    source=finder.checkpoint / box.item.file,
+                    source_at=data + (low - box.first_row) * box.cols * itemsize,
+                    source_pitch=box.cols * itemsize,
                     run_bytes=wanted_cols * itemsize,
                     runs=high - low,
-                    cast=None if tensor.dtype == info.dtype else (tensor.dtype, info.dtype),
+                    cast=None if dtype == info.dtype else (dtype, info.dtype),
                 )
             file_row += end - begin
     if copied != piece.size:
-        raise CheckpointError(
-            f"{address.key} lacks {piece.size - copied} of the {piece.size} elements of {info.name}. The checkpoint is incomplete."
-        )
+        raise incomplete(stored, piece, copied)
+
+
+def incomplete(stored: StoredParameter, piece: Piece, found: int) -> CheckpointError:
+    """Return the error of a parameter whose boxes hold only `found` elements of a piece."""
+    return CheckpointError(
+        f"{stored.address.key} lacks {piece.size - found} of the {piece.size} elements of {piece.tensor}. "
+        "The checkpoint is incomplete."
+    )

@@ -20,32 +20,22 @@ from megaswift.converters.conversion import Conversion, Part, Stretch
 from megaswift.converters.copying import Literal, Span
 from megaswift.converters.dcp_items import saved_object
 from megaswift.converters.dcp_metadata import FILE as METADATA
-from megaswift.converters.dcp_metadata import StoredTensor, read_metadata, write_metadata
-from megaswift.converters.dcp_names import Address, addresses, find, stacks_layers
-from megaswift.converters.dcp_reader import DataFinder, check_shape, copies_from
+from megaswift.converters.dcp_metadata import write_metadata
+from megaswift.converters.dcp_model import RELEASE, TRACKER, StoredParameter, stored_parameters, whole_model
+from megaswift.converters.dcp_names import addresses, stacks_layers
+from megaswift.converters.dcp_reader import DataFinder, copies_from
 from megaswift.converters.dcp_writer import DcpWriter, into_parameter
 from megaswift.converters.fp8_output import fp8_tensors, quantisation_config, scale_name, with_scales
 from megaswift.converters.model_files import config_json, copy_model_files, model_files
-from megaswift.converters.plan import (
-    EMBEDDING,
-    TIED_OUTPUT,
-    Parameter,
-    Piece,
-    file_tensors,
-    float32_tensors,
-    plan_chunk,
-)
+from megaswift.converters.plan import EMBEDDING, TIED_OUTPUT, Piece, file_tensors, float32_tensors
 from megaswift.converters.quantised import files_of, read_model
 from megaswift.converters.shards import OutputFile, index_json, plan_files
 from megaswift.converters.stripes import block
 from megaswift.converters.tensor_files import DTYPE_NAMES, INDEX_FILE, TensorInfo
-from megaswift.errors import CheckpointError
+from megaswift.errors import CheckpointError, listing
+from megaswift.metadata.beside import MODEL_FILES
 from megaswift.metadata.meta import ModelMeta
-from megaswift.parallel.layout import Layout, coordinates, padded_vocab_size
-
-RELEASE = "release"  # the folder in which Megatron-LM looks for weights without a training state
-TRACKER = "latest_checkpointed_iteration.txt"
-MODEL_FILES = "hf"  # config.json, tokenizer and so on, for the way back
+from megaswift.parallel.layout import Layout, padded_vocab_size
 
 
 def to_mcore(
@@ -63,7 +53,7 @@ def to_mcore(
     writer = DcpWriter(max_bytes, folder=RELEASE)
     stacked = stacks_layers(meta)
     in_float32 = float32_tensors(meta)
-    for parameter in _whole_model(meta):
+    for parameter in whole_model(meta):
         if parameter.name in (EMBEDDING, TIED_OUTPUT):
             rows = padded_vocab_size(parameter.shape[0], tp=vocab_multiple)
             parameter = replace(parameter, shape=(rows, *parameter.shape[1:]))
@@ -131,6 +121,10 @@ def to_hf(
     carried = carried_tensors(meta)
     in_float32 = float32_tensors(meta)
     shapes = file_tensors(meta)
+    if missing := shapes.keys() - sources.parameters.keys():  # a head of scores
+        raise CheckpointError(
+            f"{checkpoint} lacks {listing(missing)}. It does not hold a model as config.json describes it."
+        )
     plain = [
         TensorInfo(name=name, dtype=sources.dtype(name), shape=shape, file=Path(), begin=0)
         for name, shape in shapes.items()
@@ -176,38 +170,34 @@ def to_hf(
 class _Sources:
     """Where a checkpoint keeps what each tensor of the file is made of."""
 
-    parameters: Mapping[str, list[tuple[Parameter, Address, StoredTensor]]]  # by tensor
+    parameters: Mapping[str, list[StoredParameter]]  # by tensor
     finder: DataFinder
 
     @classmethod
     def read(cls, meta: ModelMeta, checkpoint: Path) -> "_Sources":
         """Return those of the whole model; raises CheckpointError."""
-        stored = read_metadata(checkpoint)
-        parameters: dict[str, list[tuple[Parameter, Address, StoredTensor]]] = defaultdict(list)
-        for parameter in _whole_model(meta):
-            address, tensor = find(parameter, meta, stored)
-            check_shape(parameter, address, tensor)
-            for name in dict.fromkeys(piece.tensor for piece in parameter.pieces):
-                parameters[name].append((parameter, address, tensor))
+        parameters: dict[str, list[StoredParameter]] = defaultdict(list)
+        for stored in stored_parameters(meta, checkpoint):
+            for name in dict.fromkeys(piece.tensor for piece in stored.parameter.pieces):
+                parameters[name].append(stored)
         return cls(parameters=parameters, finder=DataFinder(checkpoint))
 
     def dtype(self, name: str) -> str:
         """Return the dtype that the checkpoint holds a tensor in."""
-        return self.parameters[name][0][2].dtype
+        return self.parameters[name][0].tensor.dtype
 
     def spans(self, info: TensorInfo) -> Iterator[Span]:
         """Yield what fills a tensor of the file."""
-        for parameter, address, tensor in self.parameters[info.name]:
-            if parameter.pieces[0].slab is not None:
-                yield self._transposed(info, parameter, address, tensor)
+        for stored in self.parameters[info.name]:
+            if stored.parameter.pieces[0].slab is not None:
+                yield self._transposed(info, stored)
                 continue
-            for piece in parameter.pieces:
+            for piece in stored.parameter.pieces:
                 if piece.tensor == info.name:
-                    yield from copies_from(info, piece, address, tensor, self.finder)
+                    yield from copies_from(info, piece, stored, self.finder)
 
-    def _transposed(
-        self, info: TensorInfo, parameter: Parameter, address: Address, tensor: StoredTensor
-    ) -> Transposed:
+    def _transposed(self, info: TensorInfo, stored: StoredParameter) -> Transposed:
+        parameter, tensor = stored.parameter, stored.tensor
         own = TensorInfo(name=info.name, dtype=tensor.dtype, shape=parameter.shape, file=Path(), begin=0)
         rows = block(0, parameter.shape[0])
         whole = Piece(tensor=info.name, rows=rows, cols=(0, own.cols), into=rows)
@@ -215,7 +205,7 @@ class _Sources:
         assert slab is not None, f"{info.name} is not packed"
         return Transposed(
             at=info.begin + slab * own.rows * own.cols * info.item_bytes,
-            copies=tuple(copies_from(own, whole, address, tensor, self.finder)),
+            copies=tuple(copies_from(own, whole, stored, self.finder)),
             shape=parameter.shape,
             pieces=parameter.pieces,
             cast=(tensor.dtype, info.dtype),
@@ -234,10 +224,10 @@ class _Sources:
         own = TensorInfo(name=name, dtype=self.dtype(name), shape=(rows, cols), file=Path(), begin=0)
         copies = [
             copy
-            for parameter, address, tensor in self.parameters[name]
-            for piece in parameter.pieces
+            for stored in self.parameters[name]
+            for piece in stored.parameter.pieces
             if piece.tensor == name
-            for copy in copies_from(own, piece, address, tensor, self.finder)
+            for copy in copies_from(own, piece, stored, self.finder)
         ]
         return Fp8(
             copies=tuple(copies),
@@ -246,35 +236,6 @@ class _Sources:
             values_at=values_at,
             scales_at=scales_at,
         )
-
-
-def find_checkpoint(folder: Path) -> Path:
-    """Return the folder with .metadata at or below `folder`, as Megatron-LM and this project lay them out; raises CheckpointError.
-
-    Without a tracker file it is the only one there is, or Megatron-LM's of the highest iteration.
-    """
-    tracked = [folder / RELEASE]
-    if (folder / TRACKER).is_file() and (text := (folder / TRACKER).read_text().strip()).isdigit():
-        tracked = [folder / f"iter_{int(text):07d}"]  # checkpointing.py of Megatron-LM, get_checkpoint_name
-    for candidate in (folder, *tracked):
-        if (candidate / METADATA).is_file():
-            return candidate
-    below = sorted(path.parent for path in folder.glob(f"*/{METADATA}"))  # iter_0000100: digits stand in line
-    if below and all(path.name.startswith("iter_") for path in below):
-        below = below[-1:]
-    if len(below) > 1:
-        raise CheckpointError(
-            f"{folder} holds several checkpoints: {', '.join(path.name for path in below)}. Choose one of them."
-        )
-    if below:
-        return below[0]
-    raise CheckpointError(
-        f"{folder} holds no torch_dist checkpoint: no {METADATA} in it. Choose the folder that has one."
-    )
-
-
-def _whole_model(meta: ModelMeta) -> list[Parameter]:
-    return plan_chunk(meta, Layout(), coordinates(Layout(), 0))
 
 
 def _facts(meta: ModelMeta, direction: str) -> dict[str, Any]:

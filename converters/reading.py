@@ -1,11 +1,32 @@
 """The elements of a piece of a file tensor, whatever way the file holds them: plain, transposed, in FP8 or in MXFP4. No torch."""
 
+from pathlib import Path
+
 import numpy as np
+import numpy.typing as npt
 
 from megaswift.converters.block_floats import BLOCK, decode_fp8, decode_mxfp4, scales_of
+from megaswift.converters.check import check_files
 from megaswift.converters.plan import Piece
+from megaswift.converters.quantised import read_model
 from megaswift.converters.stripes import Stripe
 from megaswift.converters.tensor_files import Bits, Packed, TensorInfo, TensorReader
+from megaswift.metadata.meta import ModelMeta
+
+Rows = npt.NDArray[np.int64]
+
+
+class FolderReader(TensorReader):
+    """Reads pieces of the tensors of a Hugging Face folder."""
+
+    def __init__(self, meta: ModelMeta, folder: Path) -> None:
+        """Raises WeightsError where files and config.json do not fit together exactly."""
+        super().__init__(read_model(meta, folder))
+        check_files(meta, self.tensors)
+
+    def read(self, piece: Piece) -> Bits:
+        """Return what read_piece() does."""
+        return read_piece(self, piece)
 
 
 def read_piece(reader: TensorReader, piece: Piece) -> Bits:
@@ -36,6 +57,12 @@ def bits_of(matrix_NC: Bits, stripe: Stripe, cols: tuple[int, int]) -> Bits:
     )
 
 
+def row_numbers(stripe: Stripe) -> Rows:
+    """Return the chosen rows one by one."""
+    begins = stripe.start + stripe.pitch * np.arange(stripe.runs)
+    return np.add.outer(begins, np.arange(stripe.width)).reshape(-1)
+
+
 def _fp8(reader: TensorReader, packed: Packed, piece: Piece) -> Bits:
     values_NC = reader.stored(packed.values)
     grid = tuple(-(-size // BLOCK) for size in values_NC.shape)
@@ -51,8 +78,5 @@ def _mxfp4(reader: TensorReader, packed: Packed, piece: Piece) -> Bits:
     _, rows, groups, half = packed.values.shape
     blocks_NGb = reader.stored(packed.values).reshape(-1, rows, groups, half)[piece.slab]
     scales_NG = reader.stored(packed.scales).reshape(-1, rows, groups)[piece.slab]
-    stripe = piece.rows
-    chosen = np.add.outer(
-        stripe.start + stripe.pitch * np.arange(stripe.runs), np.arange(stripe.width)
-    ).reshape(-1)
+    chosen = row_numbers(piece.rows)
     return decode_mxfp4(blocks_NGb[chosen], scales_NG[chosen])[:, slice(*piece.cols)]

@@ -21,6 +21,11 @@ class Stripe:
         return self.runs * self.width
 
     @property
+    def end(self) -> int:
+        """The row after the last one."""
+        return self.start + (self.runs - 1) * self.pitch + self.width
+
+    @property
     def is_contiguous(self) -> bool:
         """Whether the rows follow each other without a gap."""
         return self.runs == 1 or self.pitch == self.width

@@ -13,7 +13,8 @@ from megaswift.config.parse import take_flags
 from megaswift.converters.certificate import Certificate, certify
 from megaswift.converters.check import check_files
 from megaswift.converters.conversion import Conversion, carry_out
-from megaswift.converters.offline import MODEL_FILES, find_checkpoint, to_hf, to_mcore
+from megaswift.converters.dcp_model import find_checkpoint
+from megaswift.converters.offline import to_hf, to_mcore
 from megaswift.converters.quantised import read_model
 from megaswift.converters.shards import parse_size
 from megaswift.converters.tensor_files import INDEX_FILE, SINGLE_FILE, read_folder
@@ -22,6 +23,7 @@ from megaswift.launch.environment import own_error_file
 from megaswift.launch.local import die_with_parent, start_ranks, this_program
 from megaswift.launch.start import plan_start
 from megaswift.logs import get_logger, setup_logging
+from megaswift.metadata.beside import MODEL_FILES, model_beside
 from megaswift.metadata.files import read_json
 from megaswift.metadata.hub import Files, locate
 from megaswift.metadata.meta import ModelMeta
@@ -233,12 +235,11 @@ def _model_of_checkpoint(config: ConvertConfig, checkpoint: Path) -> ModelMeta:
             source.hf_model, revision=source.model_revision, use_hf=source.use_hf, token=source.hub_token
         )
     else:
-        beside = [checkpoint / MODEL_FILES, checkpoint.parent / MODEL_FILES]
-        found = [place for place in beside if (place / "config.json").is_file()]
-        if not found:
+        beside = model_beside(checkpoint)
+        if beside is None:
             raise ConfigError(
                 f"model={checkpoint} has no {MODEL_FILES}/config.json beside it. Name the Hugging Face model that it is of: "
                 "--hf_model FOLDER_OR_ID."
             )
-        folder = found[0]
+        folder = beside
     return get_model_meta(folder, trust_remote_code=source.trust_remote_code)

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from megaswift.converters.conversion import carry_out
-from megaswift.converters.offline import MODEL_FILES, find_checkpoint, to_hf, to_mcore
+from megaswift.converters.dcp_model import find_checkpoint
+from megaswift.converters.offline import to_hf, to_mcore
 from megaswift.errors import ModelError, WeightsError
+from megaswift.metadata.beside import MODEL_FILES
 from megaswift.metadata.catalogue import FAMILIES
 from megaswift.metadata.features import check_supported
 from megaswift.metadata.meta import ModelMeta

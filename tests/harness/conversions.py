@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from megaswift.converters.conversion import carry_out
-from megaswift.converters.offline import find_checkpoint, to_hf, to_mcore
+from megaswift.converters.dcp_model import find_checkpoint
+from megaswift.converters.offline import to_hf, to_mcore
 from megaswift.metadata.read import get_model_meta
 from tests.harness.tiny import save_tiny
 

@@ -62,7 +62,8 @@ def test_dry_run_needs_a_config_alone(capsys: pytest.CaptureFixture[str], tmp_pa
         (["--model", "{model}", "--to", "mcore", "--output_dir", "out", "--spam", "1"], "spam is not a flag"),
         (["--model", "{model}", "--to", "mcore", "--output_dir", "{model}"], "is read from"),
         (["--model", "{model}/config.json", "--to", "mcore", "--output_dir", "out"], "is a file"),
-        (["--model", "{model}", "--to", "hf", "--output_dir", "out"], "hf_model"),
+        (["--model", ".", "--to", "hf", "--output_dir", "out"], "hf_model"),
+        (["--model", "{model}", "--to", "hf", "--output_dir", "out"], "no torch_dist checkpoint"),
         (["--model", "{model}", "--dry_run", "--tp", "7", "--etp", "7"], "etp=7 does not cut"),
         (["--model", "{model}", "--dry_run", "--ep", "3"], "ep=3 does not divide num_experts=4"),
         (

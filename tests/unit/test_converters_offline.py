@@ -19,8 +19,9 @@ from torch.distributed.checkpoint.metadata import (
 
 from megaswift.converters.conversion import carry_out
 from megaswift.converters.dcp_metadata import read_metadata
+from megaswift.converters.dcp_model import find_checkpoint
 from megaswift.converters.dtypes import cast
-from megaswift.converters.offline import find_checkpoint, to_hf, to_mcore
+from megaswift.converters.offline import to_hf, to_mcore
 from megaswift.errors import CheckpointError
 from megaswift.metadata.read import get_model_meta
 from tests.harness.conversions import back, saved, tensors_of, there
