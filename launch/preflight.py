@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from math import ceil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from megaswift.config.run import RunConfig
 from megaswift.errors import DataError, LaunchError, ModelError
 from megaswift.launch.quota import writable_bytes
 from megaswift.logs import get_logger
+from megaswift.metadata.count import count_parameters
 from megaswift.metadata.hub import Files
 from megaswift.metadata.meta import ModelMeta
 from megaswift.metadata.read import get_model_meta
@@ -32,6 +34,7 @@ def check_run(run: RunConfig, *, world_size: int, platform_name: str) -> tuple[M
     """Return the facts about the model and the resolved run; raises UserError for the first thing that is wrong."""
     meta = model_of(run)
     trained_of(run, meta)  # names that the model does not have are found here
+    check_checkpoints(run, meta)
     return meta, resolve(run, meta, world_size, platform_name)
 
 
@@ -44,9 +47,25 @@ def model_of(run: RunConfig) -> ModelMeta:
         revision=run.model.model_revision,
         use_hf=run.model.use_hf,
         trust_remote_code=run.model.trust_remote_code,
-        files=Files.FACTS if run.model.random_init else Files.ALL,
+        files=Files.ALL if run.model.reads_safetensors else Files.FACTS,
         token=run.model.hub_token,
     )
+
+
+def check_checkpoints(run: RunConfig, meta: ModelMeta) -> None:
+    """Raise CheckpointError unless --mcore_model and --mcore_ref_model hold what config.json describes, by what .metadata says.
+
+    Their heads are left for later: a model that scores has another one.
+    """
+    named = [name for name in (run.model.mcore_model, run.preference.mcore_ref_model) if name is not None]
+    if not named:
+        return
+    from megaswift.converters.dcp_model import find_checkpoint, stored_parameters  # numpy
+
+    for name in named:
+        checkpoint = find_checkpoint(Path(name))
+        if name == run.model.mcore_model or run.preference.ref_model is None:
+            stored_parameters(replace(meta, scores=0), checkpoint)
 
 
 def check_rows(run: RunConfig) -> None:
@@ -138,7 +157,7 @@ def planned_checkpoints(run: RunConfig) -> int:
 
 def check_files_for_nodes_without_network(run: RunConfig, meta: ModelMeta) -> None:
     """Raise ModelError where the weights are not on this machine's disk: nodes without a network could not fetch them."""
-    if run.model.random_init or meta.folder is None:
+    if not run.model.reads_safetensors or meta.folder is None:
         return
     if not any(meta.folder.glob("*.safetensors")):
         raise ModelError(
@@ -156,6 +175,8 @@ def checkpoint_bytes(run: RunConfig, meta: ModelMeta) -> int:
         return 0
     files = sum(file.stat().st_size for file in meta.folder.glob("*.safetensors"))
     parameters, weight = files // BYTES.get(meta.dtype, 2), BYTES[run.model.torch_dtype or "bfloat16"]
+    if run.model.mcore_model is not None:
+        parameters = count_parameters(meta).total
     export = weight if run.checkpoint.save_safetensors else 0
     if run.tuner.tuner_type != "full":
         return parameters * export if run.tuner.merge_lora else 0

@@ -76,10 +76,20 @@ def _few_layers(config: dict[str, Any], layout: Layout) -> int:
 
 def rehearsal_of(run: RunConfig, layout: Layout, *, model: str, output_dir: str) -> RunConfig:
     """Return a resolved run as it is rehearsed: on processors, a few steps with few rows, saved once at the end."""
-    data, training = run.data, run.training
+    data, training, preference = run.data, run.training, run.preference
+    if preference.mcore_ref_model is not None:
+        preference = replace(preference, ref_model=model, mcore_ref_model=None)
     return replace(
         run,
-        model=replace(run.model, model=model, model_revision=None, torch_dtype="float32", random_init=False),
+        model=replace(
+            run.model,
+            model=model,
+            model_revision=None,
+            mcore_model=None,
+            torch_dtype="float32",
+            random_init=False,
+        ),
+        preference=preference,
         data=replace(
             data,
             dataset=_few(data.dataset),

@@ -16,6 +16,12 @@ class ModelConfig:
     model: str | None = setting(
         None, "hub id or folder with config.json and safetensors", aliases=("model_id_or_path",)
     )
+    mcore_model: str | None = setting(
+        None,
+        "Megatron-Core checkpoint (torch_dist, saved under any layout) to read the weights from; config.json and tokenizer are those "
+        "of --model, or lie beside it",
+        aliases=("load",),
+    )
     model_type: str | None = setting(None, "override the model_type of config.json")
     model_revision: str | None = setting(None, "branch, tag or commit on the hub", aliases=("revision",))
     use_hf: bool = setting(True, "look ids up on Hugging Face rather than ModelScope")
@@ -47,6 +53,11 @@ class ModelConfig:
     random_init: bool = setting(
         False, "start from random weights instead of reading safetensors (pre-training)"
     )
+
+    @property
+    def reads_safetensors(self) -> bool:
+        """Whether the weights are those in the folder of the model."""
+        return not self.random_init and self.mcore_model is None
 
     @property
     def problem(self) -> str:

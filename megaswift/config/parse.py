@@ -13,6 +13,7 @@ from megaswift.config.run import RunConfig
 from megaswift.config.value import Raw, text_of, value_of
 from megaswift.errors import ConfigError, nearest
 from megaswift.logs import get_logger
+from megaswift.metadata.beside import MODEL_FILES, model_beside
 
 log = get_logger("config")
 
@@ -193,7 +194,21 @@ def _build(task: str, given: dict[str, Given]) -> RunConfig:
     values = {**TASK_DEFAULTS[task], **{flag: one.value for flag, one in given.items()}}
     if LAYOUT_FLAGS & given.keys():
         values["auto_layout"] = False
-    return fill(RunConfig(task=task), values)
+    return _with_model(fill(RunConfig(task=task), values))
+
+
+def _with_model(config: RunConfig) -> RunConfig:
+    """Return `config` with the model whose config.json lies beside --mcore_model, where no other is named; raises ConfigError."""
+    checkpoint = config.model.mcore_model
+    if checkpoint is None or config.model.model is not None:
+        return config
+    beside = model_beside(Path(checkpoint))
+    if beside is None:
+        raise ConfigError(
+            f"mcore_model={checkpoint} has no config.json beside it, in {MODEL_FILES}/ or directly. Give --model with the Hugging Face "
+            "model that the checkpoint is of."
+        )
+    return replace(config, model=replace(config.model, model=str(beside)))
 
 
 def with_flags(config: RunConfig, words: dict[str, Raw]) -> RunConfig:

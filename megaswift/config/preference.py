@@ -57,6 +57,12 @@ class PreferenceConfig:
     ref_model: str | None = setting(
         None, "model of the same kind to compare with; default: --model as it is before training"
     )
+    mcore_ref_model: str | None = setting(
+        None,
+        "Megatron-Core checkpoint with the weights of what the trained model is compared with; its config.json is that of --ref_model, "
+        "or of --model",
+        aliases=("ref_load",),
+    )
     ref_adapters: list[str] = setting(
         [], "PEFT adapter folder that belongs to what the trained model is compared with"
     )

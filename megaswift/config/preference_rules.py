@@ -26,6 +26,7 @@ BELONGS: dict[str, tuple[str, ...]] = {
     "calculate_kl": ("kto",),
     "center_rewards_coefficient": ("rm",),
     "ref_model": ("dpo", "kto", "grpo"),
+    "mcore_ref_model": ("dpo", "kto", "grpo"),
     "ref_adapters": ("dpo", "kto", "grpo"),
     "precompute_ref_log_probs": ("dpo", "kto"),
     "sync_ref_model": ("dpo", "grpo"),
@@ -144,9 +145,11 @@ def preference_numbers_are_in_range(run: RunConfig) -> None:
         )
     if chosen.discopop_tau <= 0:
         raise ConfigError(f"discopop_tau={chosen.discopop_tau:g} is too small. Give more than 0.")
-    if chosen.reference_free and (chosen.ref_model or chosen.ref_adapters or chosen.precompute_ref_log_probs):
+    named = chosen.ref_model or chosen.mcore_ref_model or chosen.ref_adapters
+    if chosen.reference_free and (named or chosen.precompute_ref_log_probs):
         raise ConfigError(
-            "reference_free=true has no reference model. Leave --ref_model, --ref_adapters and --precompute_ref_log_probs out."
+            "reference_free=true has no reference model. Leave --ref_model, --mcore_ref_model, --ref_adapters and "
+            "--precompute_ref_log_probs out."
         )
     if len(chosen.ref_adapters) > 1:
         raise ConfigError(
@@ -209,6 +212,7 @@ def the_reference_is_not_the_adapted_model(case: Case) -> Case | None:
         or kind not in NEEDS_REFERENCE
         or not tuner.adapters
         or case.run.preference.ref_model
+        or case.run.preference.mcore_ref_model
         or case.run.preference.ref_adapters
     ):
         return None

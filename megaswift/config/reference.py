@@ -36,4 +36,5 @@ def needs_reference(run: RunConfig) -> bool:
     if not compares(run) or settings.precompute_ref_log_probs:
         return False
     changes = run.tuner.tuner_type == "full" or bool(run.tuner.modules_to_save)
-    return changes or settings.ref_model is not None or bool(settings.ref_adapters)
+    named = (settings.ref_model, settings.mcore_ref_model, *settings.ref_adapters)
+    return changes or any(name is not None for name in named)

@@ -197,12 +197,10 @@ REFUSED: dict[str, Refused] = {
     ),
     **_refuse("writing checkpoints in the background", async_save="false", use_flash_ckpt="false"),
     **_refuse(
-        "starting from a Megatron-Core checkpoint",
-        "Give the exported Hugging Face folder as --model; --resume continues a run.",
-        mcore_model="none",
+        "adapters in a Megatron-Core checkpoint",
+        "Adapters are PEFT folders here: give --adapters; --resume continues a run.",
         mcore_adapter="none",
         mcore_adapters="none",
-        load="none",
     ),
     **_refuse(
         "sending files to a hub",
@@ -240,11 +238,9 @@ REFUSED: dict[str, Refused] = {
         group_size="128",
     ),
     **_refuse(
-        "a reference from a Megatron-Core checkpoint",
-        "Give a Hugging Face folder as --ref_model, or a PEFT folder as --ref_adapters.",
-        ref_load="none",
+        "adapters in a Megatron-Core checkpoint",
+        "Adapters are PEFT folders here: give --ref_adapters.",
         ref_adapter_load="none",
-        mcore_ref_model="none",
         mcore_ref_adapter="none",
     ),
     **_refuse(

@@ -19,6 +19,7 @@ from megaswift.config import teacher_rules as teacher
 from megaswift.config import training_rules as training
 from megaswift.config import tuner_rules as tuner
 from megaswift.config import vllm_rules as vllm
+from megaswift.config import weight_rules as weights
 from megaswift.config.case import Case, Rule
 from megaswift.config.run import RunConfig
 from megaswift.metadata.meta import ModelMeta
@@ -39,6 +40,7 @@ REQUEST_RULES = (
     data.streams_have_an_end,
     training.random_weights_are_for_pre_training,
     muon.muon_settings_belong_to_muon,
+    weights.weights_have_one_source,
     tuner.parts_of_the_model_train_in_full,
     tuner.layers_are_drawn_in_full_training,
     head.heads_are_for_fine_tuning,
@@ -118,6 +120,8 @@ RULES: tuple[Rule, ...] = (
     report.reports_have_a_place_and_a_time,
     training.a_run_without_optimizer_state_does_not_resume,
     training.router_losses_have_a_kind,
+    weights.adapters_name_a_base_without_these_weights,
+    weights.layers_that_go_through_are_in_the_folder,
     preference.preference_settings_have_defaults,
     preference.the_reference_is_not_the_adapted_model,
     teacher.the_answers_of_distillation_have_authors,

@@ -39,6 +39,7 @@ from megaswift.platforms.platform import init_distributed, select_platform
 from megaswift.tasks.catalogue import trained_model
 from megaswift.training.freeze import freeze, open_modules
 from megaswift.training.lisa import open_layers
+from megaswift.training.model import weights_of
 
 logger = get_logger(__name__)
 
@@ -51,7 +52,8 @@ def export(config: ExportConfig) -> ExportReport:
     checkpoint = find_source(config)
     run = _run_of(config, checkpoint)
     meta = get_model_meta(
-        locate(str(run.model.model), files=Files.ALL), trust_remote_code=run.model.trust_remote_code
+        locate(str(run.model.model), files=Files.ALL if run.model.reads_safetensors else Files.FACTS),
+        trust_remote_code=run.model.trust_remote_code,
     )
     meta = trained_model(run, meta)
     dtype = config.target.torch_dtype or run.model.torch_dtype or meta.dtype
@@ -146,7 +148,6 @@ def _fill(
     adapter: PeftAdapter | None,
     checkpoint: Checkpoint | None,
 ) -> None:
-    folder = Path(str(meta.folder))
     adapted = run.tuner.tuner_type == "lora"
     if adapted:
         ranks = adapter.ranks(meta) if adapter else None
@@ -159,7 +160,7 @@ def _fill(
     if run.lisa.lisa_activated_layers:
         open_layers(chunks, run, updates=0)  # any layers: all are read, by names of their own
     if checkpoint is None or not chunks[0].all_trains:
-        load_weights(chunks, meta, layout, 0, folder)
+        load_weights(chunks, meta, layout, 0, weights_of(run, meta))
     # A base in four bits is what the adapters were trained beside.
     finish_tuner(chunks, run.tuner, device=torch.device("cpu"), seed=run.training.seed, fresh=False)
     if checkpoint is not None:

@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from megaswift.config.run import RunConfig
 from megaswift.converters.adapters import load_peft
+from megaswift.converters.dcp_pieces import McoreCheckpoint
 from megaswift.converters.load import load_weights
 from megaswift.converters.lora_targets import adapted_modules
 from megaswift.converters.peft_folder import PeftAdapter
@@ -20,6 +21,13 @@ from megaswift.platforms.platform import Platform
 from megaswift.training.freeze import freeze, open_modules
 
 
+def weights_of(run: RunConfig, meta: ModelMeta) -> Path | McoreCheckpoint:
+    """Return where the weights are that a run starts from."""
+    if run.model.mcore_model is not None:
+        return McoreCheckpoint(folder=Path(run.model.mcore_model))
+    return Path(str(meta.folder))
+
+
 def load_model(
     run: RunConfig,
     meta: ModelMeta,
@@ -29,13 +37,12 @@ def load_model(
     adapter: PeftAdapter | None,
     fresh: bool,
     group: Any,
-    weights: Path | None = None,
+    weights: Path | McoreCheckpoint,
 ) -> list[Any]:
     """Return this rank's chunks; every rank of the world calls it. Raises UserError.
 
     `fresh` says that no checkpoint is read into them afterwards, which leaves frozen weights out. `weights` is
-    where those of the model are if not in its own folder. `adapter` must have been adopted by the run's tuner. `group`
-    holds all ranks and is patient.
+    where those of the model are. `adapter` must have been adopted by the run's tuner. `group` holds all ranks and is patient.
     """
     chunks, rank = alike(lambda: build_model(meta, run, layout, platform)), dist.get_rank()
     adapted = run.tuner.tuner_type == "lora"
@@ -49,8 +56,7 @@ def load_model(
         if run.tuner.modules_to_save:
             alike(lambda: open_modules(chunks, meta, layout, rank, run.tuner))
     if not run.model.random_init and (fresh or not chunks[0].all_trains):
-        folder = weights or Path(str(meta.folder))
-        agree(lambda: load_weights(chunks, meta, layout, rank, folder), group=group)
+        agree(lambda: load_weights(chunks, meta, layout, rank, weights), group=group)
     seed = run.training.seed
     alike(lambda: finish_tuner(chunks, run.tuner, device=platform.device, seed=seed, fresh=fresh))
     if adapter is not None and fresh:

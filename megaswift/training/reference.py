@@ -17,6 +17,8 @@ from megaswift.config.freeze import FreezeConfig
 from megaswift.config.rules import resolve
 from megaswift.config.run import RunConfig
 from megaswift.config.tuner import TunerConfig
+from megaswift.converters.dcp_model import find_checkpoint
+from megaswift.converters.dcp_pieces import McoreCheckpoint
 from megaswift.converters.peft_folder import PeftAdapter, read_adapter
 from megaswift.data.batches import BatchSettings, MicroBatch, ValidationData
 from megaswift.data.encode import EncodedSet
@@ -31,11 +33,12 @@ from megaswift.tasks.catalogue import trained_model
 from megaswift.tasks.preference import answer_logps
 from megaswift.tasks.task import look, run_model
 from megaswift.training.context import context_share
-from megaswift.training.model import load_model
+from megaswift.training.model import load_model, weights_of
 
 logger = get_logger(__name__)
 
 FOLDER = "reference_logps"  # below the run's folder
+WEIGHT_FILES = ("*.safetensors", "adapter_config.json", ".metadata", "*.distcp")
 
 
 def reference_copy(
@@ -57,8 +60,8 @@ def reference_copy(
     if run.preference.ref_adapters:
         adapter = alike(lambda: read_adapter(run.preference.ref_adapters[0], reference))
         tuner = adapter.adopt(replace(tuner, tuner_type="lora"), reference)
-    run = replace(run, tuner=tuner)
-    return _frozen(run, reference, layout, platform, adapter=adapter, group=group, weights=kept)
+    run, weights = replace(run, tuner=tuner), kept or reference_weights(run, reference)
+    return _frozen(run, reference, layout, platform, adapter=adapter, group=group, weights=weights)
 
 
 def teacher_copy(
@@ -67,7 +70,8 @@ def teacher_copy(
     """Return this rank's chunks of --teacher_model as reference_copy() does; it may be of another size, under the same layout."""
     teacher = alike(lambda: teacher_meta(run, meta))
     alike(lambda: resolve(run, teacher, layout.world, platform.name))
-    return _frozen(replace(run, tuner=TunerConfig()), teacher, layout, platform, group=group)
+    run, weights = replace(run, tuner=TunerConfig()), Path(str(teacher.folder))
+    return _frozen(run, teacher, layout, platform, group=group, weights=weights)
 
 
 def _frozen(
@@ -78,7 +82,7 @@ def _frozen(
     *,
     adapter: PeftAdapter | None = None,
     group: Any,
-    weights: Path | None = None,
+    weights: Path | McoreCheckpoint,
 ) -> list[Any]:
     plain = replace(run, freeze=FreezeConfig())
     chunks = load_model(
@@ -109,6 +113,16 @@ def _facts_of(run: RunConfig, meta: ModelMeta, flag: str, name: str | None) -> M
             "the same tokens. Choose one with the same tokenizer."
         )
     return trained_model(run, other)
+
+
+def reference_weights(run: RunConfig, reference: ModelMeta) -> Path | McoreCheckpoint:
+    """Return where the weights of the model of reference_meta() are, before it follows any other."""
+    chosen = run.preference
+    if chosen.mcore_ref_model is not None:
+        return McoreCheckpoint(folder=Path(chosen.mcore_ref_model))
+    if chosen.ref_model is not None:
+        return Path(str(reference.folder))
+    return weights_of(run, reference)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,11 +183,12 @@ class References:
 
     def _key(self, encoded: EncodedSet) -> str:
         """Return what the log-probabilities depend on: the tokens, and the weights as far as their files tell."""
-        folders = [str(reference_meta(self.run, self.meta).folder), *self.run.preference.ref_adapters]
+        weights = reference_weights(self.run, reference_meta(self.run, self.meta))
+        base = find_checkpoint(weights.folder) if isinstance(weights, McoreCheckpoint) else weights
         files = [
             (path.name, path.stat().st_size, path.stat().st_mtime_ns)
-            for folder in folders
-            for path in sorted([*Path(folder).glob("*.safetensors"), *Path(folder).glob("adapter_config.json")])
+            for folder in (base, *map(Path, self.run.preference.ref_adapters))
+            for path in sorted(path for pattern in WEIGHT_FILES for path in folder.glob(pattern))
         ]
         weighs = (files, self.run.model.torch_dtype, self.run.preference.ld_alpha)
         digest = hashlib.sha256(repr(weighs).encode())

@@ -51,7 +51,7 @@ from megaswift.training.feed import TrainFeed, ValidationFeed
 from megaswift.training.following import FollowReference, kept_reference, reference_writers
 from megaswift.training.lisa import DrawLayers, open_layers
 from megaswift.training.loop import Callback, Progress, train_loop
-from megaswift.training.model import load_model
+from megaswift.training.model import load_model, weights_of
 from megaswift.training.optimizer import build_optimizer, shards_optimizer, wrap_chunks
 from megaswift.training.reference import References, reference_copy, teacher_copy
 from megaswift.training.schedule import build_schedule
@@ -178,7 +178,16 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
         teacher = teacher_copy(run, meta, layout, platform, group=patient)
         call_in = room_beside_a_teacher(run, teacher)
     fresh = checkpoint is None
-    chunks = load_model(run, meta, layout, platform, adapter=adapter, fresh=fresh, group=patient)
+    chunks = load_model(
+        run,
+        meta,
+        layout,
+        platform,
+        adapter=adapter,
+        fresh=fresh,
+        group=patient,
+        weights=weights_of(run, meta),
+    )
     if run.lisa.lisa_activated_layers:
         open_layers(chunks, run, updates=start.updates)
     wrapped = wrap_chunks(chunks, run)
