@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,14 @@ from megaswift.metadata.read import get_model_meta
 from megaswift.models.build import build_model
 from megaswift.parallel.layout import Layout
 from megaswift.platforms.platform import select_platform
+from megaswift.training.reference import References
 from tests.distributed.test_plain_megatron import CASES, plain_model, save_plainly
 from tests.distributed.test_rlhf_runs import save_references, train_all
 from tests.harness.distributed import run_distributed
 from tests.harness.quantised import tensors_of
 from tests.harness.tiny import save_tiny
 from tests.harness.tiny_run import make_tiny_run
-from tests.harness.training import temporary_folder
+from tests.harness.training import synthetic_set, temporary_folder
 
 LAYOUTS = {
     "tp2": Layout(world=2, tp=2),
@@ -269,3 +271,23 @@ def test_a_lora_run_goes_on_beside_the_weights_of_the_checkpoint() -> None:
     ]) for iters in (2, STEPS)])  # fmt: skip
     found = figures("lora stopped")
     assert [line["loss"] for line in found] == [line["loss"] for line in whole]
+
+
+def test_references_computed_once_are_those_of_the_checkpoint(tmp_path: Path) -> None:
+    """Another checkpoint under the same name has others."""
+    changing = Path(shutil.copytree(root() / "merged-mcore", tmp_path / "mcore"))
+    run = run_of("dpo lora precomputed", 1)
+    run = replace(run, preference=replace(run.preference, mcore_ref_model=str(changing)))
+    references = References(
+        run=run,
+        meta=get_model_meta(root() / "model"),
+        layout=Layout(),
+        platform=select_platform("cpu"),
+        output_dir=tmp_path,
+        group=None,
+    )
+    encoded = synthetic_set()
+    key = references._key(encoded)
+    assert references._key(encoded) == key
+    next((changing / "release").glob("*.distcp")).touch()
+    assert references._key(encoded) != key
