@@ -9,7 +9,7 @@ import pytest
 
 from megaswift.config.dump import dump_run
 from megaswift.config.parse import parse_run, parse_saved
-from megaswift.config.reference import needs_copy
+from megaswift.config.reference import needs_reference
 from megaswift.config.rules import check_request, resolve
 from megaswift.config.run import RunConfig
 from megaswift.errors import CheckpointError, ConfigError
@@ -74,8 +74,8 @@ def test_what_does_not_go_together_is_refused(task: str, words: str, message: st
 
 def test_adapters_have_a_reference_beside_them_where_a_checkpoint_is_named() -> None:
     words = "--model m --rlhf_type dpo --tuner_type lora"
-    assert not needs_copy(parsed(words, "rlhf"))
-    assert needs_copy(parsed(f"{words} --mcore_ref_model c", "rlhf"))
+    assert not needs_reference(parsed(words, "rlhf"))
+    assert needs_reference(parsed(f"{words} --mcore_ref_model c", "rlhf"))
     assert parsed("--model m --ref_load c", "rlhf").preference.mcore_ref_model == "c"
 
 
