@@ -43,9 +43,9 @@ def a_teacher_has_a_say_in_every_token(run: RunConfig) -> None:
                 f"{what} weighs completions as a whole, and a teacher judges each token. Leave one of them out."
             )
     blank = RolloutConfig()
-    for name in ("dynamic_sample", "advantage_estimator", "scale_rewards", "kl_in_reward"):
+    for name in ("dynamic_sample", "advantage_estimator", "kl_in_reward"):
         value = getattr(run.rollout, name)
-        if value != getattr(blank, name) and not reward_names(run.reward):
+        if value not in (getattr(blank, name), False) and not reward_names(run.reward):
             raise ConfigError(
                 f"{name}={value} is said of rewards, and there are none. Give --reward_funcs, or leave it out."
             )

@@ -3,7 +3,7 @@
 import pytest
 
 from megaswift.config.reference import has_teacher_here, is_taught
-from megaswift.config.rules import ResolvedRun
+from megaswift.config.rules import ResolvedRun, resolve
 from megaswift.data.forms import form_of
 from megaswift.errors import ConfigError
 from tests.unit.test_config_rules import dense, resolved
@@ -24,6 +24,11 @@ def test_a_policy_may_learn_from_a_teacher_alone_or_beside_rewards(words: str) -
     assert is_taught(alone) and has_teacher_here(alone) is (words != SERVED)
     beside = taught(f"{words} --reward_funcs format --teacher_kl_coef 0.5").config
     assert beside.preference.teacher_kl_coef == 0.5
+
+
+def test_what_is_resolved_resolves_to_itself() -> None:
+    run = taught("--teacher_model t").config
+    assert resolve(run, dense(), 1, "cpu").config == run
 
 
 def test_prompts_are_shared_out_by_tags() -> None:
