@@ -41,7 +41,7 @@ class TunerConfig:
         "true",
         "start of the adapters: true (A uniform, B zero), gaussian (A normal), pissa and pissa_niter_N (arXiv 2404.02948; the "
         "principal part of the weight, exact or in N iterations), olora (arXiv 2406.01775; the first part of its QR "
-        "decomposition)",
+        "decomposition), loftq (arXiv 2310.08659; the principal part of what --quant_bits 4 loses of the weight)",
         aliases=("init_lora_weights",),
     )
     lorap_lr_ratio: float | None = setting(
@@ -59,7 +59,12 @@ class TunerConfig:
     @property
     def starts_from_weights(self) -> bool:
         """Say whether adapters start from a part of their weight."""
-        return re.fullmatch(r"olora|pissa(_niter_[1-9]\d*)?", self.init_weights) is not None
+        return re.fullmatch(r"olora|loftq|pissa(_niter_[1-9]\d*)?", self.init_weights) is not None
+
+    @property
+    def subtracts_start(self) -> bool:
+        """Say whether what adapters start from is taken off the base, which LoftQ's quantising has done."""
+        return self.starts_from_weights and self.init_weights != "loftq"
 
     @property
     def pissa_iterations(self) -> int | None:

@@ -104,8 +104,12 @@ def adapters_need_lora(case: Case) -> None:
             raise ConfigError(f"{flag} needs tuner_type=lora, not {tuner.tuner_type}.")
     if tuner.init_weights not in ("true", "gaussian") and not tuner.starts_from_weights:
         raise ConfigError(
-            f"init_weights={tuner.init_weights} is not built. Choose true, gaussian, olora, pissa or pissa_niter_N with N "
-            "iterations, such as pissa_niter_16."
+            f"init_weights={tuner.init_weights} is not built. Choose true, gaussian, loftq, olora, pissa or pissa_niter_N with "
+            "N iterations, such as pissa_niter_16."
+        )
+    if tuner.init_weights == "loftq" and not tuner.quant_bits:
+        raise ConfigError(
+            "init_weights=loftq starts from what quantising loses, and nothing is quantised. Add --quant_method bnb --quant_bits 4."
         )
     if tuner.starts_from_weights and tuner.adapters:
         raise ConfigError(

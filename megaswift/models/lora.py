@@ -133,7 +133,7 @@ def apply_lora(
             _adapt(module, a_RD, scale=scale, dropout=tuner.lora_dropout, is_expert=is_expert)
             if tuner.use_dora:
                 _add_magnitude(module)
-            if tuner.starts_from_weights:
+            if tuner.subtracts_start:
                 module.lora_a.keep_start(dim=0)
                 module.lora_b.keep_start(dim=1)
         if chunk.pre_process and chunk.config.recompute_granularity is not None:

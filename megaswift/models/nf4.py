@@ -79,9 +79,6 @@ def quantise_base(chunks: Sequence[torch.nn.Module], tuner: TunerConfig, *, devi
     Embedding, output layer, router and norms stay as they are. The weights must be loaded. Raises ConfigError without
     bitsandbytes.
     """
-    require_bitsandbytes("quant_bits=4")
-    from bitsandbytes.functional import quantize_4bit
-
     for chunk in chunks:
         for module in chunk.decoder.modules():
             if (
@@ -89,15 +86,30 @@ def quantise_base(chunks: Sequence[torch.nn.Module], tuner: TunerConfig, *, devi
                 or module.weight.requires_grad
             ):
                 continue
-            codes, state = quantize_4bit(
-                module.weight.data.to(device).contiguous(),
-                blocksize=BLOCK,
-                compress_statistics=tuner.bnb_4bit_use_double_quant,
-                quant_type=tuner.bnb_4bit_quant_type,
-            )
+            codes, product = _quantise(module.weight.data.to(device), tuner)
             module.weight = torch.nn.Parameter(codes, requires_grad=False)
-            replace_product(module, QuantisedProduct(state))
+            replace_product(module, product)
         chunk.to(device)
+
+
+def quantisation_error(weight_FD: torch.Tensor, tuner: TunerConfig) -> torch.Tensor:
+    """Return what quantise_base takes from a matrix, float32 [F, D]. Raises ConfigError without bitsandbytes."""
+    codes, product = _quantise(weight_FD, tuner)
+    return weight_FD.float() - product.dequantised(codes).float()
+
+
+def _quantise(weight_FD: torch.Tensor, tuner: TunerConfig) -> tuple[torch.Tensor, QuantisedProduct]:
+    """Return the codes of a matrix, on its device, and the product that reads them."""
+    require_bitsandbytes("quant_bits=4")
+    from bitsandbytes.functional import quantize_4bit
+
+    codes, state = quantize_4bit(
+        weight_FD.contiguous(),
+        blocksize=BLOCK,
+        compress_statistics=tuner.bnb_4bit_use_double_quant,
+        quant_type=tuner.bnb_4bit_quant_type,
+    )
+    return codes, QuantisedProduct(state)
 
 
 def whole_weight(linear: Any) -> torch.Tensor:

@@ -17,8 +17,10 @@ def finish_tuner(
 
     `fresh` says that adapters are not about to be read. Raises ConfigError where quantising or starting cannot be done.
     """
+    if tuner.init_weights == "loftq" and fresh:
+        start_from_weights(chunks, tuner, device=device, seed=seed)  # while the weights are whole
     if tuner.quant_bits:
         quantise_base(chunks, tuner, device=device)
     start_magnitudes(chunks)
-    if tuner.starts_from_weights and fresh:
-        start_from_weights(chunks, tuner, seed=seed)
+    if tuner.subtracts_start and fresh:
+        start_from_weights(chunks, tuner, device=device, seed=seed)

@@ -1,8 +1,13 @@
-"""Adapters that start from their weight: PiSSA (Meng et al. 2024, arXiv 2404.02948) and OLoRA (Büyükakyüz 2024, arXiv 2406.01775).
+"""Adapters that start from their weight: PiSSA (Meng et al. 2024, arXiv 2404.02948), OLoRA (Büyükakyüz 2024, arXiv 2406.01775) and
+LoftQ (Li et al. 2023, arXiv 2310.08659).
 
 PiSSA: W = U S V^T; the first R of each give B_0 = U sqrt(S / s), A_0 = sqrt(S / s) V^T (eqs. 2 and 3, with LoRA's scale s) and the
 residual W - s B_0 A_0 (eq. 4). OLoRA: W = Q R; the first columns of Q are B_0, the first rows of R are A_0. What is trained is
 then W - s B_0 A_0 + s B A. The residual is not formed: the base stays W, and the adapter is s (B A - B_0 A_0), in models/lora.py.
+
+LoftQ: the base is Q, W in four bits, and s B_0 A_0 is the best approximation of W - Q, decomposed as PiSSA does (algorithm 1 with T = 1,
+and peft's replace_lora_weights_loftq for s = 1; later rounds would quantise what no user of bitsandbytes gets from the file).
+What is trained is Q + s B A. Its adapter belongs to a base in four bits, as any that was trained beside one.
 
 Letters: D input size, F output size, R adapter rank.
 """
@@ -17,24 +22,29 @@ from megatron.core import parallel_state
 from megaswift.config.tuner import TunerConfig
 from megaswift.errors import ConfigError
 from megaswift.models.lora import AdaptedLinear
-from megaswift.models.nf4 import whole_weight
+from megaswift.models.nf4 import quantisation_error, whole_weight
 
 
 @torch.no_grad()
-def start_from_weights(chunks: Sequence[torch.nn.Module], tuner: TunerConfig, *, seed: int) -> None:
-    """Fill A, B and their starts from the weights, which are loaded; every rank of the world calls it.
+def start_from_weights(
+    chunks: Sequence[torch.nn.Module], tuner: TunerConfig, *, device: torch.device, seed: int
+) -> None:
+    """Fill A, B and their starts from the weights, which are loaded, and for LoftQ not quantised yet; every rank of the world calls it.
 
-    One rank of the copies of a linear decomposes it. Raises ConfigError where a matrix has no such rank.
+    One rank of the copies of a linear decomposes it, on `device`. Raises ConfigError where a matrix has no such rank, or without
+    bitsandbytes where it is needed.
     """
     for chunk in chunks:
         for module in chunk.modules():
             if isinstance(module, AdaptedLinear):
-                _start(module, tuner, seed)
+                _start(module, tuner, device, seed)
 
 
-def _start(module: Any, tuner: TunerConfig, seed: int) -> None:
+def _start(module: Any, tuner: TunerConfig, device: torch.device, seed: int) -> None:
     group, dim = module.lora_group, 1 if module.lora_is_row else 0
-    shard_FD = whole_weight(module).float().contiguous()
+    weight_FD = whole_weight(module).to(device)
+    start_FD = quantisation_error(weight_FD, tuner) if tuner.init_weights == "loftq" else weight_FD
+    shard_FD = start_FD.float().contiguous()
     shards = [torch.empty_like(shard_FD) for _ in range(group.size())]
     dist.all_gather(shards, shard_FD, group=group)
     whole_FD = torch.cat(shards, dim=dim)
@@ -64,8 +74,9 @@ def _start(module: Any, tuner: TunerConfig, seed: int) -> None:
     )
     module.lora_a.weight.copy_(own_a)
     module.lora_b.weight.copy_(own_b)
-    module.lora_a.start.copy_(module.lora_a.weight)
-    module.lora_b.start.copy_(-module.lora_b.weight)
+    if tuner.subtracts_start:
+        module.lora_a.start.copy_(module.lora_a.weight)
+        module.lora_b.start.copy_(-module.lora_b.weight)
 
 
 def _copies(module: Any) -> Any:

@@ -1,5 +1,6 @@
-"""Adapters beside a base in four bits: the numbers of bitsandbytes, under every layout, and what is written of it."""
+"""Adapters beside a base in four bits: the numbers of bitsandbytes, LoftQ's start, every layout, and what is written of them."""
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,16 @@ import numpy as np
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.loftq_utils import _low_rank_decomposition
 from safetensors.torch import load_file, save_file
 
+from megaswift.config.tuner import TunerConfig
+from megaswift.converters.adapters import save_peft
 from megaswift.converters.export import export_hf
+from megaswift.metadata.read import get_model_meta
+from megaswift.parallel.layout import Layout
+from tests.harness.adapters import base_model, build, check_start, logits, start, trained
 from tests.harness.distributed import run_distributed
 from tests.harness.tiny import save_tiny
 from tests.harness.training import Case, Curve, curves, prepared, steps, temporary_folder
@@ -48,10 +56,12 @@ def folder_of(model: str) -> Path:
 
 
 @cache
-def quantised_curves(model: str, ranks: int) -> dict[str, Curve]:
+def quantised_curves(model: str, ranks: int, how: str = "true") -> dict[str, Curve]:
     layouts = {"one": (1, {}), **LAYOUTS[model]}
     cases = [
-        case(name, parallel, **FOUR_BITS) for name, (world, parallel) in layouts.items() if world == ranks
+        case(name, parallel, init_weights=how, **FOUR_BITS)
+        for name, (world, parallel) in layouts.items()
+        if world == ranks
     ]
     return run_distributed(curves, ranks, folder_of(model), cases)[0]
 
@@ -84,14 +94,80 @@ def test_the_base_is_what_bitsandbytes_makes_of_the_file(tmp_path: Path) -> None
 
 
 @pytest.mark.ranks(4)
+@pytest.mark.parametrize("how", ["true", "loftq"])
 @pytest.mark.parametrize(("model", "layout"), [(model, name) for model in LAYOUTS for name in LAYOUTS[model]])
-def test_a_layout_trains_like_one_rank(model: str, layout: str) -> None:
-    expected = quantised_curves(model, 1)["one"]
+def test_a_layout_trains_like_one_rank(model: str, layout: str, how: str) -> None:
+    expected = quantised_curves(model, 1, how)["one"]
     assert expected[-1][0] < 0.95 * expected[0][0], "the run must learn"
-    found = quantised_curves(model, LAYOUTS[model][layout][0])[layout]
+    found = quantised_curves(model, LAYOUTS[model][layout][0], how)[layout]
     for (loss, norm), (one_loss, one_norm) in zip(found, expected, strict=True):
         assert loss == pytest.approx(one_loss, rel=1e-5)
         assert norm == pytest.approx(one_norm, rel=1e-4)
+
+
+LOFTQ = TunerConfig(tuner_type="lora", lora_rank=4, lora_dropout=0.0, init_weights="loftq", **FOUR_BITS)
+
+
+def test_the_start_of_loftq_and_its_gradients_are_those_of_pefts_decomposition(tmp_path: Path) -> None:
+    folder = folder_of("llama")
+    targets = ["o_proj", "down_proj"]
+    # The paper has no scale, and peft does not divide by its own: alpha is the rank, which makes it 1.
+    tuner = replace(LOFTQ, lora_alpha=4, target_modules=targets)
+    settings = LoraConfig(init_lora_weights=False, r=4, lora_alpha=4, target_modules=targets)
+    model = get_peft_model(base_model(dequantised(folder, tmp_path / "base")), settings)
+    for name, weight in base_model(folder).named_parameters():
+        if name.removesuffix(".weight").endswith(tuple(targets)):
+            parts = _low_rank_decomposition(weight.detach() - round_trip(weight.detach(), double=False), 4)
+            linear = model.get_submodule(f"base_model.model.{name.removesuffix('.weight')}")
+            linear.lora_A["default"].weight.data = parts["R"]
+            linear.lora_B["default"].weight.data = parts["L"]
+    [found] = run_distributed(start, 1, folder, tuner)
+    torch.testing.assert_close(found["logits"][0], logits(model), rtol=0, atol=1e-5)
+    # Singular values of this noise lie close, so that the last bits of a decomposition move its vectors further.
+    check_start(found, model, tolerance=1e-4)
+
+
+def save_start(rank: int, world_size: int, folder: Path, output: Path, layout: Layout) -> None:
+    """Write the adapter as it is before the first step."""
+    chunks = build(rank, folder, layout, LOFTQ)
+    save_peft(chunks, get_model_meta(folder), layout, rank, output, tuner=LOFTQ, dtype="float32")
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("layout", [Layout(), Layout(world=2, tp=2)], ids=["one", "tp2"])
+def test_loftq_starts_from_the_best_approximation_of_what_quantising_loses(
+    tmp_path: Path, layout: Layout
+) -> None:
+    folder, output = folder_of("llama"), tmp_path / "adapter"
+    run_distributed(save_start, layout.world, folder, output, layout)
+    weights, adapter = (
+        load_file(folder / "model.safetensors"),
+        load_file(output / "adapter_model.safetensors"),
+    )
+    together = ["self_attn q k v", "self_attn o", "mlp gate up", "mlp down"]  # what is one matrix in Megatron
+    for number, (part, *kinds) in ((number, words.split()) for number in range(4) for words in together):
+        lost, found = [], []
+        for kind in kinds:
+            name = f"model.layers.{number}.{part}.{kind}_proj"
+            weight, prefix = weights[f"{name}.weight"], f"base_model.model.{name}"
+            lost.append(weight.double() - round_trip(weight, double=False))
+            a, b = (adapter[f"{prefix}.lora_{letter}.weight"].double() for letter in "AB")
+            found.append(32 / 4 * b @ a)  # lora_alpha over lora_rank
+        u_FK, s_K, vt_KD = torch.linalg.svd(torch.cat(lost), full_matrices=False)
+        best_FD = u_FK[:, :4] * s_K[:4] @ vt_KD[:4]
+        # In float32, whose last bits move vectors further where singular values lie close.
+        assert (torch.cat(found) - best_FD).norm() < 1e-4 * best_FD.norm(), (number, part)
+
+
+def test_an_adapter_of_loftq_opens_in_peft_beside_the_base_in_four_bits(tmp_path: Path) -> None:
+    folder = folder_of("llama")
+    run_distributed(trained, 1, folder, tmp_path, Layout(), LOFTQ)
+    base = base_model(dequantised(folder, tmp_path / "base"))
+    adapted = logits(PeftModel.from_pretrained(base, tmp_path / "adapter"))
+    merged = logits(base_model(tmp_path / "merged"))
+    torch.testing.assert_close(adapted, merged, rtol=0, atol=1e-4 * float(merged.abs().max()))
+    beside_the_original = logits(PeftModel.from_pretrained(base_model(folder), tmp_path / "adapter"))
+    assert float((beside_the_original - merged).abs().max()) > 1e-2 * float(merged.abs().max())
 
 
 def train_and_export(rank: int, world_size: int, folder: Path, output: Path) -> tuple[int, int]:

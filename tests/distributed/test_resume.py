@@ -67,6 +67,18 @@ RUNS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
         "llama",
         {"tuner": {"tuner_type": "lora", "lora_dropout": 0.0, "quant_method": "bnb", "quant_bits": 4}},
     ),
+    "loftq": (
+        "llama",
+        {
+            "tuner": {
+                "tuner_type": "lora",
+                "lora_dropout": 0.0,
+                "init_weights": "loftq",
+                "quant_method": "bnb",
+                "quant_bits": 4,
+            }
+        },
+    ),
     "frozen": (
         "qwen3",
         {"freeze": {"freeze_parameters_ratio": 0.4, "trainable_parameters": ["model.layers.0.mlp"]}},
@@ -115,6 +127,7 @@ CHANGES: dict[str, dict[str, list[str]]] = {
     "lora": {"tp2 sp": ["tp2 sp", "pp2", "dp2 distopt"]},
     "some layers": {"pp2": ["pp2", "tp2 sp"]},
     "qlora": {"tp2 sp": ["tp2 sp"]},
+    "loftq": {"tp2 sp": ["tp2 sp"]},
     "pissa": {"tp2 sp": ["tp2 sp", "pp2"]},
     "frozen": {"pp2": ["pp2", "tp2 sp", "dp2 distopt"]},
     "layers": {

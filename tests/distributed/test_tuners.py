@@ -14,7 +14,7 @@ from megaswift.converters.peft_folder import read_adapter
 from megaswift.errors import ConfigError
 from megaswift.metadata.read import get_model_meta
 from megaswift.parallel.layout import Layout
-from tests.harness.adapters import TOKENS, base_model, build, logits, trained
+from tests.harness.adapters import TOKENS, base_model, build, check_start, logits, start, trained
 from tests.harness.distributed import run_distributed
 from tests.harness.tiny import save_tiny
 from tests.harness.training import Case, prepared, steps
@@ -86,23 +86,6 @@ PISSA = TunerConfig(
 )
 
 
-def weight_start(rank: int, world_size: int, folder: Path, how: str) -> dict[str, tuple[torch.Tensor, ...]]:
-    """Return A, B and their gradients at the start, by the name of the linear in transformers, and the logits."""
-    (chunk,) = build(rank, folder, Layout(), replace(PISSA, init_weights=how))
-    seen = chunk(TOKENS, torch.arange(TOKENS.shape[1])[None], None)
-    seen.float().square().mean().backward()
-    found = {}
-    for number, layer in enumerate(chunk.decoder.layers):
-        linears = {
-            "self_attn.o_proj": layer.self_attention.linear_proj,
-            "mlp.down_proj": layer.mlp.linear_fc2,
-        }
-        for name, linear in linears.items():
-            pair = linear.lora_a.weight, linear.lora_b.weight
-            found[f"layers.{number}.{name}"] = tuple(x.detach() for w in pair for x in (w, w.grad))
-    return {**found, "logits": (seen.detach(),)}
-
-
 @pytest.mark.parametrize("how", ["pissa", "olora"])
 def test_the_start_from_weights_and_its_gradients_are_those_of_peft(tmp_path: Path, how: str) -> None:
     folder = save_tiny("llama", tmp_path)
@@ -116,22 +99,10 @@ def test_the_start_from_weights_and_its_gradients_are_those_of_peft(tmp_path: Pa
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(base, settings)
-    model(TOKENS).logits.square().mean().backward()
-    [found] = run_distributed(weight_start, 1, folder, how)
+    [found] = run_distributed(start, 1, folder, replace(PISSA, init_weights=how))
     # The base is not touched, so that nothing changes at the start: B A - B_0 A_0 = 0.
-    torch.testing.assert_close(found.pop("logits")[0][..., : before.shape[-1]], before, rtol=0, atol=1e-5)
-    theirs = dict(model.named_parameters())
-    assert len(found) == 2 * 4
-    for name, (a_RD, grad_a_RD, b_FR, grad_b_FR) in found.items():
-        ours = a_RD, grad_a_RD, b_FR.t(), grad_b_FR.t()
-        matrices = [theirs[f"base_model.model.model.{name}.lora_{letter}.default.weight"] for letter in "AB"]
-        a, b = matrices
-        assert a.grad is not None and b.grad is not None
-        # The vectors of a decomposition have no sign of their own.
-        signs_R1 = (ours[0] * a.detach()).sum(1).sign()[:, None]
-        for x_R, y_R in zip(ours, (a.detach(), a.grad, b.detach().t(), b.grad.t()), strict=True):
-            scale = float(y_R.abs().max())
-            assert scale > 0 and float((signs_R1 * x_R - y_R).abs().max()) <= 2e-5 * scale, name
+    torch.testing.assert_close(found["logits"][0], before, rtol=0, atol=1e-5)
+    check_start(found, model)
 
 
 @pytest.mark.parametrize("how", ["pissa", "pissa_niter_4", "olora"])

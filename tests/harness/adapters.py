@@ -90,6 +90,43 @@ def randomise(chunks: list[Any], folder: Path, layout: Layout, rank: int, tuner:
                 parameter.data *= 1.25
 
 
+def start(
+    rank: int, world_size: int, folder: Path, tuner: TunerConfig
+) -> dict[str, tuple[torch.Tensor, ...]]:
+    """Return A, B and their gradients at the start where no weights are fused, by transformers' name of the linear, and the logits."""
+    (chunk,) = build(rank, folder, Layout(), tuner)
+    seen = chunk(TOKENS, torch.arange(TOKENS.shape[1])[None], None)[..., : chunk.logical_vocab_size]
+    seen.float().square().mean().backward()
+    found = {}
+    for number, layer in enumerate(chunk.decoder.layers):
+        linears = {
+            "self_attn.o_proj": layer.self_attention.linear_proj,
+            "mlp.down_proj": layer.mlp.linear_fc2,
+        }
+        for name, linear in linears.items():
+            pair = linear.lora_a.weight, linear.lora_b.weight
+            found[f"layers.{number}.{name}"] = tuple(x.detach() for w in pair for x in (w, w.grad))
+    return {**found, "logits": (seen.detach(),)}
+
+
+def check_start(
+    found: Mapping[str, tuple[torch.Tensor, ...]], model: Any, *, tolerance: float = TOLERANCE
+) -> None:
+    """Compare what start() returned with a peft model that adapts the same linears; their vectors have no sign of their own."""
+    model(TOKENS).logits.square().mean().backward()
+    theirs = dict(model.named_parameters())
+    assert len(found) == 2 * 4 + 1
+    for name in sorted(found.keys() - {"logits"}):
+        a_RD, grad_a_RD, b_FR, grad_b_FR = found[name]
+        ours = a_RD, grad_a_RD, b_FR.t(), grad_b_FR.t()
+        a, b = (theirs[f"base_model.model.model.{name}.lora_{letter}.default.weight"] for letter in "AB")
+        assert a.grad is not None and b.grad is not None
+        signs_R1 = (ours[0] * a.detach()).sum(1).sign()[:, None]
+        for x_R, y_R in zip(ours, (a.detach(), a.grad, b.detach().t(), b.grad.t()), strict=True):
+            scale = float(y_R.abs().max())
+            assert scale > 0 and float((signs_R1 * x_R - y_R).abs().max()) <= tolerance * scale, name
+
+
 def logits(model: Any) -> torch.Tensor:
     """Return a transformers or peft model's logits of TOKENS."""
     with torch.no_grad():
