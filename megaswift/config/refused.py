@@ -166,7 +166,13 @@ REFUSED: dict[str, Refused] = {
         "this variant of LoRA",
         lora_bias="none",
         lora_dtype="none",
+    ),
+    **_refuse(
+        "LoRA-GA on rows of its own",
+        "It takes the gradient of the first global batch as it is: --global_batch_size, --max_length.",
         lora_ga_batch_size="2",
+        lora_ga_iters="2",
+        lora_ga_max_length="1024",
     ),
     **_refuse(
         "another way of quantising base weights",

@@ -41,9 +41,22 @@ class TunerConfig:
         "true",
         "start of the adapters: true (A uniform, B zero), gaussian (A normal), pissa and pissa_niter_N (arXiv 2404.02948; the "
         "principal part of the weight, exact or in N iterations), olora (arXiv 2406.01775; the first part of its QR "
-        "decomposition), loftq (arXiv 2310.08659; the principal part of what --quant_bits 4 loses of the weight)",
+        "decomposition), loftq (arXiv 2310.08659; the principal part of what --quant_bits 4 loses of the weight), lora-ga "
+        "(arXiv 2407.05000; directions of the gradient of the first global batch)",
         aliases=("init_lora_weights",),
     )
+    lora_ga_direction: str = setting(
+        "ArB2r",
+        "of lora-ga: which 2 r singular vectors of the gradient A and B take: the first r and the next (ArB2r), the other way round "
+        "(A2rBr), or in turns (ArBr)",
+        choices=("ArB2r", "A2rBr", "ArBr"),
+    )
+    lora_ga_scale: str = setting(
+        "stable",
+        "of lora-ga: multiply the vectors by outputs^(1/4) / sqrt(gamma) (stable), by one over the scale of B A (gd), or by one (unit)",
+        choices=("stable", "gd", "unit"),
+    )
+    lora_ga_stable_gamma: int = setting(16, "of lora_ga_scale=stable: gamma")
     lorap_lr_ratio: float | None = setting(
         None, "learning rate of B over that of A (LoRA+, arXiv 2402.12354); default: the same"
     )
@@ -64,7 +77,12 @@ class TunerConfig:
     @property
     def subtracts_start(self) -> bool:
         """Say whether what adapters start from is taken off the base, which LoftQ's quantising has done."""
-        return self.starts_from_weights and self.init_weights != "loftq"
+        return self.starts_from_gradients or (self.starts_from_weights and self.init_weights != "loftq")
+
+    @property
+    def starts_from_gradients(self) -> bool:
+        """Say whether adapters start from the gradient of a global batch."""
+        return self.init_weights == "lora-ga"
 
     @property
     def pissa_iterations(self) -> int | None:

@@ -6,6 +6,7 @@ from dataclasses import fields
 from megaswift.config.case import Case
 from megaswift.config.freeze import FreezeConfig
 from megaswift.config.run import RunConfig
+from megaswift.config.tuner import TunerConfig
 from megaswift.errors import ConfigError
 
 
@@ -96,25 +97,42 @@ def adapters_need_lora(case: Case) -> None:
         "use_dora",
         "quant_bits",
         "starts_from_weights",
+        "starts_from_gradients",
         "target_regex",
         "modules_to_save",
     ):
         if tuner.tuner_type != "lora" and getattr(tuner, name):
-            flag = "init_weights" if name == "starts_from_weights" else name
+            flag = "init_weights" if name.startswith("starts_from") else name
             raise ConfigError(f"{flag} needs tuner_type=lora, not {tuner.tuner_type}.")
-    if tuner.init_weights not in ("true", "gaussian") and not tuner.starts_from_weights:
+    if tuner.init_weights not in ("true", "gaussian", "lora-ga") and not tuner.starts_from_weights:
         raise ConfigError(
-            f"init_weights={tuner.init_weights} is not built. Choose true, gaussian, loftq, olora, pissa or pissa_niter_N with "
-            "N iterations, such as pissa_niter_16."
+            f"init_weights={tuner.init_weights} is not built. Choose true, gaussian, loftq, lora-ga, olora, pissa or "
+            "pissa_niter_N with N iterations, such as pissa_niter_16."
         )
     if tuner.init_weights == "loftq" and not tuner.quant_bits:
         raise ConfigError(
             "init_weights=loftq starts from what quantising loses, and nothing is quantised. Add --quant_method bnb --quant_bits 4."
         )
-    if tuner.starts_from_weights and tuner.adapters:
+    if (tuner.starts_from_weights or tuner.starts_from_gradients) and tuner.adapters:
         raise ConfigError(
-            f"init_weights={tuner.init_weights} starts from the weights, and --adapters from a folder. Leave one of them out."
+            f"init_weights={tuner.init_weights} starts from the model alone, and --adapters from a folder. Leave one of them out."
         )
+    if (
+        tuner.starts_from_gradients
+        and case.run.task == "rlhf"
+        and case.run.preference.rlhf_type in ("gkd", "grpo")
+    ):
+        raise ConfigError(
+            f"init_weights=lora-ga starts from the loss of the first rows, and rlhf_type={case.run.preference.rlhf_type} learns from "
+            "what models say of them later. Choose another start."
+        )
+    if tuner.lora_ga_stable_gamma <= 0:
+        raise ConfigError(
+            f"lora_ga_stable_gamma={tuner.lora_ga_stable_gamma} must be above 0; the paper takes 16 and more."
+        )
+    for one in ("lora_ga_direction", "lora_ga_scale", "lora_ga_stable_gamma"):
+        if not tuner.starts_from_gradients and getattr(tuner, one) != getattr(TunerConfig(), one):
+            raise ConfigError(f"{one} is for init_weights=lora-ga, not {tuner.init_weights}.")
     if tuner.lorap_lr_ratio is not None and tuner.lorap_lr_ratio <= 0:
         raise ConfigError(
             f"lorap_lr_ratio={tuner.lorap_lr_ratio} must be above 0; LoRA+ proposes 16 for most models."

@@ -124,7 +124,7 @@ def apply_lora(
             rank = (ranks or {}).get(name, tuner.lora_rank)
             # The scale belongs to the rank the user named; a larger block only holds several adapters of that rank.
             scale = tuner.lora_alpha / (math.sqrt(tuner.lora_rank) if tuner.use_rslora else tuner.lora_rank)
-            a_RD = _initial_a(tuner, rank, _inputs(name, module, meta), _generator(seed, name))
+            a_RD = _initial_a(tuner, rank, _inputs(name, module, meta), generator_of(name, seed=seed))
             is_expert = ".experts." in name
             if tuner.use_dora and is_expert:
                 raise ConfigError(
@@ -173,7 +173,8 @@ def _check_adaptable(meta: ModelMeta) -> None:
         )
 
 
-def _generator(seed: int, name: str) -> torch.Generator:
+def generator_of(name: str, *, seed: int) -> torch.Generator:
+    """Return what draws the numbers of one linear, by its global name: the same ones on every rank and under every layout."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
@@ -205,23 +206,33 @@ def _initial_a(tuner: TunerConfig, rank: int, inputs: int, generator: torch.Gene
 
 
 def _adapt(module: Any, a_RD: torch.Tensor, *, scale: float, dropout: float, is_expert: bool) -> None:
-    """Turn `module` into the same linear with an adapter: its class gains AdaptedLinear in front.
+    """Turn `module` into the same linear with an adapter: its class gains AdaptedLinear in front; `a_RD` is the whole A."""
+    module.__class__ = type(f"LoRA{type(module).__name__}", (AdaptedLinear, type(module)), {})
+    module.lora_group, module.lora_is_row = _group_of(module), _is_row_parallel(module)
+    module.lora_is_expert = is_expert
+    module.lora_scale, module.lora_dropout, module.lora_magnitude = scale, dropout, None
+    renew_matrices(module, a_RD.to(module.weight.dtype))
 
-    `a_RD` is the whole A; columns that only padded heads feed are absent and become zero.
+
+def renew_matrices(module: Any, a_RD: torch.Tensor) -> None:
+    """Give an adapted linear its part of the whole A, and B = 0, in the dtype of `a_RD`.
+
+    Columns that only padded heads feed are absent from A, and become zero.
     """
-    weight, group = module.weight, _group_of(module)
-    is_row = _is_row_parallel(module)
-    out_features, in_features = weight.shape
+    weight, group, is_row, is_expert = (
+        module.weight,
+        module.lora_group,
+        module.lora_is_row,
+        module.lora_is_expert,
+    )
+    out_features, in_features = whole_weight(module).shape
     rank = a_RD.shape[0]
     if is_row:
         a_RD = F.pad(a_RD, (0, in_features * group.size() - a_RD.shape[1])).chunk(group.size(), dim=1)[
             group.rank()
         ]
-    module.__class__ = type(f"LoRA{type(module).__name__}", (AdaptedLinear, type(module)), {})
-    module.lora_group, module.lora_is_row, module.lora_is_expert = group, is_row, is_expert
-    module.lora_scale, module.lora_dropout, module.lora_magnitude = scale, dropout, None
-    module.lora_a = _Matrix(a_RD.to(weight.dtype).to(weight.device).clone())
-    module.lora_b = _Matrix(torch.zeros(out_features, rank, dtype=weight.dtype, device=weight.device))
+    module.lora_a = _Matrix(a_RD.to(weight.device).clone())
+    module.lora_b = _Matrix(torch.zeros(out_features, rank, dtype=a_RD.dtype, device=weight.device))
     cut, whole = (
         (module.lora_a.weight, module.lora_b.weight)
         if is_row

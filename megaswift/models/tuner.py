@@ -22,5 +22,5 @@ def finish_tuner(
     if tuner.quant_bits:
         quantise_base(chunks, tuner, device=device)
     start_magnitudes(chunks)
-    if tuner.subtracts_start and fresh:
+    if tuner.starts_from_weights and tuner.init_weights != "loftq" and fresh:
         start_from_weights(chunks, tuner, device=device, seed=seed)

@@ -41,13 +41,9 @@ def start_from_weights(
 
 
 def _start(module: Any, tuner: TunerConfig, device: torch.device, seed: int) -> None:
-    group, dim = module.lora_group, 1 if module.lora_is_row else 0
     weight_FD = whole_weight(module).to(device)
     start_FD = quantisation_error(weight_FD, tuner) if tuner.init_weights == "loftq" else weight_FD
-    shard_FD = start_FD.float().contiguous()
-    shards = [torch.empty_like(shard_FD) for _ in range(group.size())]
-    dist.all_gather(shards, shard_FD, group=group)
-    whole_FD = torch.cat(shards, dim=dim)
+    whole_FD = gathered(module, start_FD.float(), dim=1 if module.lora_is_row else 0)
     rank, (outputs, inputs) = module.lora_a.weight.shape[0], whole_FD.shape
     if rank > min(outputs, inputs):
         raise ConfigError(
@@ -55,8 +51,7 @@ def _start(module: Any, tuner: TunerConfig, device: torch.device, seed: int) -> 
             "Choose a smaller --lora_rank."
         )
     a_RD, b_FR = whole_FD.new_empty(rank, inputs), whole_FD.new_empty(outputs, rank)
-    copies = _copies(module)
-    if group.rank() == 0 and copies.rank() == 0:
+    if is_first(module):
         if tuner.init_weights == "olora":
             q_FK, r_KD = torch.linalg.qr(whole_FD)
             a_RD.copy_(r_KD[:rank]), b_FR.copy_(q_FK[:, :rank])
@@ -64,9 +59,34 @@ def _start(module: Any, tuner: TunerConfig, device: torch.device, seed: int) -> 
             a, b = principal_part(whole_FD, rank, iterations=tuner.pissa_iterations, seed=seed)
             root = module.lora_scale**-0.5
             a_RD.copy_(a * root), b_FR.copy_(b * root)
+    share(module, a_RD, b_FR)
+    if tuner.subtracts_start:
+        keep_as_start(module)
+
+
+def gathered(module: Any, shard: torch.Tensor, *, dim: int) -> torch.Tensor:
+    """Return a matrix that a linear's ranks of tensor parallelism have cut along `dim`; they all call it."""
+    shards = [
+        torch.empty_like(shard, memory_format=torch.contiguous_format)
+        for _ in range(module.lora_group.size())
+    ]
+    dist.all_gather(shards, shard.contiguous(), group=module.lora_group)
+    return torch.cat(shards, dim=dim)
+
+
+def is_first(module: Any) -> bool:
+    """Say whether this rank decides for all that hold a linear: a shard of it, or a copy."""
+    return bool(module.lora_group.rank() == 0 and _copies(module).rank() == 0)
+
+
+def share(module: Any, a_RD: torch.Tensor, b_FR: torch.Tensor) -> None:
+    """Fill the adapter with the first rank's whole A and B, contiguous ones; all ranks that hold the linear call it.
+
+    Vectors of a decomposition have no sign, and their last bits depend on the processor: no rank has its own.
+    """
+    group = module.lora_group
     for matrix in (a_RD, b_FR):
-        # Vectors of a decomposition have no sign, and their last bits depend on the processor: all copies take those of one rank.
-        dist.broadcast(matrix, group=copies, group_src=0)
+        dist.broadcast(matrix, group=_copies(module), group_src=0)
         dist.broadcast(matrix, group=group, group_src=0)
     own_a, own_b = (
         (part.chunk(group.size(), dim=cut)[group.rank()] if is_cut else part)
@@ -74,9 +94,12 @@ def _start(module: Any, tuner: TunerConfig, device: torch.device, seed: int) -> 
     )
     module.lora_a.weight.copy_(own_a)
     module.lora_b.weight.copy_(own_b)
-    if tuner.subtracts_start:
-        module.lora_a.start.copy_(module.lora_a.weight)
-        module.lora_b.start.copy_(-module.lora_b.weight)
+
+
+def keep_as_start(module: Any) -> None:
+    """Let the adapter be nothing as it is now: what it is from here on is B A - B_0 A_0."""
+    module.lora_a.start.copy_(module.lora_a.weight)
+    module.lora_b.start.copy_(-module.lora_b.weight)
 
 
 def _copies(module: Any) -> Any:

@@ -53,8 +53,8 @@ class Engine:
     def __init__(
         self,
         chunks: list[DistributedDataParallel],
-        optimizer: MegatronOptimizer,
-        schedule: OptimizerParamScheduler,
+        optimizer: MegatronOptimizer | None,
+        schedule: OptimizerParamScheduler | None,
         task: Task,
         *,
         measure: Callable[[MicroBatch], tuple[int, float]],
@@ -62,10 +62,11 @@ class Engine:
         teach: Callable[[list[MicroBatch]], list[MicroBatch]] | None = None,
     ) -> None:
         """`measure` returns a micro batch's tokens without padding, and its model FLOPs; `share` this cp rank's part of one;
-        `teach`, which every rank calls alike, whole ones with what teachers elsewhere say of them."""
+        `teach`, which every rank calls alike, whole ones with what teachers elsewhere say of them. Without optimizer and schedule it
+        differentiates alone."""
         self.chunks = chunks
         self.optimizer: Any = optimizer
-        self.schedule = schedule
+        self.schedule: Any = schedule
         self.config: Any = chunks[0].module.config
         self._task = task
         self._measure, self._share, self._teach = measure, share, teach
@@ -79,10 +80,8 @@ class Engine:
         stops before it saves.
         """
         lr = float(self.optimizer.param_groups[0]["lr"])
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        outputs = self._run(self._task.prepare(self._shared(batches), self.chunks), forward_only=False)
+        outputs = self.differentiate(batches)
         totals = self._totals(outputs, batches, interrupted=interrupted)
         updated, grad_norm, _ = self.optimizer.step()
         if updated:
@@ -99,6 +98,15 @@ class Engine:
             router=self._router_losses(len(batches)),
             metrics=totals.metrics,
         )
+
+    def differentiate(self, batches: list[MicroBatch]) -> list[dict[str, torch.Tensor]]:
+        """Leave the gradients of the global batch in the chunks' buffers; every rank of the world calls it.
+
+        Returns what the last stage makes of each micro batch, and [] elsewhere.
+        """
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        return self._run(self._task.prepare(self._shared(batches), self.chunks), forward_only=False)
 
     @torch.no_grad()
     def evaluate(self, global_batches: Iterable[list[MicroBatch]]) -> Evaluation:

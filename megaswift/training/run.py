@@ -49,6 +49,7 @@ from megaswift.training.context import context_share, place_context, ranks_of_th
 from megaswift.training.engine import Engine
 from megaswift.training.feed import TrainFeed, ValidationFeed
 from megaswift.training.following import FollowReference, kept_reference, reference_writers
+from megaswift.training.gradient_starts import start_from_gradients
 from megaswift.training.lisa import DrawLayers, open_layers
 from megaswift.training.loop import Callback, Progress, train_loop
 from megaswift.training.model import load_model, weights_of
@@ -190,10 +191,6 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
     )
     if run.lisa.lisa_activated_layers:
         open_layers(chunks, run, updates=start.updates)
-    wrapped = wrap_chunks(chunks, run)
-    optimizer = build_optimizer(wrapped, run)
-    total_steps = _total_steps(run, sets, start)
-    schedule = alike(lambda: build_schedule(optimizer, run.optimizer, total_steps=total_steps))
     agree_on_first(lambda: empty_folder(output_dir / HEARTBEATS))
     heartbeat = Heartbeat(
         output_dir / HEARTBEATS,
@@ -203,6 +200,15 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
     )
     forward = heartbeat.during("a forward pass", run_model)
     task = make_task(run, meta, reference=reference, teacher=teacher, call_in=call_in, run_model=forward)
+    dp_rank = parallel_state.get_data_parallel_rank()
+    if fresh and run.tuner.starts_from_gradients:
+        first = agree(lambda: list(sets.train.micro_batches(0, dp_rank=dp_rank, dp=layout.dp)), group=patient)
+        share = context_share(layout)
+        alike(lambda: start_from_gradients(chunks, run, meta, first, task=task, share_of_context=share))
+    wrapped = wrap_chunks(chunks, run)
+    optimizer = build_optimizer(wrapped, run)
+    total_steps = _total_steps(run, sets, start)
+    schedule = alike(lambda: build_schedule(optimizer, run.optimizer, total_steps=total_steps))
     served = start_teachers(run, meta, device=platform.device, group=patient)
     engine = Engine(
         wrapped,
@@ -218,7 +224,6 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
         schedule.step(start.updates)
         logger.info("resumed from %s at step %d", checkpoint.folder, start.step)
 
-    dp_rank = parallel_state.get_data_parallel_rank()
     feed: TrainFeed
     if sets.prompts is not None:
         from megaswift.training.distillation_feed import distillation_feed  # transformers' models: seconds

@@ -70,9 +70,13 @@ FROZEN: dict[str, dict[str, Any]] = {
 }
 # Adapters on the second stage alone.
 REGEX = r"model\.layers\.(2\.self_attn\.[qkv]|[23]\.mlp\.(gate|up|down))_proj"
-STEPS = dict.fromkeys(("lora", "dora", "pissa", "olora", "regex", "saved", *FROZEN), 10) | {
-    "full": 20
-}  # adapters take larger ones
+STEPS = (
+    dict.fromkeys(("lora", "dora", "pissa", "olora", "regex", "saved", *FROZEN), 10)
+    | {
+        "full": 20,
+        "lora-ga": 8,  # vectors of close singular values differ by 1e-4, and in the ninth step a token goes to another expert
+    }
+)  # adapters take larger ones
 # what is trained -> (model, tuner, layouts)
 TRAININGS: dict[str, tuple[str, str, dict[str, tuple[int, dict[str, Any]]]]] = {
     "qwen2-tied": ("qwen2-tied", "full", DENSE),
@@ -82,6 +86,16 @@ TRAININGS: dict[str, tuple[str, str, dict[str, tuple[int, dict[str, Any]]]]] = {
     "qwen2_moe": ("qwen2_moe", "full", EXPERTS),
     "llama lora": ("llama", "lora", LORA),
     "llama pissa": ("llama", "pissa", {name: DENSE[name] for name in ("dp2 distopt", "tp2 sp", "pp2 vpp2")}),
+    "llama lora-ga": (
+        "llama",
+        "lora-ga",
+        {name: DENSE[name] for name in ("dp2 distopt overlap", "tp2 sp", "tp2 pp2 sp")},
+    ),
+    "qwen3_moe lora-ga": (
+        "qwen3_moe",
+        "lora-ga",
+        {name: EXPERTS[name] for name in ("ep2 distopt", "tp2 etp2")},
+    ),
     "llama olora": ("llama", "olora", {"tp2 sp": DENSE["tp2 sp"]}),
     "llama regex": ("llama", "regex", {"pp2": DENSE["pp2"]}),
     "qwen2-tied saved": (
@@ -100,7 +114,7 @@ TRAININGS: dict[str, tuple[str, str, dict[str, tuple[int, dict[str, Any]]]]] = {
 
 def rows_of(tuner: str) -> dict[str, dict[str, dict[str, Any]]]:
     """Return the kinds of rows to train on: what is frozen does not depend on them."""
-    return {"packed": ROWS["packed"]} if tuner in (*FROZEN, "regex", "saved", "olora") else ROWS
+    return {"packed": ROWS["packed"]} if tuner in (*FROZEN, "regex", "saved", "olora", "lora-ga") else ROWS
 
 
 @cache
@@ -122,7 +136,7 @@ def all_curves(training: str, ranks: int) -> list[dict[str, Curve]]:
             "modules_to_save": ["embed_tokens", "norm"] if tuner == "saved" else [],
             "lora_dropout": 0.0,
             "use_dora": tuner == "dora",
-            "init_weights": tuner if tuner in ("pissa", "olora") else "true",
+            "init_weights": tuner if tuner in ("pissa", "olora", "lora-ga") else "true",
         },
         "freeze": FROZEN.get(tuner, {}),
         "optimizer": {"lr": 1e-3 if tuner == "full" else 1e-2, "adam_eps": 1e-8 if tuner == "full" else 1e-3},

@@ -63,6 +63,7 @@ RUNS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
         },
     ),
     "pissa": ("llama", {"tuner": {"tuner_type": "lora", "lora_dropout": 0.0, "init_weights": "pissa"}}),
+    "lora-ga": ("llama", {"tuner": {"tuner_type": "lora", "lora_dropout": 0.0, "init_weights": "lora-ga"}}),
     "qlora": (
         "llama",
         {"tuner": {"tuner_type": "lora", "lora_dropout": 0.0, "quant_method": "bnb", "quant_bits": 4}},
@@ -129,6 +130,7 @@ CHANGES: dict[str, dict[str, list[str]]] = {
     "qlora": {"tp2 sp": ["tp2 sp"]},
     "loftq": {"tp2 sp": ["tp2 sp"]},
     "pissa": {"tp2 sp": ["tp2 sp", "pp2"]},
+    "lora-ga": {"dp2 distopt": ["dp2 distopt", "tp2 sp"]},
     "frozen": {"pp2": ["pp2", "tp2 sp", "dp2 distopt"]},
     "layers": {
         "one": ["one", "tp2 sp"],

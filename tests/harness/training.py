@@ -43,6 +43,7 @@ from megaswift.training.context import context_share, place_context
 from megaswift.training.engine import Engine
 from megaswift.training.feed import TrainFeed
 from megaswift.training.freeze import freeze, open_modules
+from megaswift.training.gradient_starts import start_from_gradients
 from megaswift.training.lisa import DrawLayers, open_layers
 from megaswift.training.loop import Progress, Step
 from megaswift.training.optimizer import build_optimizer, wrap_chunks
@@ -214,11 +215,7 @@ def _prepare(folder: Path, case: Case, encoded: EncodedSet | None, updates: int)
     teacher = teacher_copy(run, meta, layout, platform, group=None) if has_teacher_here(run) else None
     if run.lisa.lisa_activated_layers:
         open_layers(chunks, run, updates=updates)
-    wrapped = wrap_chunks(chunks, run)
-    optimizer = build_optimizer(wrapped, run)
-    schedule = build_schedule(optimizer, run.optimizer, total_steps=run.training.train_iters or 1)
     task = make_task(run, meta, reference=reference, teacher=teacher, words=WORDS)
-    engine = Engine(wrapped, optimizer, schedule, task, measure=count, share=context_share(layout))
     settings = BatchSettings(
         global_batch_size=run.training.global_batch_size or 1,
         micro_batch_size=run.training.micro_batch_size,
@@ -231,8 +228,16 @@ def _prepare(folder: Path, case: Case, encoded: EncodedSet | None, updates: int)
             * pad_multiple(cp=layout.cp, tp=layout.tp, sequence_parallel=layout.sequence_parallel),
         ),
     )
+    data, share = TrainData(encoded, settings), context_share(layout)
+    if run.tuner.starts_from_gradients:
+        first = list(data.micro_batches(0, dp_rank=parallel_state.get_data_parallel_rank(), dp=layout.dp))
+        start_from_gradients(chunks, run, meta, first, task=task, share_of_context=share)
+    wrapped = wrap_chunks(chunks, run)
+    optimizer = build_optimizer(wrapped, run)
+    schedule = build_schedule(optimizer, run.optimizer, total_steps=run.training.train_iters or 1)
+    engine = Engine(wrapped, optimizer, schedule, task, measure=count, share=share)
     feed = TrainFeed(
-        TrainData(encoded, settings),
+        data,
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp=layout.dp,
         noise_alpha=run.training.neftune_noise_alpha,

@@ -114,6 +114,7 @@ def test_a_pack_holds_both_answers_of_a_pair() -> None:
         ("--rlhf_type gkd --teacher_model t --lmbda 1 --seq_kd", "seq_kd=true has no steps, as lmbda=1 leaves none"),
         ("--rlhf_type gkd --teacher_model t --lmbda 0 --temperature 0.5", "temperature=0.5 is for `megaswift rlhf --rlhf_type grpo, or gkd with --lmbda"),
         ("--rlhf_type gkd --teacher_model t --num_generations 4", "num_generations=4 is for `megaswift rlhf --rlhf_type grpo`"),
+        ("--rlhf_type gkd --teacher_model t --tuner_type lora --init_weights lora-ga", "rlhf_type=gkd learns from what models say of them later"),
         ("--rlhf_type gkd --teacher_model t --max_length 100", "max_completion_length=512 leaves no room for a prompt in max_length=100"),
         ("--rlhf_type gkd --teacher_model t --truncation_strategy right", "truncation_strategy=right cuts prompts off"),
         ("--rlhf_type gkd --teacher_model t --streaming --train_iters 3", "streaming=true gives no prompts to complete. Give --lmbda 0"),
