@@ -10,11 +10,15 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.config import LoraGAConfig
 
+from megaswift.config.parse import parse_run
 from megaswift.converters.adapters import save_peft
 from megaswift.converters.export import export_hf
-from tests.harness.adapters import base_model, logits
+from megaswift.platforms.platform import select_platform
+from megaswift.training.run import train_in_world
+from tests.harness.adapters import base_model, check_equal, logits
 from tests.harness.distributed import run_distributed
 from tests.harness.tiny import save_tiny
+from tests.harness.tiny_run import make_tiny_run
 from tests.harness.training import Case, prepared, steps, synthetic_set, temporary_folder
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -181,3 +185,31 @@ def unseen(rank: int, world_size: int, folder: Path) -> int:
 def test_an_expert_without_tokens_starts_at_zero() -> None:
     (zeros,) = run_distributed(unseen, 1, folder_of("qwen3_moe"))
     assert 0 < zeros
+
+
+def run(rank: int, world_size: int, words: list[str]) -> Path:
+    summary = train_in_world(parse_run("sft", words), select_platform("cpu"))
+    assert summary.checkpoint is not None
+    return summary.checkpoint
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize(
+    "start",
+    [["lora-ga"], ["loftq", "--quant_method", "bnb", "--quant_bits", "4"]],
+    ids=" ".join,
+)
+def test_a_run_that_goes_on_ends_where_one_without_a_break_does(tmp_path: Path, start: list[str]) -> None:
+    model, rows = make_tiny_run(tmp_path)
+    words = [
+        "--model", str(model), "--dataset", str(rows), "--global_batch_size", "4", "--learning_rate", "1e-3", "--save_steps", "2",
+        "--report_to", "none", "--lr_decay_style", "constant", "--torch_dtype", "bfloat16", "--tuner_type", "lora",
+        "--lora_rank", "4", "--tensor_model_parallel_size", "2", "--init_weights", *start,
+    ]  # fmt: skip
+    ends = {}
+    for name, lasts in {"whole": ("4",), "parts": ("2", "4")}.items():
+        for last in lasts:
+            given = [*words, "--output_dir", str(tmp_path / name), "--train_iters", last]
+            folder = Path(run_distributed(run, 2, given)[0])
+        ends[name] = folder / "adapter"
+    check_equal(ends["whole"], ends["parts"])
