@@ -1,10 +1,11 @@
-"""What goes on beside the steps of a run: reporting, validating, saving, and watching the clock."""
+"""What goes on beside the steps of a run: reporting, validating, moving other models and layers, saving, and watching the clock."""
 
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -14,11 +15,14 @@ from megaswift.launch.governor import Governor
 from megaswift.launch.heartbeat import Heartbeat
 from megaswift.launch.ledger import beginning
 from megaswift.launch.slurm import job_end
+from megaswift.parallel.agreement import alike
 from megaswift.platforms.platform import Platform
 from megaswift.training.account import Account
 from megaswift.training.callbacks import Evaluate, Log, Save
 from megaswift.training.engine import Engine
 from megaswift.training.feed import TrainFeed, ValidationFeed
+from megaswift.training.following import FollowReference
+from megaswift.training.lisa import DrawLayers
 from megaswift.training.loop import Callback, Progress
 from megaswift.training.reporters import JsonLines, PlainLines, ProgressBar, Reporter, TensorBoard
 from megaswift.training.services import SERVICES
@@ -88,6 +92,16 @@ def observers(
             Evaluate(engine, feed, validation, reporters, every=steps, found=validations, patience=patience)
         )
     return callbacks
+
+
+def movers(run: RunConfig, engine: Engine, reference: Sequence[Any] | None) -> list[Callback]:
+    """Return what changes models between steps, before a checkpoint is saved; every rank calls it. Raises ConfigError."""
+    moving: list[Callback] = [DrawLayers(run, engine)] if run.lisa.lisa_activated_layers else []
+    if run.preference.sync_ref_model:
+        assert reference is not None, "config/preference_rules.py"
+        steps, alpha = run.preference.ref_model_sync_steps, run.preference.ref_model_mixup_alpha
+        moving.append(alike(lambda: FollowReference(engine, reference, every_steps=steps, alpha=alpha)))
+    return moving
 
 
 def account_of(run: RunConfig, output_dir: Path, start: Progress, *, on_gpus: bool) -> Account | None:

@@ -22,13 +22,14 @@ from megaswift.data.prompts import PromptRows
 from megaswift.data.tokenizer import load_tokenizer
 from megaswift.metadata.meta import ModelMeta
 from megaswift.parallel.layout import Layout
-from megaswift.rollout.engine import Answer, Prompt, RolloutEngine
+from megaswift.rollout.engine import Answer, Prompt
 from megaswift.rollout.generate import chances
 from megaswift.rollout.rollout import Completions, joined
 from megaswift.tasks.task import CallIn
 from megaswift.training.author import Author, completions_table, stop_ids_of
 from megaswift.training.engine import Engine
 from megaswift.training.feed import TrainFeed
+from megaswift.training.guides import Guides
 from megaswift.training.reference import teacher_meta
 from megaswift.training.reporters import JsonLines
 from megaswift.training.set_aside import room_for_authors
@@ -151,23 +152,18 @@ def distillation_feed(
     layout: Layout,
     engine: Engine,
     sets: Sets,
+    guides: Guides,
     *,
     checkpoint: Checkpoint | None,
-    teacher: Sequence[Any] | None,
-    call_in: CallIn,
-    served: RolloutEngine | None,
     group: Any,
 ) -> DistillationFeed:
-    """Return the feed of a resolved run; `checkpoint` is the one that it goes on from. Every rank calls it; raises UserError.
-
-    The teacher is `teacher`, whom `call_in` brings to memory, or writes by itself, `served`.
-    """
+    """Return the feed of a resolved run; `checkpoint` is the one that it goes on from. Every rank calls it; raises UserError."""
     assert sets.rows is not None and sets.prompts is not None and isinstance(sets.train, TrainData)
     tokenizer = load_tokenizer(str(meta.folder), trust_remote_code=run.model.trust_remote_code)
     theirs = teacher_meta(run, meta)
     stop_ids = tuple(sorted({*stop_ids_of(meta, tokenizer), *theirs.eos_token_ids}))
 
-    aside = room_for_authors(run, engine, teacher or ())
+    aside = room_for_authors(run, engine, guides.frozen)
 
     def author(meta: ModelMeta, chunks: Any, **more: Any) -> Author:
         return Author(run, meta, layout, chunks, stop_ids=stop_ids, pad_id=sets.pad_id, group=group, **more)
@@ -176,10 +172,10 @@ def distillation_feed(
     student = [chunk.module for chunk in engine.chunks]
     if run.preference.lmbda:
         authors[Writer.STUDENT] = author(meta, student, aside=aside)
-    if run.preference.seq_kd and teacher is None:  # it has devices of its own
-        authors[Writer.TEACHER] = author(meta, student, served=served)
+    if run.preference.seq_kd and guides.served is not None:  # it has devices of its own
+        authors[Writer.TEACHER] = author(meta, student, served=guides.served.servers[0])
     elif run.preference.seq_kd:
-        authors[Writer.TEACHER] = author(theirs, teacher, aside=aside)
+        authors[Writer.TEACHER] = author(theirs, guides.teacher, aside=aside)
     return DistillationFeed(
         sets.train,
         authors,
@@ -191,7 +187,7 @@ def distillation_feed(
         pad_id=sets.pad_id,
         tokenizer=tokenizer,
         table=completions_table(run, checkpoint),
-        call_in=call_in,
+        call_in=guides.call_in,
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp=layout.dp,
     )

@@ -29,22 +29,21 @@ from megaswift.rollout.engine import Answer, Prompt
 from megaswift.rollout.rollout import Rollout, joined
 from megaswift.rollout.turns import Talked, Talks
 from megaswift.tasks.advantages import advantages, decoupled_advantages
-from megaswift.tasks.task import CallIn, RunModel
+from megaswift.tasks.task import RunModel
 from megaswift.training.author import Author, stop_ids_of
 from megaswift.training.engine import Engine
+from megaswift.training.guides import Guides
 from megaswift.training.judge import Completion, Judge, load_judge, load_talks
 from megaswift.training.log_probs import LogProbs
 from megaswift.training.reporters import JsonLines
 from megaswift.training.set_aside import room_for_authors
-from megaswift.training.teachers import Teachers
 
 OTHERS = (0, 0, 1)  # behind seed, position and round: keys of completions go on otherwise
 
 
 @dataclass(kw_only=True)
 class Roller:
-    """Makes rollouts. `group` holds all ranks and is patient; `reference` and `teacher` are the chunks of frozen models, where there
-    are some; `call_in` brings the teacher to memory, or it is `served` elsewhere."""
+    """Makes rollouts. `group` holds all ranks and is patient."""
 
     run: RunConfig
     meta: ModelMeta
@@ -55,10 +54,7 @@ class Roller:
     settings: BatchSettings
     run_model: RunModel
     group: Any
-    reference: Sequence[Any] | None
-    teacher: Sequence[Any] | None
-    call_in: CallIn
-    served: Teachers | None
+    guides: Guides
     table: JsonLines | None  # of completions; rank 0's, where they are logged
 
     def __post_init__(self) -> None:
@@ -77,7 +73,7 @@ class Roller:
             stop_ids=stop_ids_of(self.meta, self.tokenizer),
             pad_id=self.pad_id,
             group=self.group,
-            aside=room_for_authors(self.run, self.engine, (*(self.reference or ()), *(self.teacher or ()))),
+            aside=room_for_authors(self.run, self.engine, self.guides.frozen),
         )
         self.judge = agree(self._load_judge, group=self.group)
         self.talks = agree(self._load_talks, group=self.group)
@@ -190,19 +186,19 @@ class Roller:
 
     def _with_logps(self, rollout: Rollout) -> Rollout:
         """Add what the loss and the rewards compare with, as far as they do, and the experts that are to be replayed."""
-        chosen, compares = self.run.rollout, bool(self.run.preference.beta)
+        chosen, compares, guides = self.run.rollout, bool(self.run.preference.beta), self.guides
         reference = teacher = None
         unled = replace(rollout, experts=None)  # other models choose their own
-        if compares and self.reference is not None:
-            reference = self.log_probs.of(unled, self.reference)
+        if compares and guides.reference is not None:
+            reference = self.log_probs.of(unled, guides.reference)
         elif compares:
             with adapters_off(self.engine.chunks):
                 reference = self.log_probs.of(unled, self.engine.chunks)
-        if self.teacher is not None:
-            with self.call_in():
-                teacher = self.log_probs.of(unled, self.teacher)
-        elif self.served is not None:
-            teacher = self.served.logps(rollout)
+        if guides.teacher is not None:
+            with guides.call_in():
+                teacher = self.log_probs.of(unled, guides.teacher)
+        elif guides.served is not None:
+            teacher = guides.served.logps(rollout)
         rollout = replace(rollout, reference_logps=reference, teacher_logps=teacher)
         if chosen.router_replay_mode == "R2":
             old, experts = self.log_probs.with_experts(rollout, self.engine.chunks)

@@ -1,6 +1,6 @@
 """What one rank is fed when the model writes its own training data: parts of the rollouts (training/roller.py) that are its own."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,13 @@ from megaswift.data.batches import BatchSettings, MicroBatch, TrainData
 from megaswift.metadata.meta import ModelMeta
 from megaswift.parallel.layout import Layout
 from megaswift.rollout.rollout import Rollout
-from megaswift.tasks.task import CallIn, RunModel
+from megaswift.tasks.task import RunModel
 from megaswift.training.author import completions_table
 from megaswift.training.engine import Engine
 from megaswift.training.feed import TrainFeed
+from megaswift.training.guides import Guides
 from megaswift.training.roller import Roller
 from megaswift.training.setup import Sets
-from megaswift.training.teachers import Teachers
 
 KEPT = "rollout"  # the folder of a checkpoint with completions that are not used up
 
@@ -105,12 +105,9 @@ def rollout_feed(
     layout: Layout,
     engine: Engine,
     sets: Sets,
+    guides: Guides,
     *,
     checkpoint: Checkpoint | None,
-    reference: Sequence[Any] | None,
-    teacher: Sequence[Any] | None,
-    call_in: CallIn,
-    served: Teachers | None,
     run_model: RunModel,
     group: Any,
 ) -> RolloutFeed:
@@ -126,10 +123,7 @@ def rollout_feed(
         settings=sets.settings,
         run_model=run_model,
         group=group,
-        reference=reference,
-        teacher=teacher,
-        call_in=call_in,
-        served=served,
+        guides=guides,
         table=completions_table(run, checkpoint),
     )
     return RolloutFeed(

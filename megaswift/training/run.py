@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -13,7 +12,7 @@ from megatron.core import parallel_state
 from megaswift.checkpoint.resume import check_identity, find_checkpoint, load_checkpoint
 from megaswift.checkpoint.store import Checkpoint, Store
 from megaswift.config.freeze import FreezeConfig
-from megaswift.config.reference import compares, distils, has_teacher_here, needs_reference
+from megaswift.config.reference import compares, distils
 from megaswift.config.rules import ResolvedRun, resolve
 from megaswift.config.run import RunConfig
 from megaswift.converters.lora_targets import adapted_modules, whole_tensors
@@ -34,11 +33,12 @@ from megaswift.parallel.layout import Layout
 from megaswift.platforms.fp8 import check_fp8, format_for, software_here
 from megaswift.platforms.platform import Platform, init_distributed, select_platform
 from megaswift.tasks.catalogue import make_task, trained_model
-from megaswift.tasks.task import CallIn, run_model
+from megaswift.tasks.task import run_model
 from megaswift.training.allocation import check_allocation
 from megaswift.training.beside import (
     account_of,
     log_of,
+    movers,
     observers,
     reporters_of,
     saving,
@@ -47,16 +47,17 @@ from megaswift.training.beside import (
 )
 from megaswift.training.context import context_share, place_context, ranks_of_this_node
 from megaswift.training.engine import Engine
-from megaswift.training.feed import TrainFeed, ValidationFeed
-from megaswift.training.following import FollowReference, kept_reference, reference_writers
+from megaswift.training.feed import ValidationFeed
+from megaswift.training.feeds import make_feed
+from megaswift.training.following import reference_writers
 from megaswift.training.gradient_starts import start_from_gradients
-from megaswift.training.lisa import DrawLayers, open_layers
-from megaswift.training.loop import Callback, Progress, train_loop
+from megaswift.training.guides import load_guides
+from megaswift.training.lisa import open_layers
+from megaswift.training.loop import Progress, train_loop
 from megaswift.training.model import load_model, weights_of
 from megaswift.training.optimizer import build_optimizer, shards_optimizer, wrap_chunks
-from megaswift.training.reference import References, reference_copy, teacher_copy
+from megaswift.training.reference import References
 from megaswift.training.schedule import build_schedule
-from megaswift.training.set_aside import room_beside_a_teacher
 from megaswift.training.setup import (
     TOKENISED,
     Saver,
@@ -70,7 +71,6 @@ from megaswift.training.setup import (
 )
 from megaswift.training.signals import Interrupt
 from megaswift.training.stream import load_stream
-from megaswift.training.teachers import start_teachers
 from megaswift.training.validations import Validations
 
 logger = get_logger(__name__)
@@ -169,15 +169,7 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
             run=run, meta=meta, layout=layout, platform=platform, output_dir=output_dir, group=patient
         )
         sets = with_references(sets, references)
-    reference = None
-    if needs_reference(run):
-        kept = alike(lambda: kept_reference(run, checkpoint))
-        reference = reference_copy(run, meta, layout, platform, group=patient, kept=kept)
-    teacher = None
-    call_in: CallIn = nullcontext
-    if has_teacher_here(run):
-        teacher = teacher_copy(run, meta, layout, platform, group=patient)
-        call_in = room_beside_a_teacher(run, teacher)
+    guides = load_guides(run, meta, layout, platform, checkpoint=checkpoint, group=patient)
     fresh = checkpoint is None
     chunks = load_model(
         run,
@@ -199,7 +191,14 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
         patience_s=run.launch.hang_timeout_seconds or 0.0,
     )
     forward = heartbeat.during("a forward pass", run_model)
-    task = make_task(run, meta, reference=reference, teacher=teacher, call_in=call_in, run_model=forward)
+    task = make_task(
+        run,
+        meta,
+        reference=guides.reference,
+        teacher=guides.teacher,
+        call_in=guides.call_in,
+        run_model=forward,
+    )
     dp_rank = parallel_state.get_data_parallel_rank()
     if fresh and run.tuner.starts_from_gradients:
         first = agree(lambda: list(sets.train.micro_batches(0, dp_rank=dp_rank, dp=layout.dp)), group=patient)
@@ -209,7 +208,7 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
     optimizer = build_optimizer(wrapped, run)
     total_steps = _total_steps(run, sets, start)
     schedule = alike(lambda: build_schedule(optimizer, run.optimizer, total_steps=total_steps))
-    served = start_teachers(run, meta, device=platform.device, group=patient)
+    asked_of = guides.served if distils(run) else None
     engine = Engine(
         wrapped,
         optimizer,
@@ -217,54 +216,24 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
         task,
         measure=measurer(run, meta),
         share=context_share(layout),
-        teach=heartbeat.patiently("asking the teacher", served.teach) if served and distils(run) else None,
+        teach=heartbeat.patiently("asking the teacher", asked_of.teach) if asked_of else None,
     )
     if checkpoint is not None:
         load_checkpoint(checkpoint, chunks=chunks, optimizer=optimizer, layout=layout)
         schedule.step(start.updates)
         logger.info("resumed from %s at step %d", checkpoint.folder, start.step)
 
-    feed: TrainFeed
-    if sets.prompts is not None:
-        from megaswift.training.distillation_feed import distillation_feed  # transformers' models: seconds
-
-        feed = distillation_feed(
-            run,
-            meta,
-            layout,
-            engine,
-            sets,
-            checkpoint=checkpoint,
-            teacher=teacher,
-            call_in=call_in,
-            served=served.servers[0] if served else None,
-            group=patient,
-        )
-    elif sets.rows is None:
-        feed = TrainFeed(
-            sets.train,
-            dp_rank=dp_rank,
-            dp=layout.dp,
-            ahead=run.data.dataloader_num_workers > 0,
-            noise_alpha=run.training.neftune_noise_alpha,
-        )
-    else:
-        from megaswift.training.rollout_feed import rollout_feed  # transformers' models: seconds
-
-        feed = rollout_feed(
-            run,
-            meta,
-            layout,
-            engine,
-            sets,
-            checkpoint=checkpoint,
-            reference=reference,
-            teacher=teacher,
-            call_in=call_in,
-            served=served,
-            run_model=forward,
-            group=patient,
-        )
+    feed = make_feed(
+        run,
+        meta,
+        layout,
+        engine,
+        sets,
+        guides,
+        checkpoint=checkpoint,
+        run_model=forward,
+        group=patient,
+    )
     validations = Validations(**((checkpoint.manifest.validations if checkpoint else None) or {}))
     if validations.are_enough(run.logging.early_stop_interval):
         total_steps = start.step  # it has ended
@@ -279,16 +248,11 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
         writers={
             **export_writers(run, meta, layout, chunks, dtype=dtype),
             **feed.writers(),
-            **reference_writers(run, meta, layout, reference),
+            **reference_writers(run, meta, layout, guides.reference),
         },
         validations=validations,
     )
-    following: list[Callback] = [DrawLayers(run, engine)] if run.lisa.lisa_activated_layers else []
-    if run.preference.sync_ref_model:
-        assert reference is not None, "config/preference_rules.py"
-        steps, alpha = run.preference.ref_model_sync_steps, run.preference.ref_model_mixup_alpha
-        following.append(alike(lambda: FollowReference(engine, reference, every_steps=steps, alpha=alpha)))
-
+    moving = movers(run, engine, guides.reference)
     validation = None
     if sets.val is not None and run.logging.eval_iters:
         validation = ValidationFeed(sets.val, dp_rank=dp_rank, dp=layout.dp, limit=run.logging.eval_iters)
@@ -301,7 +265,7 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
     callbacks = [
         log,
         *looking,
-        *following,
+        *moving,
         *([] if account is None else [account]),
         saving(run, feed, save),
         wall_time,

@@ -1,0 +1,47 @@
+"""Which feed a run has: rows, completions that are rewarded, or completions that a teacher judges."""
+
+from typing import Any
+
+from megatron.core import parallel_state
+
+from megaswift.checkpoint.store import Checkpoint
+from megaswift.config.run import RunConfig
+from megaswift.metadata.meta import ModelMeta
+from megaswift.parallel.layout import Layout
+from megaswift.tasks.task import RunModel
+from megaswift.training.engine import Engine
+from megaswift.training.feed import TrainFeed
+from megaswift.training.guides import Guides
+from megaswift.training.setup import Sets
+
+
+def make_feed(
+    run: RunConfig,
+    meta: ModelMeta,
+    layout: Layout,
+    engine: Engine,
+    sets: Sets,
+    guides: Guides,
+    *,
+    checkpoint: Checkpoint | None,
+    run_model: RunModel,
+    group: Any,
+) -> TrainFeed:
+    """Return the feed of a resolved run; `checkpoint` is the one that it goes on from. Every rank calls it; raises UserError."""
+    shared: dict[str, Any] = {"checkpoint": checkpoint, "group": group}
+    # Those of completions wait for transformers' models: seconds.
+    if sets.prompts is not None:
+        from megaswift.training.distillation_feed import distillation_feed
+
+        return distillation_feed(run, meta, layout, engine, sets, guides, **shared)
+    if sets.rows is not None:
+        from megaswift.training.rollout_feed import rollout_feed
+
+        return rollout_feed(run, meta, layout, engine, sets, guides, run_model=run_model, **shared)
+    return TrainFeed(
+        sets.train,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp=layout.dp,
+        ahead=run.data.dataloader_num_workers > 0,
+        noise_alpha=run.training.neftune_noise_alpha,
+    )
