@@ -10,9 +10,10 @@ from math import ceil
 from pathlib import Path
 
 from megaswift.config.dump import dump_run
+from megaswift.config.reference import beside, has_teacher_here
 from megaswift.config.rules import ResolvedRun, check_request, resolve
 from megaswift.config.run import RunConfig
-from megaswift.errors import DataError, LaunchError, ModelError
+from megaswift.errors import ConfigError, DataError, LaunchError, ModelError
 from megaswift.launch.quota import writable_bytes
 from megaswift.logs import get_logger
 from megaswift.metadata.count import count_parameters
@@ -35,7 +36,26 @@ def check_run(run: RunConfig, *, world_size: int, platform_name: str) -> tuple[M
     meta = model_of(run)
     trained_of(run, meta)  # names that the model does not have are found here
     check_checkpoints(run, meta)
-    return meta, resolve(run, meta, world_size, platform_name)
+    resolved = resolve(run, meta, world_size, platform_name)
+    check_teacher(resolved.config, world_size=world_size, platform_name=platform_name)
+    return meta, resolved
+
+
+def check_teacher(run: RunConfig, *, world_size: int, platform_name: str) -> None:
+    """Raise UserError unless the layout of a resolved run fits the teacher that stands beside its model, too."""
+    name = run.preference.teacher_model
+    if name is None or not has_teacher_here(run):
+        return
+    teacher = get_model_meta(
+        name,
+        use_hf=run.model.use_hf,
+        trust_remote_code=run.model.trust_remote_code,
+        token=run.model.hub_token,
+    )
+    try:
+        resolve(beside(run, has_experts=teacher.moe is not None), teacher, world_size, platform_name)
+    except ConfigError as error:
+        raise ConfigError(f"teacher_model={name} does not fit: {error}") from error
 
 
 def model_of(run: RunConfig) -> ModelMeta:

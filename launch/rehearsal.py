@@ -8,6 +8,7 @@ from megaswift.parallel.layout import Layout
 
 STEPS = 2  # the second one starts from updated weights
 ROWS = 64  # of each data set
+SMALL_RANK = 8  # of adapters that start from a decomposition
 RANK_GIB = (
     1.0  # torch and Megatron-Core take 0.5 GiB of a rank, a shrunken model with its vocabulary the rest
 )
@@ -75,8 +76,13 @@ def _few_layers(config: dict[str, Any], layout: Layout) -> int:
 
 
 def rehearsal_of(run: RunConfig, layout: Layout, *, model: str, output_dir: str) -> RunConfig:
-    """Return a resolved run as it is rehearsed: on processors, a few steps with few rows, saved once at the end."""
-    data, training, preference = run.data, run.training, run.preference
+    """Return a resolved run as it is rehearsed: on processors, a few steps with few rows, saved once at the end.
+
+    What is chosen of the model is so small that a small model has it: one drawn layer, drawn anew at every step, and a rank.
+    """
+    data, training, preference, tuner = run.data, run.training, run.preference, run.tuner
+    if tuner.starts_from_weights or tuner.starts_from_gradients:
+        tuner = replace(tuner, lora_rank=min(tuner.lora_rank, SMALL_RANK))
     if preference.mcore_ref_model is not None:
         preference = replace(preference, ref_model=model, mcore_ref_model=None)
     return replace(
@@ -90,6 +96,10 @@ def rehearsal_of(run: RunConfig, layout: Layout, *, model: str, output_dir: str)
             random_init=False,
         ),
         preference=preference,
+        tuner=tuner,
+        lisa=replace(
+            run.lisa, lisa_activated_layers=min(1, run.lisa.lisa_activated_layers), lisa_step_interval=1
+        ),
         data=replace(
             data,
             dataset=_few(data.dataset),

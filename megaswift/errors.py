@@ -10,6 +10,7 @@ class UserError(Exception):
     """What is wrong (name=value), the rule, and what to do; one sentence each."""
 
     exit_code = 2
+    is_known = False  # every rank has been told already: parallel/agreement.py
 
 
 class ConfigError(UserError):

@@ -249,12 +249,13 @@ ALWAYS_SO: dict[str, str] = {
 }
 
 
-LOAD_POINTS = ("mcore_model", "mcore_adapter", "load", "adapter_load", "mcore_adapters")
+# A run of adapters is resumed from them, whose base is still to be read.
+LOAD_POINTS = (("mcore_adapter", "mcore_adapters", "adapter_load"), ("mcore_model", "load"))
 
 
 def join_resume_point(words: dict[str, Raw]) -> dict[str, Raw]:
     """Return `words` with ms-swift's two flags for resuming, `--mcore_model D --finetune false`, as `--resume D`."""
-    points = [name for name in LOAD_POINTS if name in words]
+    points = next(filter(None, ([name for name in names if name in words] for names in LOAD_POINTS)), [])
     if not points or "finetune" not in words or truth_of("finetune", words["finetune"]):
         return words
     joined = {name: raw for name, raw in words.items() if name != "finetune" and name not in points}

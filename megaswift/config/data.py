@@ -66,7 +66,7 @@ class DataConfig:
     padding_free: bool = setting(True, "concatenate the samples of a micro batch instead of padding them")
     group_by_length: bool = setting(
         False,
-        "rows of like length follow each other: 50 global batches at a time are sorted, long rows first",
+        "rows of like length follow each other: 4096 at a time are sorted, long ones first",
     )
     dataset_num_proc: int = setting(1, "processes that encode rows", aliases=("preprocess_num_proc",))
     dataloader_num_workers: int = setting(0, "processes that build batches", aliases=("num_workers",))

@@ -32,6 +32,11 @@ def environments_are_named(run: RunConfig) -> None:
         raise ConfigError(
             f"multi_turn_scheduler={scheduler} would answer the model beside an environment. Leave it or use_gym_env out."
         )
+    if run.sampler.vllm_mode == "colocate" and run.vllm.vllm_tensor_parallel_size > 1:
+        raise ConfigError(
+            f"vllm_tensor_parallel_size={run.vllm.vllm_tensor_parallel_size}: every rank of such an engine would have environments of "
+            "its own. Use --vllm_mode server, or engines of one rank."
+        )
     known = entry_points(group=ENVIRONMENT_GROUP).names
     if chosen.external_plugins or (chosen.gym_env is None and known) or ".py:" in (chosen.gym_env or ""):
         return

@@ -1,4 +1,6 @@
-"""Whether a run compares its model with a reference or a teacher, and whether that is a model in memory."""
+"""Whether a run compares its model with a reference or a teacher, whether that is a model in memory, and how it is built."""
+
+from dataclasses import fields, replace
 
 from megaswift.config.preference_rules import NEEDS_REFERENCE
 from megaswift.config.run import RunConfig
@@ -38,3 +40,21 @@ def needs_reference(run: RunConfig) -> bool:
     changes = run.tuner.tuner_type == "full" or bool(run.tuner.modules_to_save)
     named = (settings.ref_model, settings.mcore_ref_model, *settings.ref_adapters)
     return changes or any(name is not None for name in named)
+
+
+def beside(run: RunConfig, *, has_experts: bool) -> RunConfig:
+    """Return the settings of a frozen model beside the trained one: those of training are blank, and of experts without any."""
+    plain = RunConfig(task=run.task)
+    blank = {name: getattr(plain, name) for name in ("tuner", "freeze", "lisa", "optimizer", "muon")}
+    training = {
+        one.name: getattr(plain.training, one.name)
+        for one in fields(plain.training)
+        if one.name.startswith("recompute")
+    }
+    return replace(
+        run,
+        **blank,
+        training=replace(run.training, **training),
+        rollout=replace(run.rollout, router_replay_mode="disabled"),
+        moe=run.moe if has_experts else plain.moe,
+    )

@@ -20,6 +20,10 @@ def there_is_one_teacher(run: RunConfig) -> None:
         )
     if chosen.offload_teacher_model and chosen.teacher_model is None:
         raise ConfigError("offload_teacher_model=true moves --teacher_model. Give one, or leave this out.")
+    if chosen.offload_teacher_model and run.precision.fp8_param_gather:
+        raise ConfigError(
+            "offload_teacher_model=true moves no weights that are kept in FP8 (fp8_param_gather=true). Leave one of them out."
+        )
     if chosen.teacher_kl_coef != blank.teacher_kl_coef and not is_taught(run):
         raise ConfigError(
             f"teacher_kl_coef={chosen.teacher_kl_coef:g} needs a teacher. Give --teacher_model or --teacher_model_server, or leave this "

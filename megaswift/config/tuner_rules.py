@@ -5,6 +5,7 @@ from dataclasses import fields
 
 from megaswift.config.case import Case
 from megaswift.config.freeze import FreezeConfig
+from megaswift.config.reference import compares, needs_reference
 from megaswift.config.run import RunConfig
 from megaswift.config.tuner import TunerConfig
 from megaswift.errors import ConfigError
@@ -112,6 +113,12 @@ def adapters_need_lora(case: Case) -> None:
     if tuner.init_weights == "loftq" and not tuner.quant_bits:
         raise ConfigError(
             "init_weights=loftq starts from what quantising loses, and nothing is quantised. Add --quant_method bnb --quant_bits 4."
+        )
+    has_reference = needs_reference(case.run) or case.run.preference.precompute_ref_log_probs
+    if tuner.init_weights == "loftq" and compares(case.run) and not has_reference:
+        raise ConfigError(
+            "init_weights=loftq lets training start near the whole weights, and without adapters the model is the quantised one: no "
+            "reference for what is trained. Give --ref_model or --precompute_ref_log_probs true, or choose another start."
         )
     if (tuner.starts_from_weights or tuner.starts_from_gradients) and tuner.adapters:
         raise ConfigError(

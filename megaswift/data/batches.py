@@ -23,7 +23,7 @@ from megaswift.data.packing import Packs, pack
 from megaswift.errors import ConfigError
 from megaswift.kernels.context_attention.plan import ContextPlan
 
-SORTED_BATCHES = 50  # as transformers 5 does at most (trainer_pt_utils.py, get_length_grouped_indices)
+SORTED_ROWS = 4096  # whatever the batch, which may change with the ranks of a resumed run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,8 +163,7 @@ class TrainData:
                 shuffled(count, seed=settings.seed, stream=epoch) if settings.shuffle else np.arange(count)
             )
             if settings.group_by_length:
-                window = SORTED_BATCHES * settings.global_batch_size
-                order = long_first(order, self.encoded.row_lengths, window=window)
+                order = long_first(order, self.encoded.row_lengths, window=SORTED_ROWS)
             self._order = (epoch, order)
         return self._order[1]
 

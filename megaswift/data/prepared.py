@@ -7,6 +7,7 @@ from typing import Any
 
 from megaswift.config.data import DataConfig
 from megaswift.data.address import SETTINGS, Facts
+from megaswift.data.rows import READERS, suffix_of
 from megaswift.data.sources import MANIFEST, is_prepared
 from megaswift.errors import DataError
 
@@ -49,11 +50,15 @@ def named_prepared(config: DataConfig) -> Prepared | None:
 def prepared_folder(folder: Path) -> Path | None:
     """Return the folder of prepared sets that a name stands for: itself, or the only one below a folder of --prepare.
 
-    Raises DataError where there are several.
+    Raises DataError where there are several, or rows beside it.
     """
     if is_prepared(folder):
         return folder
     below = sorted(path.parent for path in folder.glob(f"*/{MANIFEST}"))
+    if below and any(suffix_of(path) in READERS for path in folder.iterdir() if path.is_file()):
+        raise DataError(
+            f"dataset={folder} holds rows, and the prepared set {below[0].name}. Name {below[0]}, or give the files of the rows."
+        )
     if len(below) > 1:
         raise DataError(
             f"dataset={folder} holds several prepared sets: {', '.join(path.name for path in below)}. Name one of them."

@@ -56,6 +56,7 @@ class SpanFinder:
         self._one_token = re.compile(rf"\s*(?:{special})")
         # A turn ends with one token, or with several up to one that stops the model (Cohere: END_RESPONSE, END_OF_TURN).
         self._ender = re.compile(rf"\s*(?:(?:{special})*?(?:{stop})|(?:{special}))")
+        self._last_token = re.compile(rf"\s*(?:{stop}|{special})\s*\Z")
         self._last_tokens = re.compile(rf"(?:\s*(?:{special}))+\s*\Z")
         self._tail = ""  # what the template writes after a plain last answer
         self._tail_ender = (
@@ -132,9 +133,9 @@ class SpanFinder:
         return spans
 
     def ending(self, answer: str) -> int:
-        """Return how many characters at the end of a turn are special tokens."""
-        tokens = self._last_tokens.search(answer)
-        return 0 if tokens is None else len(answer) - tokens.start()
+        """Return how many characters at the end of a turn are the token that ends it; others may mark what was said."""
+        token = self._last_token.search(answer)
+        return 0 if token is None else len(answer) - token.start()
 
     def _derive(self, text: str, messages: Sequence[Message], render: Render) -> list[Span]:
         spans: list[Span] = []

@@ -227,6 +227,8 @@ def renew_matrices(module: Any, a_RD: torch.Tensor) -> None:
     )
     out_features, in_features = whole_weight(module).shape
     rank = a_RD.shape[0]
+    # False: reduced over the expert data-parallel group. Codes of four bits (models/nf4.py) do not say so any more.
+    reduced_by_all = getattr(module.lora_a.weight if hasattr(module, "lora_a") else weight, "allreduce", True)
     if is_row:
         a_RD = F.pad(a_RD, (0, in_features * group.size() - a_RD.shape[1])).chunk(group.size(), dim=1)[
             group.rank()
@@ -245,9 +247,7 @@ def renew_matrices(module: Any, a_RD: torch.Tensor) -> None:
     # The matrix that is whole sees one rank's part of the sequence: Megatron then sums its gradient over tp.
     whole.sequence_parallel = bool(module.config.sequence_parallel) and not is_expert
     for parameter in (cut, whole):
-        parameter.allreduce = getattr(
-            weight, "allreduce", True
-        )  # False: reduced over the expert data-parallel group
+        parameter.allreduce = reduced_by_all
 
 
 def _add_magnitude(module: Any) -> None:

@@ -15,13 +15,16 @@ def agree(action: Callable[[], T], *, group: Any = None) -> T:
 
     Every rank of the world calls it. Where it fails, the lowest failing rank raises its own error and all others leave with
     the same exit code, so that a person reads one message. Ranks meet after the action: one that fails must not leave
-    others in a collective of the action itself. `group` holds all ranks, and how long they wait for each other.
+    others in a collective of the action itself, unless that is another agree(). `group` holds all ranks, and how long they wait for
+    each other.
     """
     failure: Exception | None = None
     result: T | None = None
     try:
         result = action()
-    except Exception as error:  # noqa: BLE001  # raised again below, once every rank knows
+    except Exception as error:  # raised again below, once every rank knows
+        if isinstance(error, UserError) and error.is_known:
+            raise
         failure = error
     codes: list[int | None] = [None] * dist.get_world_size()
     dist.all_gather_object(codes, _exit_code(failure), group=group)
@@ -29,6 +32,8 @@ def agree(action: Callable[[], T], *, group: Any = None) -> T:
     if first is None:
         return result  # type: ignore[return-value]  # every rank has its result here
     if failure is not None and first == dist.get_rank():
+        if isinstance(failure, UserError):
+            failure.is_known = True
         raise failure
     raise SystemExit(codes[first])
 
@@ -42,11 +47,14 @@ def agree_on_first(action: Callable[[], T], *, group: Any = None) -> T:
 
 
 def alike(action: Callable[[], T]) -> T:
-    """Run `action`, which succeeds or fails on every rank for the same reason: rank 0 raises the error, others leave."""
+    """Run `action`, which succeeds or fails on every rank for the same reason: rank 0 raises the error, others leave.
+
+    Where ranks agreed within, the one that raised there raises.
+    """
     try:
         return action()
     except UserError as error:
-        if dist.get_rank() == 0:
+        if dist.get_rank() == 0 or error.is_known:
             raise
         raise SystemExit(error.exit_code) from error
 

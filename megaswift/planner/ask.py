@@ -119,7 +119,8 @@ def ask(
     fixed = _fixed(run, given)
     if "cp_comm" in fixed and fixed["cp_comm"] == "auto":
         del fixed["cp_comm"]
-    last_resort = offload and (job.frozen or not job.is_muon)  # Muon's state does not go to host memory
+    # The state of Muon and of drawn layers does not go to host memory.
+    last_resort = offload and (job.frozen or not (job.is_muon or job.drawn_layers))
     space = Space(precisions=_precisions(machine.device, precision), last_resort=last_resort, fixed=fixed)
     return Question(job=job, space=space, assumed=tuple(assumed))
 

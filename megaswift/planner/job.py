@@ -37,6 +37,11 @@ class Job:
         return self.trained == "lora"
 
     @property
+    def drawn_share(self) -> float:
+        """The share of the layers that train at a time."""
+        return 1.0 if self.drawn_layers is None else min(1.0, self.drawn_layers / self.meta.num_layers)
+
+    @property
     def is_muon(self) -> bool:
         """Say whether matrices of layers have one moment, and every data-parallel rank all master weights."""
         return self.optimizer in ("muon", "dist_muon")

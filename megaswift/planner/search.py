@@ -311,7 +311,10 @@ def _least_bytes(job: Job, layout: Layout, software: Software, last_resort: bool
     weights = all_dense / cut + all_experts / expert_cut
     if job.frozen:
         return (FOUR_BITS if last_resort or job.four_bits else 2.0) * weights
-    dense, experts = sum(parts.trained.layers) / cut, sum(parts.trained.experts) / expert_cut
+    dense, experts = (
+        job.drawn_share * share
+        for share in (sum(parts.trained.layers) / cut, sum(parts.trained.experts) / expert_cut)
+    )
     total = 2.0 * weights + software.gradient_bytes * (dense + experts)
     own = dense / (layout.dp * layout.cp) + experts / max(1, layout.edp)
     if job.is_muon:

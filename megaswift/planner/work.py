@@ -4,7 +4,7 @@ Letters: T tokens of a micro batch on this rank, D hidden, F ffn, H heads, G kv 
 Forward and backward are kept apart: recomputation repeats the one, frozen weights drop a third of the other.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megaswift.planner.calibration import TimeConstants
 from megaswift.planner.job import Candidate, Job
@@ -80,7 +80,8 @@ def gemm_passes(
         forward += arithmetic + (size * (inputs + weights) + 2 * outputs) / bandwidth
         backward += arithmetic + (size * (outputs + weights) + 2 * inputs) / bandwidth
         if not job.frozen:
-            backward += arithmetic + (size * (inputs + outputs) + accumulated * weights) / bandwidth
+            by_weights = arithmetic + (size * (inputs + outputs) + accumulated * weights) / bandwidth
+            backward += job.drawn_share * by_weights
     return Passes(forward=forward, backward=backward)
 
 
@@ -198,6 +199,7 @@ def head_passes(
     """Return the time of the output layer and the loss; the output layer stays in 16 bits under FP8 recipes."""
     size, vocab = candidate.tokens(job), job.meta.vocab_size / candidate.layout.tp
     gemm = Gemm(m=size, n=vocab, k=job.meta.hidden_size)
+    job = replace(job, drawn_layers=None)  # the output layer always trains
     time = gemm_passes([gemm], job, plain_precision(candidate), device, software, constants)
     # The loss reads and writes what it keeps once in each direction.
     moved = 2 * software.loss_bytes * size * vocab

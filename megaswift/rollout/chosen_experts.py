@@ -48,7 +48,7 @@ def _chosen(module: Any, inputs: tuple[Any, ...]) -> torch.Tensor:
         raise TrainingError(
             f"router_replay_mode=R3 cannot tell the experts of {type(module).__name__}, which is not given their numbers. Choose R2."
         )
-    return given
+    return given.to(torch.int16)
 
 
 def experts_of_rows(
@@ -63,7 +63,7 @@ def experts_of_rows(
     for first, *later in seen:
         steps = [first.unflatten(0, (rows, longest)), *(step[:, None] for step in later)]
         layers.append(torch.cat(steps, 1))
-    every_BTLK = torch.stack(layers, 2).to(torch.int16).cpu().numpy()
+    every_BTLK = torch.stack(layers, 2).cpu().numpy()
     found = []
     for row, (prompt, ids) in enumerate(zip(prompts, completions, strict=True)):
         begin = longest - len(prompt)

@@ -59,7 +59,8 @@ class Episode:
         self.infos.append(_plain(info))
         own = [message for message in row.messages if message["role"] == "system"]
         first = [{"role": "system", "content": system}] if system else own
-        self.asked = row.messages if text is None else (*first, {"role": "user", "content": text})
+        rest = [message for message in row.messages if message["role"] != "system"]
+        self.asked = (*first, *(rest if text is None else [{"role": "user", "content": text}]))
 
     async def step(self, conversation: Sequence[Message]) -> Any:
         """Return what is said to the model, None where the conversation is over; raises TrainingError."""

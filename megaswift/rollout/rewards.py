@@ -5,9 +5,11 @@ A function takes `completions`, a list of texts, and as keywords what belongs to
 other column of the row. It returns as many numbers.
 """
 
+import hashlib
 import importlib.util
 import math
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
@@ -78,14 +80,19 @@ def functions_of(path: Path, *, asked: str) -> dict[str, Callable[..., Any]]:
 
 def contents_of(path: Path, *, asked: str) -> dict[str, Any]:
     """Return what a Python file names, without a leading underscore; raises ConfigError, which says what was `asked` for."""
-    spec = importlib.util.spec_from_file_location(f"megaswift_plugin_{path.stem}", path)
+    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
+    spec = importlib.util.spec_from_file_location(f"megaswift_plugin_{path.stem}_{digest}", path)
     if not path.is_file() or spec is None or spec.loader is None:
         raise ConfigError(f"{asked}={path} is not a Python file. Give a .py file that exists.")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever a person's file raises is his to mend
-        raise ConfigError(f"{asked}={path} fails: {type(error).__name__}: {error}. Mend it.") from error
+    # Run once, whoever asks: rewards and environments of one file may share what it keeps, and dataclasses look their module up.
+    module = sys.modules.get(spec.name)
+    if module is None:
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:  # whatever a person's file raises is his to mend
+            del sys.modules[spec.name]
+            raise ConfigError(f"{asked}={path} fails: {type(error).__name__}: {error}. Mend it.") from error
     return {name: value for name, value in vars(module).items() if not name.startswith("_")}
 
 

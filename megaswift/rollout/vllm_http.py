@@ -75,7 +75,7 @@ def completion_by(server: Served, prompt: Prompt, sampling: Sampling) -> Answer:
 
 def _experts(text: str | None) -> np.ndarray | None:
     """Return the array in a choice (vllm/entrypoints/openai/completion/protocol.py); servers are asked for it when they start."""
-    return None if text is None else np.load(io.BytesIO(base64.b64decode(text)))
+    return None if text is None else np.load(io.BytesIO(base64.b64decode(text))).astype(np.int16)
 
 
 def post(url: str, path: str, asked: dict[str, Any] | None, *, timeout_s: float = 60.0) -> dict[str, Any]:

@@ -13,10 +13,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megaswift.config.freeze import FreezeConfig
-from megaswift.config.rules import resolve
+from megaswift.config.reference import beside
 from megaswift.config.run import RunConfig
-from megaswift.config.tuner import TunerConfig
 from megaswift.converters.dcp_model import find_checkpoint
 from megaswift.converters.dcp_pieces import McoreCheckpoint
 from megaswift.converters.peft_folder import PeftAdapter, read_adapter
@@ -56,11 +54,10 @@ def reference_copy(
     or --ref_adapters does not fit.
     """
     reference = alike(lambda: reference_meta(run, meta))
-    adapter, tuner = None, TunerConfig()  # not in four bits either
+    adapter = None
     if run.preference.ref_adapters:
         adapter = alike(lambda: read_adapter(run.preference.ref_adapters[0], reference))
-        tuner = adapter.adopt(replace(tuner, tuner_type="lora"), reference)
-    run, weights = replace(run, tuner=tuner), kept or reference_weights(run, reference)
+    weights = kept or reference_weights(run, reference)
     return _frozen(run, reference, layout, platform, adapter=adapter, group=group, weights=weights)
 
 
@@ -69,9 +66,7 @@ def teacher_copy(
 ) -> list[Any]:
     """Return this rank's chunks of --teacher_model as reference_copy() does; it may be of another size, under the same layout."""
     teacher = alike(lambda: teacher_meta(run, meta))
-    alike(lambda: resolve(run, teacher, layout.world, platform.name))
-    run, weights = replace(run, tuner=TunerConfig()), Path(str(teacher.folder))
-    return _frozen(run, teacher, layout, platform, group=group, weights=weights)
+    return _frozen(run, teacher, layout, platform, group=group, weights=Path(str(teacher.folder)))
 
 
 def _frozen(
@@ -84,7 +79,9 @@ def _frozen(
     group: Any,
     weights: Path | McoreCheckpoint,
 ) -> list[Any]:
-    plain = replace(run, freeze=FreezeConfig())
+    plain = beside(run, has_experts=meta.moe is not None)  # not in four bits either
+    if adapter is not None:
+        plain = replace(plain, tuner=adapter.adopt(replace(plain.tuner, tuner_type="lora"), meta))
     chunks = load_model(
         plain, meta, layout, platform, adapter=adapter, fresh=True, group=group, weights=weights
     )

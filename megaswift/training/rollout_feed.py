@@ -1,6 +1,8 @@
 """What one rank is fed when the model writes its own training data: parts of the rollouts (training/roller.py) that are its own."""
 
+import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,6 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megaswift.checkpoint.store import Checkpoint
-from megaswift.config.reference import is_taught
 from megaswift.config.rollout_rules import uses_of_a_generation
 from megaswift.config.run import RunConfig
 from megaswift.data.batches import BatchSettings, MicroBatch, TrainData
@@ -25,6 +26,26 @@ from megaswift.training.roller import Roller
 from megaswift.training.setup import Sets
 
 KEPT = "rollout"  # the folder of a checkpoint with completions that are not used up
+MADE_WITH = "made_with.json"  # there
+# Settings of RolloutConfig that completions are only learnt with.
+OF_THE_LOSS = (
+    "importance_sampling_level",
+    "epsilon",
+    "epsilon_high",
+    "delta",
+    "off_policy_sequence_mask_delta",
+    "top_entropy_quantile",
+    "log_entropy",
+    "log_completions",
+)
+GUIDES = (
+    "ref_model",
+    "mcore_ref_model",
+    "ref_adapters",
+    "teacher_model",
+    "teacher_model_server",
+    "teacher_tag_key",
+)
 
 
 class RolloutFeed(TrainFeed):
@@ -56,6 +77,7 @@ class RolloutFeed(TrainFeed):
             firsts = range(position, position + parts * self.items_per_step, self.items_per_step)
             entries = np.concatenate([self._roller.prompts.items(first) for first in firsts])
             step = consumed // self.items_per_step + 1
+            self._rollout = None  # memory for the next one
             self._rollout = self._roller.roll(entries, position=position, step=step)
         return list(
             self._rollout.parts(size)[part].micro_batches(
@@ -97,6 +119,8 @@ class RolloutFeed(TrainFeed):
     def _save(self, folder: Path) -> None:
         if self._rollout is not None and dist.get_rank() == 0:
             self._rollout.save(folder)
+            made = json.dumps(made_with(self._roller.run), indent=1)
+            (folder / MADE_WITH).write_text(made + "\n", encoding="utf-8")
 
 
 def rollout_feed(
@@ -137,10 +161,21 @@ def rollout_feed(
 
 
 def _kept(run: RunConfig, checkpoint: Checkpoint) -> Rollout | None:
-    """Return the completions that a checkpoint was amidst, unless this run replays or is taught otherwise: they are written anew then."""
-    kept = Rollout.load(checkpoint.folder / KEPT)
-    if kept is None:
+    """Return the completions that a checkpoint was amidst; None where this run would make others, which it does then."""
+    file = checkpoint.folder / KEPT / MADE_WITH
+    if not file.is_file() or json.loads(file.read_text(encoding="utf-8")) != made_with(run):
         return None
-    replays, taught = run.rollout.router_replay_mode != "disabled", is_taught(run)
-    fits = (kept.experts is not None) == replays and (kept.teacher_logps is not None) == taught
-    return kept if fits else None
+    return Rollout.load(checkpoint.folder / KEPT)
+
+
+def made_with(run: RunConfig) -> dict[str, Any]:
+    """Return the settings that completions, their rewards and what they are compared with follow from, as JSON has them."""
+    rollout = {name: value for name, value in asdict(run.rollout).items() if name not in OF_THE_LOSS}
+    guides = {name: getattr(run.preference, name) for name in GUIDES}
+    return {
+        "rollout": rollout,
+        "reward": asdict(run.reward),
+        "guides": guides,
+        "compares": bool(run.preference.beta),
+        "use_vllm": run.sampler.use_vllm,
+    }

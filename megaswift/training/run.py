@@ -23,7 +23,7 @@ from megaswift.launch.environment import RankEnv
 from megaswift.launch.heartbeat import Heartbeat, empty_folder
 from megaswift.launch.join import this_rank
 from megaswift.launch.layout import layout_here
-from megaswift.launch.preflight import model_of
+from megaswift.launch.preflight import check_teacher, model_of
 from megaswift.logs import get_logger, setup_logging
 from megaswift.mcore import process_groups
 from megaswift.metadata.meta import ModelMeta
@@ -308,7 +308,9 @@ def _resolve(run: RunConfig, platform: Platform) -> tuple[ModelMeta, ResolvedRun
     if software is not None and fp8 != "none":
         check_fp8(precision.fp8_recipe, software)
     run = replace(run, precision=replace(precision, fp8_format=fp8))
-    resolved = resolve(run, meta, dist.get_world_size(), platform.name)
+    world_size = dist.get_world_size()
+    resolved = resolve(run, meta, world_size, platform.name)
+    check_teacher(resolved.config, world_size=world_size, platform_name=platform.name)
     meta = trained_model(run, meta)
     adapted_modules(meta, run.tuner)  # names that the model does not have are found here
     whole_tensors(meta, run.tuner)

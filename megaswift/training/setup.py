@@ -270,6 +270,7 @@ def identity_of(run: RunConfig, meta: ModelMeta) -> dict[str, Any]:
         "use_galore": run.optimizer.use_galore,
         "tuner_type": tuner.tuner_type,
         "streaming": run.data.streaming,
+        "group_by_length": run.data.group_by_length,
         **({} if meta.scores is None else {"scores": meta.scores}),
         **(adapters if tuner.tuner_type == "lora" else asdict(run.freeze)),
         "lisa_activated_layers": draws,

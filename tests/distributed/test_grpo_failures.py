@@ -1,6 +1,7 @@
 """Runs of `megaswift rlhf --rlhf_type grpo` that cannot go well end with one message."""
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,14 @@ from megaswift.errors import UserError
 from tests.distributed.test_grpo_runs import flags, folder
 from tests.distributed.test_rlhf_runs import train_all
 from tests.harness.distributed import run_distributed
+
+LATE = """
+import torch.distributed as dist
+
+
+def late(completions, **columns):
+    return [1 / (1 - dist.get_rank()) for _ in completions]
+"""
 
 
 def failure(rank: int, world_size: int, words: list[str]) -> str:
@@ -24,10 +33,16 @@ def failure(rank: int, world_size: int, words: list[str]) -> str:
 
 @pytest.mark.slow
 @pytest.mark.ranks(2)
-def test_reward_that_fails_names_the_function_and_the_row_once() -> None:
-    words = flags("grpo", "dp2", output="broken")
-    words[words.index("near")] = "broken"
+@pytest.mark.parametrize("where", ["everywhere", "on the last rank"])
+def test_reward_that_fails_names_the_function_and_the_row_once(where: str, tmp_path: Path) -> None:
+    (tmp_path / "late.py").write_text(LATE)
+    words, reward = (
+        flags("grpo", "dp2", output=f"broken {where}"),
+        {"everywhere": "broken"}.get(where, "late"),
+    )
+    words[words.index("near")] = reward
+    words.insert(words.index("--external_plugins") + 1, str(tmp_path / "late.py"))
     found = sorted(run_distributed(failure, 2, words))
     assert found[0] == "exit code 2"
-    assert re.match(r"reward_funcs=broken fails at .*prompts.jsonl:\d+: ZeroDivisionError: ", found[1])
-    assert not list((folder() / "broken").glob("checkpoint-*"))
+    assert re.match(rf"reward_funcs={reward} fails at .*prompts.jsonl:\d+: ZeroDivisionError: ", found[1])
+    assert not list((folder() / f"broken {where}").glob("checkpoint-*"))

@@ -94,7 +94,7 @@ def test_the_base_is_what_bitsandbytes_makes_of_the_file(tmp_path: Path) -> None
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("how", ["true", "loftq"])
+@pytest.mark.parametrize("how", ["true", "loftq", "lora-ga"])
 @pytest.mark.parametrize(("model", "layout"), [(model, name) for model in LAYOUTS for name in LAYOUTS[model]])
 def test_a_layout_trains_like_one_rank(model: str, layout: str, how: str) -> None:
     expected = quantised_curves(model, 1, how)["one"]

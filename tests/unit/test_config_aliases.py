@@ -58,6 +58,10 @@ def test_no_name_means_two_things() -> None:
         ("--cached_dataset ./d/e/train --cached_val_dataset d/e/val", "--dataset d/e"),
         ("--acc_strategy seq", "--calculate_per_token_loss false"),
         ("--mcore_model d --finetune false", "--resume d"),
+        (
+            "--model m --mcore_model b --mcore_adapter d --finetune false",
+            "--model m --mcore_model b --resume d",
+        ),
         ("--load d --finetune=false", "--resume d"),
         ("--model m --load d", "--model m --mcore_model d"),
         ("--model m --mcore_model d --finetune true", "--model m --mcore_model d --resume never"),

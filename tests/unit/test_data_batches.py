@@ -131,7 +131,7 @@ def test_a_batch_larger_than_the_set_sees_every_epoch():
 
 @pytest.mark.parametrize("mode", ["padding_free", "padded"])
 def test_rows_of_like_length_follow_each_other(mode, monkeypatch):
-    monkeypatch.setattr("megaswift.data.batches.SORTED_BATCHES", 2)
+    monkeypatch.setattr("megaswift.data.batches.SORTED_ROWS", 6)
     plain, grouped = (
         TrainData(encoded_set(LENGTHS), settings_of(mode, global_batch_size=3, group_by_length=chosen))
         for chosen in (False, True)

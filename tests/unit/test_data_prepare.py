@@ -386,3 +386,10 @@ def test_the_words_of_ms_swift_prepare_and_find_both_sets(files, tmp_path, capsy
     assert main([*words[:4], "grpo", *words[5:], "--dataset", files[0], "--output_dir", str(home)]) == 2
     said = capsys.readouterr().err
     assert "needs a folder. Give --output_dir" in said and "template_mode=grpo is not known" in said
+
+
+def test_rows_beside_what_was_prepared_of_others_are_not_forgotten(files, tmp_path):
+    config = DataConfig(dataset=[files[0]])
+    prepare(plan_of(config), tmp_path)
+    with pytest.raises(DataError, match=r"holds rows, and the prepared set \w+\. Name"):
+        load_data(DataConfig(dataset=[str(tmp_path)]), tokenizer(), max_length=64)

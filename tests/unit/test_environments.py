@@ -361,3 +361,19 @@ def test_infos_travel_as_json_has_them() -> None:
     (found,) = played(Model("5"), env=Odd)
     assert found.record and json.loads(json.dumps(found.record)) == found.record
     assert found.record["infos"][0] == {"path": "a", "1": "{2}"} and found.ids[-1] == EOS
+
+
+class Host(Guess):
+    """It has a word for the system only."""
+
+    def reset(self, config: Request) -> Any:
+        super().reset(config)
+        return None, None, "You guess."
+
+    def step(self, action: list[dict[str, Any]]) -> Any:
+        return "", 0.0, True, {}
+
+
+def test_a_system_message_may_join_what_the_row_asks() -> None:
+    (found,) = played(Model("3"), env=Host)
+    assert found.asked == ({"role": "system", "content": "You guess."}, *PLACEHOLDER)

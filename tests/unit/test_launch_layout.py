@@ -19,6 +19,7 @@ from megaswift.planner.ask import Question, ask, software_on
 from megaswift.planner.costs import Costs
 from megaswift.planner.job import Candidate, Job
 from megaswift.planner.machine import Machine
+from megaswift.planner.plan import evaluate
 from tests.harness.planning import CONFIGS, golden_meta
 
 
@@ -250,3 +251,23 @@ def test_a_teacher_in_memory_is_counted_by_its_own_size(
             teacher + meta.vocab_size * meta.hidden_size
         )  # the last stage has a copy: it is the head too
         assert weights(nowhere, whole)[0] == 2 * weights(alone, whole)[0]
+
+
+def test_layers_that_are_drawn_need_the_room_of_those_alone(llama: ModelMeta) -> None:
+    """Full training of 8 billion parameters does not fit one device, two layers at a time do."""
+    machine = profile_of_name("H100", num_gpus=1).machine
+    with pytest.raises(LaunchError, match="does not fit"):
+        choose_layout(parsed("--max_length", "4096").config, llama, machine)
+    drawn = parsed("--max_length", "4096", "--lisa_activated_layers", "2").config
+    assert choose_layout(drawn, llama, machine) is not None
+
+    def step_s(*words: str) -> float:
+        run = parsed("--max_length", "4096", *words).config
+        node = profile_of_name("H100", num_gpus=8).machine
+        asked = ask(run, llama, node, given=frozenset(), precision="bf16", document_len=None, offload=False)
+        costs = Costs(asked.job, node, software_on(node.device))
+        return evaluate(costs, Candidate(layout=Layout(world=8, tp=2))).time.total
+
+    full, some = step_s(), step_s("--lisa_activated_layers", "2")
+    adapters = step_s("--tuner_type", "lora")
+    assert adapters < some < full and some - adapters < 0.3 * (full - adapters)

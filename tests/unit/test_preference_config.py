@@ -220,6 +220,18 @@ def test_an_adapter_to_start_from_is_said_to_be_no_part_of_the_reference() -> No
     assert not any("reference" in note for note in rlhf(f"{words} --ref_model m").notes)
 
 
+QUANTISED = "--rlhf_type dpo --tuner_type lora --quant_method bnb --quant_bits 4 --init_weights loftq"
+
+
+def test_a_quantised_base_is_no_reference_for_adapters_that_start_near_the_whole_one() -> None:
+    with pytest.raises(
+        ConfigError, match=r"no reference for what is trained\. Give --ref_model or --precompute"
+    ):
+        rlhf(QUANTISED)
+    for more in ("--ref_model m", "--precompute_ref_log_probs true", "--reference_free true"):
+        assert rlhf(f"{QUANTISED} {more}").config.tuner.init_weights == "loftq"
+
+
 @pytest.mark.parametrize("kind", ["dpo", "kto", "simpo"])
 def test_saved_settings_resolve_to_themselves(kind: str, tmp_path) -> None:
     run = rlhf(f"--rlhf_type {kind}").config

@@ -54,6 +54,16 @@ def test_uneven_stages_keep_all_layers() -> None:
     assert shrink(config.get("config", config), layout)["num_hidden_layers"] == 32
 
 
+def test_what_is_chosen_of_a_model_is_there_in_a_small_one() -> None:
+    words = ["--model", "m", "--dataset", "r.jsonl", "--lisa_activated_layers", "4"]
+    drawn = rehearsal_of(parse("sft", words).config, Layout(), model="m", output_dir="o").lisa
+    assert (drawn.lisa_activated_layers, drawn.lisa_step_interval) == (1, 1)
+    words = [*words[:4], "--tuner_type", "lora", "--lora_rank", "64", "--init_weights"]
+    for start, rank in (("lora-ga", 8), ("pissa", 8), ("true", 64)):
+        run = parse("sft", [*words, start]).config
+        assert rehearsal_of(run, Layout(), model="m", output_dir="o").tuner.lora_rank == rank
+
+
 def test_a_stream_and_a_small_share_are_rehearsed_on_the_few_rows() -> None:
     words = "--model m --dataset d.jsonl --streaming true --train_iters 9 --val_dataset v.jsonl".split()
     rehearsed = rehearsal_of(parse("sft", words).config, Layout(), model="m", output_dir="o")

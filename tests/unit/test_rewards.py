@@ -108,6 +108,13 @@ def test_functions_of_a_file_get_the_columns_of_the_row(tmp_path: Path) -> None:
     ]
 
 
+def test_a_file_runs_once_and_may_hold_dataclasses(tmp_path: Path) -> None:
+    text = "from __future__ import annotations\nfrom dataclasses import dataclass\nstarts = []\n\n@dataclass\nclass Kept:\n    value: float\n\n"
+    text += "def own(completions, **columns):\n    starts.append(Kept(1.0))\n    return [len(starts)] * len(completions)\n"
+    config = plugin(tmp_path, text)
+    assert [judge("own", "a", **config), judge("own", "a", **config)] == [[1], [2]]
+
+
 def test_a_function_of_a_file_goes_before_one_that_is_built_in(tmp_path: Path) -> None:
     own = plugin(tmp_path, "def accuracy(completions, **columns):\n    return [5] * len(completions)\n")
     assert judge("accuracy", "8", **own) == [5]

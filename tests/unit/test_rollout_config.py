@@ -87,6 +87,7 @@ def test_lengths_and_clips_follow_each_other() -> None:
         ("--multi_turn_scheduler gym_scheduler", "multi_turn_scheduler=gym_scheduler asks environments. Give --gym_env"),
         ("--gym_env e.py:E --multi_turn_scheduler x.py:y", "multi_turn_scheduler=x.py:y would answer the model beside an environment"),
         ("--gym_env e.py:E --max_turns 0", "max_turns=0 is too small"),
+        ("--gym_env e.py:E --use_vllm true --vllm_tensor_parallel_size 2", "every rank of such an engine would have environments of its own"),
         ("--gym_env e.py:E --use_chat_template false", "gym_env needs a chat template"),
         ("--gym_env e.py:E --reward_model m --reward_weights 1", "reward_weights has 1 numbers for 3 rewards: accuracy reward_model gym_reward"),
         ("--reward_funcs acuracy", "reward_funcs=acuracy is neither built in nor an entry point of megaswift.rewards. Did you mean accuracy"),

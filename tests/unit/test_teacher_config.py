@@ -2,11 +2,11 @@
 
 import pytest
 
-from megaswift.config.reference import has_teacher_here, is_taught
+from megaswift.config.reference import beside, has_teacher_here, is_taught
 from megaswift.config.rules import ResolvedRun, resolve
 from megaswift.data.forms import form_of
 from megaswift.errors import ConfigError
-from tests.unit.test_config_rules import dense, resolved
+from tests.unit.test_config_rules import dense, moe, resolved
 
 SERVED = "--teacher_model_server http://a:1"
 SEVERAL = (
@@ -31,6 +31,15 @@ def test_what_is_resolved_resolves_to_itself() -> None:
     assert resolve(run, dense(), 1, "cpu").config == run
 
 
+def test_a_teacher_is_built_without_what_is_said_of_training() -> None:
+    """Of 8 layers without experts, beside a model with experts and 3 layers drawn at a time."""
+    words = "--teacher_model t --router_replay_mode R2 --moe_aux_loss_coeff 0.1 --recompute_granularity full --recompute_method block"
+    run = resolved(f"--rlhf_type grpo {words} --recompute_num_layers 8", moe(), task="rlhf").config
+    settings = beside(run, has_experts=False)
+    assert resolve(settings, dense(num_layers=4), 1, "cpu").config.rollout.router_replay_mode == "disabled"
+    assert beside(run, has_experts=True).moe == run.moe
+
+
 def test_prompts_are_shared_out_by_tags() -> None:
     with_tags = form_of(taught(f"{SEVERAL} --teacher_tag_key c").config)
     assert with_tags.asks and "teachers" in with_tags.name
@@ -49,6 +58,7 @@ def test_temperatures_that_differ_are_told() -> None:
         ("--reward_funcs format --teacher_kl_coef 2", "teacher_kl_coef=2 needs a teacher"),
         ("--reward_funcs format --offload_teacher_model true", "offload_teacher_model=true moves --teacher_model"),
         (f"{SERVED} --offload_teacher_model true", "offload_teacher_model=true moves --teacher_model"),
+        ("--teacher_model t --offload_teacher_model true --fp8_format hybrid --fp8_param_gather true", "moves no weights that are kept in FP8"),
         (f"{SERVED} --teacher_model t", "are two teachers. Give one"),
         ("--teacher_model t --teacher_kl_coef 0", "teacher_kl_coef=0 is too small"),
         ("--teacher_model t --num_generations 1 --reward_funcs format", "num_generations=1 leaves nothing to compare"),

@@ -96,6 +96,17 @@ def test_the_end_of_a_turn_is_no_part_of_what_an_agent_says(uses_chat_template):
     assert found[0].rstrip().endswith("done")
 
 
+def test_a_special_token_within_an_answer_is_no_end_of_it():
+    marked = small_tokenizer(
+        CHATML.template, special=[*CHATML.special, "<tool_call>", "</tool_call>"], eos="<|im_end|>"
+    )
+    (encoded,) = Template(marked, loss_scale="hermes").encode(
+        chat(user("q"), assistant("<tool_call>go</tool_call>"))
+    )
+    weights = encoded.loss_weights[encoded.loss_weights > 0].tolist()
+    assert set(weights[:-1]) == {2.0} and weights[-1] == 1.0 and len(weights) > 3
+
+
 def test_all_trains_every_token():
     encoded = Template(tokenizer(), loss_scale="all").encode(chat())[0]
     assert encoded.loss_weights.all()
