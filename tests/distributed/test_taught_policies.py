@@ -185,3 +185,16 @@ def test_a_teacher_of_distributions_may_be_called_in(tmp_path: Path) -> None:
         run_distributed(train_all, LAYOUTS[layout][0], [run for name, run in runs if name == layout])
         found = lines(f"called in {layout}")
         assert found == lines(f"stays {layout}") and {line["on_policy"] for line in found} == {0.0, 1.0}
+
+
+@pytest.mark.slow
+def test_completions_that_were_rewarded_otherwise_are_written_anew() -> None:
+    """Step 2 would use those of step 1 again, whose rewards are not those of the resumed run."""
+    for steps, rewards in ((1, ["near", "brief"]), (2, ["near"])):
+        words = flags("beside", "beside changed")
+        words[words.index("--train_iters") + 1] = str(steps)
+        begin = words.index("--reward_funcs") + 1
+        words[begin : begin + 2] = rewards
+        run_distributed(train_all, 1, [parse_run("rlhf", words)])
+    rows = lines("beside changed", "completions.jsonl")
+    assert [(row["step"], len(row["rewards"])) for row in rows] == [(1, 2)] * 8 + [(2, 1)] * 8
