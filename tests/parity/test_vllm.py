@@ -125,9 +125,16 @@ def test_vllm_has_the_weights_of_every_step(ranks: int, layout: tuple[str, ...])
     assert all(line["sampling/sampling_logp_difference/mean"] < LOGP_TOLERANCE for line in lines)
 
 
+# rlhf_type -> what is learnt from a teacher: its distributions, of what both wrote, or its say in every token
+TAUGHT = {
+    "gkd": ("--lmbda", "0.5", "--seq_kd", "true", "--gkd_logits_topk", "30", "--sft_alpha", "0.4", "--max_length", "64"),
+    "grpo": ("--num_generations", "1", "--beta", "0", "--temperature", "1", "--max_length", "63"),
+}  # fmt: skip
+
+
 @cache
-def taught() -> dict[str, list[dict[str, Any]]]:
-    """Learn from another model, behind a plain `vllm serve` and in memory; return the lines of both runs."""
+def taught() -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Learn from another model, behind a plain `vllm serve` and in memory; return the lines of all runs."""
     port = free_port()
     server = subprocess.Popen(
         [str(BIN / "vllm"), "serve", str(folder() / "other"), "--tokenizer", str(folder() / "model"), "--port", str(port), "--dtype",
@@ -143,25 +150,29 @@ def taught() -> dict[str, list[dict[str, Any]]]:
             ),
             ("memory", ("--teacher_model", str(folder() / "other"))),
         ):
-            output = folder() / f"taught by {where}"
-            call(
-                "megaswift", "rlhf", "--rlhf_type", "gkd", "--model", str(folder() / "model"), "--dataset",
-                str(folder() / "rows.jsonl"), "--output_dir", str(output), "--train_iters", "4", "--global_batch_size", "4",
-                "--micro_batch_size", "2", "--max_length", "64", "--max_completion_length", "10", "--learning_rate", "1e-2",
-                "--lr_decay_style", "constant", "--adam_eps", "1e-3", "--lmbda", "0.5", "--seq_kd", "true", "--top_k", "1",
-                "--seed", "12", "--gkd_logits_topk", "30", "--sft_alpha", "0.4", "--report_to", "none", *teacher,
-            )  # fmt: skip
-            found[where] = [json.loads(line) for line in (output / "logging.jsonl").read_text().splitlines()]
+            for kind, more in TAUGHT.items():
+                output = folder() / f"{kind} taught by {where}"
+                call(
+                    "megaswift", "rlhf", "--rlhf_type", kind, "--model", str(folder() / "model"), "--dataset",
+                    str(folder() / "rows.jsonl"), "--output_dir", str(output), "--train_iters", "4", "--global_batch_size", "4",
+                    "--micro_batch_size", "2", "--max_completion_length", "10", "--learning_rate", "1e-2", "--lr_decay_style",
+                    "constant", "--adam_eps", "1e-3", "--top_k", "1", "--seed", "12", "--report_to", "none", *more, *teacher,
+                )  # fmt: skip
+                lines = (output / "logging.jsonl").read_text().splitlines()
+                found[kind, where] = [json.loads(line) for line in lines]
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(60)
     return found
 
 
-def test_a_teacher_behind_vllm_teaches_and_writes_what_it_does_in_memory() -> None:
-    assert {line["on_policy"] for line in taught()["memory"]} == {0.0, 1.0}, "choose another seed"
-    for line, other in zip(taught()["server"], taught()["memory"], strict=True):
+@pytest.mark.parametrize("kind", TAUGHT)
+def test_a_teacher_behind_vllm_teaches_and_writes_what_it_does_in_memory(kind: str) -> None:
+    if kind == "gkd":
+        assert {line["on_policy"] for line in taught()[kind, "memory"]} == {0.0, 1.0}, "choose another seed"
+    for line, other in zip(taught()[kind, "server"], taught()[kind, "memory"], strict=True):
         assert line.keys() == other.keys()
-        for name in line.keys() & {"loss", "sft_loss", "loss_tokens", "completions/mean_length"}:
+        figures = {"loss", "sft_loss", "teacher_kl", "loss_tokens", "completions/mean_length"}
+        for name in line.keys() & figures:
             assert line[name] == pytest.approx(other[name], rel=LOGP_TOLERANCE), name
         assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=NORM_TOLERANCE)
