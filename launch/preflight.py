@@ -46,16 +46,16 @@ def check_teacher(run: RunConfig, *, world_size: int, platform_name: str) -> Non
     name = run.preference.teacher_model
     if name is None or not has_teacher_here(run):
         return
-    teacher = get_model_meta(
-        name,
-        use_hf=run.model.use_hf,
-        trust_remote_code=run.model.trust_remote_code,
-        token=run.model.hub_token,
-    )
     try:
+        teacher = get_model_meta(
+            name,
+            use_hf=run.model.use_hf,
+            trust_remote_code=run.model.trust_remote_code,
+            token=run.model.hub_token,
+        )
         resolve(beside(run, has_experts=teacher.moe is not None), teacher, world_size, platform_name)
-    except ConfigError as error:
-        raise ConfigError(f"teacher_model={name} does not fit: {error}") from error
+    except (ConfigError, ModelError) as error:
+        raise ConfigError(f"teacher_model={name} cannot teach this model here: {error}") from error
 
 
 def model_of(run: RunConfig) -> ModelMeta:

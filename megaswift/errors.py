@@ -47,7 +47,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if close:
         return f" Did you mean {close[0]}?"
-    return f" Choose from {', '.join(known)}." if len(known) <= 12 else ""
+    return f" Choose from {', '.join(known)}." if 0 < len(known) <= 12 else ""
 
 
 def listing(names: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from megaswift.config.head_rules import variables_are_flags
 from megaswift.config.parse import parse
 from megaswift.config.rules import check_request, minimal_world
+from megaswift.config.tuner_rules import adapters_are_asked_for
 from megaswift.launch.devices import num_gpus, platform_here
 from megaswift.launch.environment import own_error_file, set_library_defaults
 from megaswift.launch.layout import layout_here
@@ -30,6 +31,7 @@ def run_task(task: str, argv: list[str]) -> int:
     run = parsed.config
     check_request(run)
     variables_are_flags(run, parsed.given, os.environ)
+    adapters_are_asked_for(run, parsed.given)
     platform = platform_here(run.launch.platform)
     # Who names no layout gets all GPUs of this node; on processors one rank, unless more are asked for.
     fewest = num_gpus() if run.launch.auto_layout and platform == "cuda" else 0

@@ -267,12 +267,15 @@ def join_resume_point(words: dict[str, Raw]) -> dict[str, Raw]:
 
 
 def join_cached_sets(words: dict[str, Raw]) -> dict[str, Raw]:
-    """Return `words` with ms-swift's `--cached_dataset D/train --cached_val_dataset D/val` as `--cached_dataset D`, which holds both."""
+    """Return `words` with ms-swift's `--cached_dataset D/train --cached_val_dataset D/val` as `--cached_dataset D`, which holds both.
+
+    There may be no validation set.
+    """
     train, val = (_paths(words.get(name)) for name in ("cached_dataset", "cached_val_dataset"))
-    if not val:
+    if not val and [path.name for path in train] != ["train"]:
         return words
-    home = val[0].parent
-    if (train, val) != ([home / "train"], [home / "val"]):
+    home = (val or train)[0].parent
+    if (train, val or [home / "val"]) != ([home / "train"], [home / "val"]):
         raise ConfigError(
             f"cached_val_dataset={' '.join(map(str, val))} does not belong to cached_dataset={' '.join(map(str, train)) or 'none'}: what "
             "is tokenised ahead lies in one folder, D/train and D/val. Give both of one `megaswift data --prepare D`."

@@ -1,6 +1,7 @@
 """Rules between settings that say which parameters train."""
 
 import re
+from collections.abc import Collection
 from dataclasses import fields
 
 from megaswift.config.case import Case
@@ -32,6 +33,17 @@ def parts_of_the_model_train_in_full(run: RunConfig) -> None:
         raise ConfigError(
             "trainable_parameters opens what is frozen, and nothing is. Add --freeze_parameters_ratio 1 to train these alone."
         )
+
+
+def adapters_are_asked_for(run: RunConfig, given: Collection[str]) -> None:
+    """Who describes adapters and names no tuner may expect ms-swift's default of `swift sft`; raises ConfigError."""
+    if run.tuner.tuner_type != "full" or "tuner_type" in given:
+        return
+    for flag in ("lora_rank", "lora_alpha", "lora_dropout", "target_modules"):
+        if flag in given:
+            raise ConfigError(
+                f"{flag} describes adapters, and this run would train in full. Add --tuner_type lora, or leave it out."
+            )
 
 
 def layers_are_drawn_in_full_training(run: RunConfig) -> None:
@@ -105,10 +117,11 @@ def adapters_need_lora(case: Case) -> None:
         if tuner.tuner_type != "lora" and getattr(tuner, name):
             flag = "init_weights" if name.startswith("starts_from") else name
             raise ConfigError(f"{flag} needs tuner_type=lora, not {tuner.tuner_type}.")
+    hint = " Did you mean lora-ga?" if tuner.init_weights == "lora_ga" else ""
     if tuner.init_weights not in ("true", "gaussian", "lora-ga") and not tuner.starts_from_weights:
         raise ConfigError(
             f"init_weights={tuner.init_weights} is not built. Choose true, gaussian, loftq, lora-ga, olora, pissa or "
-            "pissa_niter_N with N iterations, such as pissa_niter_16."
+            f"pissa_niter_N with N iterations, such as pissa_niter_16.{hint}"
         )
     if tuner.init_weights == "loftq" and not tuner.quant_bits:
         raise ConfigError(

@@ -73,16 +73,18 @@ class Engine:
         self._per_token = bool(self.config.calculate_per_token_loss)
         self._device = next(chunks[0].parameters()).device
 
-    def train_step(self, batches: list[MicroBatch], *, interrupted: bool = False) -> StepResult:
+    def train_step(
+        self, batches: list[MicroBatch], *, interrupted: Callable[[], bool] = lambda: False
+    ) -> StepResult:
         """Run one optimizer step on this data-parallel rank's micro batches; every rank of the world calls it.
 
-        `interrupted` of any rank reaches all of them. The update is not undone where the loss is not finite: the caller
+        What `interrupted` says on any rank, once gradients are there, reaches all of them. The update is not undone where the loss is not finite: the caller
         stops before it saves.
         """
         lr = float(self.optimizer.param_groups[0]["lr"])
         self.optimizer.zero_grad()
         outputs = self.differentiate(batches)
-        totals = self._totals(outputs, batches, interrupted=interrupted)
+        totals = self._totals(outputs, batches, interrupted=interrupted())
         updated, grad_norm, _ = self.optimizer.step()
         if updated:
             self.schedule.step(1)

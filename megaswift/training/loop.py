@@ -53,7 +53,12 @@ class StopAsked(Protocol):
 
     @property
     def seen(self) -> bool:
-        """True once it was; `train_loop` carries it to all ranks."""
+        """True once it was, asked before each step; `train_loop` carries it to all ranks."""
+        ...
+
+    @property
+    def signalled(self) -> bool:
+        """True once a signal came, which may be amid a step."""
         ...
 
 
@@ -85,7 +90,8 @@ def train_loop(
         pulse.move(progress.step + 1, feed.phase, patient=feed.patient)
         batches = alike(partial(feed.batch, progress.consumed_samples))
         pulse.move(progress.step + 1, "training")
-        result = engine.train_step(batches, interrupted=interrupt.seen)
+        seen = interrupt.seen
+        result = engine.train_step(batches, interrupted=lambda: seen or interrupt.signalled)  # noqa: B023  # asked at once
         progress = progress.after(result, items=feed.items_per_step)
         alike(partial(check_finite, progress.step, result))
         stop = result.interrupted or progress.step == total_steps

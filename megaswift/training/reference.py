@@ -20,7 +20,7 @@ from megaswift.converters.dcp_pieces import McoreCheckpoint
 from megaswift.converters.peft_folder import PeftAdapter, read_adapter
 from megaswift.data.batches import BatchSettings, MicroBatch, ValidationData
 from megaswift.data.encode import EncodedSet
-from megaswift.errors import ConfigError
+from megaswift.errors import ConfigError, ModelError
 from megaswift.logs import get_logger
 from megaswift.metadata.meta import ModelMeta
 from megaswift.metadata.read import get_model_meta
@@ -103,7 +103,10 @@ def teacher_meta(run: RunConfig, meta: ModelMeta) -> ModelMeta:
 def _facts_of(run: RunConfig, meta: ModelMeta, flag: str, name: str | None) -> ModelMeta:
     if name is None:
         return meta
-    other = get_model_meta(name, use_hf=run.model.use_hf, trust_remote_code=run.model.trust_remote_code)
+    try:
+        other = get_model_meta(name, use_hf=run.model.use_hf, trust_remote_code=run.model.trust_remote_code)
+    except ModelError as error:
+        raise ConfigError(f"{flag}: {error}") from error
     if other.vocab_size != meta.vocab_size:
         raise ConfigError(
             f"{flag}={name} has vocab_size={other.vocab_size} and the trained model {meta.vocab_size}: they do not read "

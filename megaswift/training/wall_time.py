@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 from megaswift.launch.governor import Governor
 from megaswift.logs import get_logger
-from megaswift.training.loop import Progress, Step, StopAsked
+from megaswift.training.loop import Progress, Step
+from megaswift.training.signals import Interrupt
 
 logger = get_logger(__name__)
 
@@ -14,7 +15,7 @@ class WallTime:
 
     def __init__(
         self,
-        signals: StopAsked,
+        signals: Interrupt,
         governor: Governor,
         *,
         step: int,
@@ -45,6 +46,11 @@ class WallTime:
             )
             self._told = True
         return late or self._signals.seen
+
+    @property
+    def signalled(self) -> bool:
+        """Whether a signal told this rank to stop."""
+        return self._signals.seen
 
     def timed(self, save: Callable[[Progress], object]) -> Callable[[Progress], None]:
         """Return `save`, measured."""

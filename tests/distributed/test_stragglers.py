@@ -68,7 +68,7 @@ class Lines:
 class Never:
     """Nobody asks to stop."""
 
-    seen = False
+    seen = signalled = False
 
 
 def reported(rank: int, world_size: int, folder: Path, slow: tuple[float, ...]) -> list[dict[str, Any]]:

@@ -55,6 +55,7 @@ def test_no_name_means_two_things() -> None:
         ("--sequence_parallel_size 2", "--context_parallel_size 2"),
         ("--eval_strategy no", "--eval_iters 0"),
         ("--cached_dataset d", "--dataset d"),
+        ("--cached_dataset ./d/train", "--dataset d"),
         ("--cached_dataset ./d/e/train --cached_val_dataset d/e/val", "--dataset d/e"),
         ("--acc_strategy seq", "--calculate_per_token_loss false"),
         ("--mcore_model d --finetune false", "--resume d"),

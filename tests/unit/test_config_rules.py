@@ -11,9 +11,10 @@ import pytest
 from megaswift import config
 from megaswift.config.case import Case
 from megaswift.config.dump import dump_run
-from megaswift.config.parse import parse_run
+from megaswift.config.parse import parse, parse_run
 from megaswift.config.rules import REQUEST_RULES, RULES, ResolvedRun, minimal_world, resolve
 from megaswift.config.run import RunConfig
+from megaswift.config.tuner_rules import adapters_are_asked_for
 from megaswift.errors import ConfigError
 from megaswift.metadata.meta import (
     AttentionMeta,
@@ -448,3 +449,15 @@ def test_resolving_twice_changes_nothing(tmp_path: Any) -> None:
 )  # fmt: skip
 def test_the_smallest_world_holds_one_copy(words: str, ranks: int) -> None:
     assert minimal_world(parse_run("sft", words.split())) == ranks
+
+
+def test_adapters_that_are_described_are_asked_for() -> None:
+    words = [*NEEDED.split(), "--lora_rank", "8"]
+    for more in (["--tuner_type", "lora"], ["--train_type", "full"]):
+        parsed = parse("sft", [*words, *more])
+        adapters_are_asked_for(parsed.config, parsed.given)
+    parsed = parse("sft", words)
+    with pytest.raises(
+        ConfigError, match=r"lora_rank describes adapters, and this run would train in full\. Add"
+    ):
+        adapters_are_asked_for(parsed.config, parsed.given)
