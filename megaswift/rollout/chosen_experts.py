@@ -1,7 +1,7 @@
 """Which experts an engine chose for every token while it generated: how transformers is asked, and what any engine must tell.
 
-Letters: B rows generated at once, S tokens of the longest prompt, T tokens of prompts with their completions, L layers with experts, K experts
-of a token.
+Letters: B rows generated at once, S tokens of the longest prompt, T tokens of prompts with their completions, L layers with experts,
+K experts of a token.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,8 +1,8 @@
 """Environments: what answers the model between its turns, and says what each turn is worth.
 
 An environment is a class like Env, and needs not inherit from it; every completion has one of its own. The methods are those of
-ms-swift 4.6 (swift/rollout/gym_env.py), and may be async as there. They are asked after a resume
-again: to the same conversation they must say the same.
+ms-swift 4.6 (swift/rollout/gym_env.py), and may be async as there. They are asked again after a
+resume: to the same conversation they must say the same.
 """
 
 from abc import ABC, abstractmethod

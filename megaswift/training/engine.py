@@ -78,8 +78,8 @@ class Engine:
     ) -> StepResult:
         """Run one optimizer step on this data-parallel rank's micro batches; every rank of the world calls it.
 
-        What `interrupted` says on any rank, once gradients are there, reaches all of them. The update is not undone where the loss is not finite: the caller
-        stops before it saves.
+        What `interrupted` says on any rank, once gradients are there, reaches all of them. The update is not undone where the loss is
+        not finite: the caller stops before it saves.
         """
         lr = float(self.optimizer.param_groups[0]["lr"])
         self.optimizer.zero_grad()

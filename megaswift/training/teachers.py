@@ -1,8 +1,8 @@
 """What teachers behind HTTP find likeliest, for the micro batches of one step, or what they think of completions.
 
-Of micro batches the ranks of a last pipeline stage that hold the same batch (tp x cp) deal its documents out, each asks about its own over
-HTTP, and a sum brings them together: a document is asked about once for each time that it is learnt from. cp ranks take their
-parts of what was said as of everything else (data/context.py).
+Of micro batches the ranks of a last pipeline stage that hold the same batch (tp x cp) deal its documents out, each asks about its
+own over HTTP, and a sum brings them together: a document is asked about once for each time that it is learnt from. cp ranks take
+their parts of what was said as of everything else (data/context.py).
 
 Letters: B batch, S sequence, K likeliest tokens.
 """
