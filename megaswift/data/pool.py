@@ -35,7 +35,7 @@ def forked_map(
             f"One of dataset_num_proc={processes} processes was killed, most often for want of memory. Lower it."
         ) from error
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(cancel_futures=True)  # waits: a thread of the pool alive while this process forks again hangs the children
 
 
 def _start_worker(work: Callable[[Any], Any]) -> None:

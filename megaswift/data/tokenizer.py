@@ -44,6 +44,9 @@ def token_of(tokenizer: Any, word: str, *, setting: str) -> int:
 
 CharSpan = tuple[int, int] | tuple[int, int, float]  # characters from, to; what follows is not looked at
 SEEN_PIECES, SEEN_CHARACTERS = 1 << 16, 256  # remembered pieces, and the longest of them
+# Words whose tokens the backend remembers, some 100 bytes each. It takes 10,000 by itself and then learns no new ones (tokenizers 0.23,
+# utils/cache.rs): what code or several languages spell beside them is merged anew each time.
+SEEN_WORDS = 1 << 17
 TAKES_MORE = ("lstrip", "rstrip", "single_word")
 # Normalizers and pre-tokenizers that do the same to a piece wherever it stands in a text.
 PIECEWISE = {
@@ -76,6 +79,7 @@ class TextEncoder:
         self._backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
         self._backend.no_truncation()
         self._backend.no_padding()
+        _remember_words(self._backend.model)
         self._cut = _cut_at_tokens(spec)
         self._token_bytes = _token_bytes(self._backend, spec)
         self._seen: dict[str, np.ndarray] = {}
@@ -137,6 +141,13 @@ class TextEncoder:
         starts = [0, *accumulate(map(len, texts))]
         edges = {edge for span in spans for edge in span[:2]}.difference(starts)
         return _Pieces(texts, starts, {bisect_right(starts, edge) - 1 for edge in edges})
+
+
+def _remember_words(model: Any) -> None:
+    """Let BPE and Unigram models remember more words; the ids are the same."""
+    resize = getattr(model, "_resize_cache", None)  # tokenizers 0.21 and later
+    if resize is not None:
+        resize(SEEN_WORDS)
 
 
 class _Pieces(NamedTuple):
