@@ -12,11 +12,8 @@ B is cut over ranks like the rows of the weight, A like its columns; the plan of
 Modules that train whole, such as a head of scores, lie whole in the folder (modules_to_save).
 """
 
-import json
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,26 +21,30 @@ from typing import Any
 import torch
 
 from megaswift.config.tuner import TunerConfig
+from megaswift.converters.adapter_rows import (
+    Adapted,
+    adapted_tensors,
+    adapter_rows,
+    config_json,
+    factor_shapes,
+    module_of,
+)
 from megaswift.converters.export import (
     ExportReport,
     file_rows,
-    gather_columns,
     is_writer,
     raw_bytes,
-    tensor_rank,
 )
 from megaswift.converters.live import TORCH_DTYPES, LiveParameter, as_matrix, live_parameters, rows_of
 from megaswift.converters.load import LoadReport
-from megaswift.converters.lora_targets import adapted_modules, whole_tensors
-from megaswift.converters.output_folder import OutputFolder, gathered
+from megaswift.converters.lora_targets import whole_tensors
+from megaswift.converters.output_folder import OutputFolder
 from megaswift.converters.peft_folder import (
     CONFIG_FILE,
     PREFIX,
     WEIGHTS_FILE,
     LowRank,
     PeftAdapter,
-    factor_names,
-    fused_modules,
     magnitude_name,
     share_a,
 )
@@ -141,22 +142,6 @@ def _tensor(bits: Bits, dtype: str) -> torch.Tensor:
     return torch.from_numpy(bits).view(TORCH_DTYPES[dtype])
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Modules:
-    """What every rank must know of the others' modules to compute the same file."""
-
-    kinds: frozenset[str]  # linear_qkv, ...
-    ranks: Mapping[str, int]  # by first tensor, where it is not the usual rank
-    mixed: frozenset[str]  # by first tensor: stacked modules whose B is no longer block-diagonal
-
-    def rank_and_blocks(self, tensors: Sequence[str], usual: int) -> tuple[int, bool]:
-        """Return the rank of each weight's pair in the file, and whether weight i takes block i of the module's."""
-        rank = self.ranks.get(tensors[0], usual)
-        if len(tensors) > 1 and rank == len(tensors) * usual and tensors[0] not in self.mixed:
-            return usual, True
-        return rank, False
-
-
 def save_peft(
     chunks: Sequence[torch.nn.Module],
     meta: ModelMeta,
@@ -177,27 +162,18 @@ def save_peft(
     folder = OutputFolder(Path(output), rank=rank, world=layout.world)
     everything = live_parameters(chunks, meta, layout, rank=rank)
     live = [one for one in everything if one.adapted_module is not None]
-    modules = _agree_on_modules(live, layout, usual=tuner.lora_rank)
+    adapted = adapted_tensors(live, meta, layout, tuner)
     whole = whole_tensors(meta, tuner)
     live += [one for one in everything if one.planned.tensors[0] in whole]
-    shapes, chosen = file_tensors(meta), adapted_modules(meta, tuner)
-    adapted = {
-        tensor: modules.rank_and_blocks(tensors, tuner.lora_rank)
-        for name, tensors in fused_modules(meta).items()
-        if name.rpartition(".")[2] in modules.kinds and (chosen is None or name in chosen)
-        for tensor in tensors
-    }
+    shapes = file_tensors(meta)
     infos = [
         TensorInfo(name=name, dtype=DTYPE_NAMES[dtype], shape=shape, file=folder.growing, begin=0)
-        for tensor, (r, _) in adapted.items()
-        for name, shape in zip(
-            factor_names(_module(tensor)), ((r, shapes[tensor][1]), (shapes[tensor][0], r)), strict=True
-        )
+        for name, shape in factor_shapes(adapted, meta).items()
     ]
     if tuner.use_dora:
         infos += [
             TensorInfo(
-                name=magnitude_name(_module(tensor)),
+                name=magnitude_name(module_of(tensor)),
                 dtype=DTYPE_NAMES[dtype],
                 shape=shapes[tensor][:1],
                 file=folder.growing,
@@ -226,44 +202,12 @@ def save_peft(
                 folder.attempt(partial(writer.write, name, data, first_row=first_row))
     folder.attempt(writer.close)
     base = base_model or str(meta.folder)
-    saved = {_module(name.removeprefix(PREFIX)) for both in names.values() for name in both}
-    text = _config_json(adapted, tuner, base_model=base, scores=bool(meta.scores), saved=saved)
+    saved = {module_of(name.removeprefix(PREFIX)) for both in names.values() for name in both}
+    text = config_json(adapted, tuner, base_model=base, scores=bool(meta.scores), saved=saved)
     folder.publish(lambda path: (path / CONFIG_FILE).write_text(text, encoding="utf-8"))
     return ExportReport(
         folder=folder.output, bytes_written=writer.bytes_written, seconds=time.monotonic() - started
     )
-
-
-def _agree_on_modules(live: Sequence[LiveParameter], layout: Layout, *, usual: int) -> _Modules:
-    """Return what is true of all ranks' modules; every rank of the world calls it."""
-    ranks = {one.planned.tensors[0]: len(one.adapted_module.lora_a()) for one in live}  # type: ignore[union-attr]  # filtered
-    mixed = {
-        one.planned.tensors[0]
-        for one in live
-        if ranks[one.planned.tensors[0]] == len(one.planned.tensors) * usual and _is_mixed(one, usual)
-    }
-    own = _Modules(
-        kinds=frozenset(one.planned.name.split(".")[-2] for one in live),
-        ranks={tensor: rank for tensor, rank in ranks.items() if rank != usual},
-        mixed=frozenset(mixed),
-    )
-    everyone = gathered(own, world=layout.world)
-    return _Modules(
-        kinds=frozenset().union(*(one.kinds for one in everyone)),
-        ranks={tensor: rank for one in everyone for tensor, rank in one.ranks.items()},
-        mixed=frozenset().union(*(one.mixed for one in everyone)),
-    )
-
-
-def _is_mixed(parameter: LiveParameter, usual: int) -> bool:
-    """Whether some weight of a stacked module uses more than its own block of A."""
-    b_FR: torch.Tensor = parameter.adapted_module.lora_b().detach()  # type: ignore[union-attr]  # the caller has seen it
-    for piece in parameter.planned.pieces:
-        own = parameter.planned.tensors.index(piece.tensor) * usual
-        rows = rows_of(b_FR, piece.into)
-        if rows[..., :own].any() or rows[..., own + usual :].any():
-            return True
-    return False
 
 
 def _names_in_folder(tensor: str, meta: ModelMeta) -> list[str]:
@@ -277,85 +221,13 @@ def _rows_in_folder(
     parameter: LiveParameter,
     layout: Layout,
     at: Coordinates,
-    adapted: Mapping[str, tuple[int, bool]],
+    adapted: Adapted,
     names: Mapping[str, list[str]],
 ) -> Iterator[tuple[str, torch.Tensor, int]]:
     """Yield (tensor, rows, first row) of what this rank writes of one parameter; every rank of its tp group calls it."""
     if parameter.adapted_module is not None:
         rank, blocks = adapted[parameter.planned.tensors[0]]
-        yield from _adapter_rows(parameter, layout, at, rank=rank, blocks=blocks)
+        yield from adapter_rows(parameter, layout, at, rank=rank, blocks=blocks)
         return
     for tensor, rows, first_row in file_rows(parameter.weight, parameter.planned, layout, at):
         yield from ((name, rows, first_row) for name in names[tensor])
-
-
-def _adapter_rows(
-    parameter: LiveParameter, layout: Layout, at: Coordinates, *, rank: int, blocks: bool
-) -> Iterator[tuple[str, torch.Tensor, int]]:
-    """Yield (tensor, rows, first row) of what this rank writes of one module; every rank of its tp group calls it."""
-    planned, module = parameter.planned, parameter.adapted_module
-    assert module is not None, f"{planned.name} has no adapter"
-    is_first = tensor_rank(planned, layout, at)[0] == 0
-    a_RD, b_FR = module.lora_a().detach(), module.lora_b().detach()
-    magnitude_F1 = None if module.lora_magnitude is None else module.lora_magnitude.weight.data[:, None]
-    if planned.shard is Shard.DIM1:
-        a_RD = gather_columns(a_RD, planned, layout, at)
-    for number, tensor in enumerate(planned.tensors):
-        name_a, name_b = factor_names(_module(tensor))
-        own = slice(number * rank, (number + 1) * rank) if blocks else slice(0, rank)
-        if is_first:
-            yield name_a, a_RD[own], 0
-            if planned.shard is Shard.DIM1:
-                yield name_b, b_FR[:, own], 0
-                if magnitude_F1 is not None:
-                    yield magnitude_name(_module(tensor)), magnitude_F1, 0
-        if planned.shard is not Shard.DIM1:
-            for piece in planned.pieces:
-                if piece.tensor == tensor:
-                    yield name_b, rows_of(b_FR[:, own], piece.into), piece.rows.start
-                    if magnitude_F1 is not None:
-                        first = piece.rows.start
-                        yield magnitude_name(_module(tensor)), rows_of(magnitude_F1, piece.into), first
-
-
-def _module(tensor: str) -> str:
-    return tensor.removesuffix(".weight").removesuffix(".bias")
-
-
-def _config_json(
-    adapted: Mapping[str, tuple[int, bool]],
-    tuner: TunerConfig,
-    *,
-    base_model: str,
-    scores: bool,
-    saved: set[str],
-) -> str:
-    """Return the text of adapter_config.json; a pair of another rank keeps the scale by an alpha of its own."""
-    others = {_module(tensor): r for tensor, (r, _) in adapted.items() if r != tuner.lora_rank}
-    ratio = (
-        (lambda r: math.sqrt(r / tuner.lora_rank)) if tuner.use_rslora else (lambda r: r / tuner.lora_rank)
-    )
-    targets = {_module(tensor) for tensor in adapted}
-    if tuner.target_regex is None:
-        targets = {name.rpartition(".")[2] for name in targets}
-    has_experts = any(".experts." in tensor for tensor in adapted)
-    config = {
-        "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if scores else "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
-        "r": tuner.lora_rank,
-        "lora_alpha": tuner.lora_alpha,
-        # peft keeps experts packed and refuses dropout there, even on opening (ParamWrapper, 0.21); it only acts in training.
-        "lora_dropout": 0.0 if has_experts else tuner.lora_dropout,
-        "use_rslora": tuner.use_rslora,
-        "use_dora": tuner.use_dora,
-        "rank_pattern": others,
-        "alpha_pattern": {module: tuner.lora_alpha * ratio(r) for module, r in others.items()},
-        "target_modules": sorted(targets),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "modules_to_save": sorted(saved) or None,
-    }
-    return json.dumps(config, indent=2) + "\n"

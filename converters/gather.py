@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megaswift.converters.adapter_rows import Adapted, adapter_rows, factor_shapes
 from megaswift.converters.export import merged_weight, row_factors
 from megaswift.converters.live import as_matrix, live_parameters, rows_of
 from megaswift.converters.plan import Parameter, Piece, file_tensors, float32_tensors, plan_chunk
@@ -29,16 +30,17 @@ def stream_model(
     group: Any,
     dtype: torch.dtype,
     keep: bool,
+    merge: bool = True,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the tensors of the model's file by name where `keep` is true, on the device of the shards, and none elsewhere.
 
     `group` holds every part of the model; all its ranks call it alike and draw all of it. What moves: each shard once, broadcast
     in the group. Shards of the same parameter follow each other, so that few tensors are unfinished at a time. Adapters are
-    merged in. Tensors have `dtype`, or float32 where files always do.
+    merged in, or with `merge` false left out. Tensors have `dtype`, or float32 where files always do.
     """
     live = live_parameters(chunks, meta, layout, rank=rank)
     # DoRA's are found together by the ranks of tp, who each send their shards when it is their turn.
-    factors = [row_factors(one) for one in live]
+    factors = [row_factors(one) if merge else None for one in live]
     device = next(chunks[0].parameters()).device
     members = dist.get_process_group_ranks(group)
     shapes, in_float32 = file_tensors(meta), float32_tensors(meta)
@@ -53,7 +55,9 @@ def stream_model(
             seen.add(planned.pieces)
             sent = torch.float32 if planned.pieces[0].tensor in in_float32 else dtype
             if member == rank:
-                matrix_NC = as_matrix(merged_weight(live[number], factors[number]).to(sent).contiguous())
+                one = live[number]
+                weight = merged_weight(one, factors[number]) if merge else one.weight
+                matrix_NC = as_matrix(weight.to(sent).contiguous())
             else:
                 matrix_NC = as_matrix(torch.empty(planned.shape, dtype=sent, device=device))
             if len(members) > 1:
@@ -71,6 +75,50 @@ def stream_model(
                 if not missing[name]:
                     yield name, unfinished.pop(name)
     assert not keep or not any(missing.values()), f"{[name for name in missing if missing[name]]} lack parts"
+
+
+@torch.no_grad()
+def stream_adapters(
+    chunks: Sequence[torch.nn.Module],
+    meta: ModelMeta,
+    layout: Layout,
+    rank: int,
+    *,
+    group: Any,
+    adapted: Adapted,
+    dtype: torch.dtype,
+    keep: bool,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield A and B of each adapted weight under their names in a PEFT folder where `keep` is true, and none elsewhere.
+
+    `group` holds every part of the model, experts' adapters too; all its ranks call it alike and draw all of it. What moves: the parts of
+    each rank once, broadcast in the group. Tensors have `dtype` and lie on the device of the shards.
+    """
+    at, device = coordinates(layout, rank), next(chunks[0].parameters()).device
+    shapes, mine = factor_shapes(adapted, meta), []
+    for one in live_parameters(chunks, meta, layout, rank=rank):
+        if one.adapted_module is not None and not one.planned.is_copy:
+            rank_in_file, blocks = adapted[one.planned.tensors[0]]
+            mine += [
+                (name, first, rows[..., : shapes[name][1]].reshape(-1, shapes[name][1]).to(dtype))
+                for name, rows, first in adapter_rows(one, layout, at, rank=rank_in_file, blocks=blocks)
+            ]
+    whole = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items() if keep}
+    for member in dist.get_process_group_ranks(group):
+        index: list[Any] = [[(name, first, len(rows)) for name, first, rows in mine]]
+        dist.broadcast_object_list(index, member, group=group)
+        sizes = [number * shapes[name][1] for name, _, number in index[0]]
+        if not sizes:
+            continue
+        if member == rank:
+            parts = torch.cat([rows.flatten() for *_, rows in mine])
+        else:
+            parts = torch.empty(sum(sizes), dtype=dtype, device=device)
+        dist.broadcast(parts.view(torch.uint8), member, group=group)  # gloo does not know every dtype
+        if keep:
+            for (name, first, number), part in zip(index[0], parts.split(sizes), strict=True):
+                whole[name][first : first + number] = part.view(number, -1)
+    yield from whole.items()
 
 
 def _plan(meta: ModelMeta, layout: Layout, rank: int) -> list[Parameter]:

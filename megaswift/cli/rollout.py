@@ -12,7 +12,7 @@ from types import FrameType
 from megaswift.cli.help import sections_help
 from megaswift.config.parse import take_flags
 from megaswift.config.vllm import ServerConfig
-from megaswift.config.vllm_rules import IN_A_SERVER, check_engine
+from megaswift.config.vllm_rules import IN_A_SERVER, SERVER_LORA_RANK, check_engine, room_for_rank
 from megaswift.errors import ConfigError, nearest
 from megaswift.launch.devices import num_gpus
 from megaswift.launch.environment import visible_gpus
@@ -58,7 +58,7 @@ def run(argv: list[str]) -> int:
     servers = [
         subprocess.Popen(
             serve_command(chosen, meta, port=chosen.address.port + place),
-            env={**os.environ, **surroundings(own)},
+            env={**os.environ, **surroundings(own, adapts=chosen.vllm.vllm_enable_lora)},
         )
         for place, own in enumerate(devices)
     ]
@@ -89,6 +89,9 @@ def serve_command(chosen: ServerConfig, meta: ModelMeta, *, port: int) -> list[s
         words += ["--max-num-seqs", vllm.vllm_max_num_seqs]
     if vllm.vllm_enforce_eager:
         words += ["--enforce-eager"]
+    if vllm.vllm_enable_lora:
+        rank = vllm.vllm_max_lora_rank or SERVER_LORA_RANK
+        words += ["--enable-lora", "--max-lora-rank", room_for_rank(rank)]
     if chosen.model.trust_remote_code:
         words += ["--trust-remote-code"]
     for name, value in vllm.vllm_engine_kwargs.items():
@@ -100,11 +103,10 @@ def serve_command(chosen: ServerConfig, meta: ModelMeta, *, port: int) -> list[s
     return [str(word) for word in words]
 
 
-def surroundings(devices: Sequence[str]) -> dict[str, str]:
+def surroundings(devices: Sequence[str], *, adapts: bool = False) -> dict[str, str]:
     """Return the environment of a server on these GPUs, or on none."""
-    own = {
-        "VLLM_SERVER_DEV_MODE": "1"
-    }  # the trainer calls methods of the workers, and empties the cache of prompts
+    # The trainer calls methods of the workers, empties the cache of prompts, and names the adapter that the workers hold.
+    own = {"VLLM_SERVER_DEV_MODE": "1", **({"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if adapts else {})}
     return {**own, "CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else own
 
 

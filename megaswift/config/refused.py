@@ -29,7 +29,7 @@ def _refuse(what: str, instead: str = "", **flags: str) -> dict[str, Refused]:
 
 # Flags of reinforcement learning and distillation.
 _RLHF = """
-    vllm_enable_lora use_ray
+    use_ray
     reward_adapters num_ppo_epochs kl_coef cliprange vf_coef
     cliprange_value gamma lam num_mini_batches response_length async_generate whiten_rewards
     missing_eos_penalty num_generations_eval

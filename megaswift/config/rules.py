@@ -112,6 +112,7 @@ RULES: tuple[Rule, ...] = (
     muon.muon_steps_whole_matrices,
     vllm.engines_share_out_the_ranks,
     vllm.samples_fit_the_engine,
+    vllm.vllm_can_hold_the_adapter,
     training.lengths_fit_the_model,
     training.packs_are_free_of_padding,
     training.text_is_split_for_pre_training_only,

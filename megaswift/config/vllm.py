@@ -60,6 +60,14 @@ class VllmConfig:
     vllm_enforce_eager: bool = setting(
         False, "run without compiled graphs: slower, but ready sooner and in less memory"
     )
+    vllm_enable_lora: bool = setting(
+        False,
+        "send vLLM the base model once, and before each generation the adapters alone, which it does not merge: less to send, and a "
+        "base in four bits stays what it is",
+    )
+    vllm_max_lora_rank: int | None = setting(
+        None, "the greatest rank of adapters that a server takes; default: 16"
+    )
     vllm_engine_kwargs: dict[str, Any] = setting(
         {}, 'further arguments of vLLM\'s engine: {"kv_cache_memory_bytes": 1073741824}'
     )

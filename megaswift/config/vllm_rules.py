@@ -5,9 +5,12 @@ from megaswift.config.rollout_rules import distils_completions, generates
 from megaswift.config.run import RunConfig
 from megaswift.config.vllm import SamplerConfig, VllmConfig
 from megaswift.errors import ConfigError
+from megaswift.metadata.meta import ModelMeta
 
 BESIDE_THE_TRAINER = 0.3  # of the device's memory: the default of TRL 1.16, vllm_gpu_memory_utilization
 IN_A_SERVER = 0.9  # vLLM 0.32's own, gpu_memory_utilization
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vLLM 0.32 makes room for these alone (config/lora.py, MaxLoRARanks), or for 1
+SERVER_LORA_RANK = 16  # vLLM's own, max_lora_rank
 
 OF_SERVERS = (
     "vllm_server_host",
@@ -99,9 +102,58 @@ def check_engine(chosen: VllmConfig) -> None:
         ("vllm_tensor_parallel_size", chosen.vllm_tensor_parallel_size),
         ("vllm_max_num_seqs", chosen.vllm_max_num_seqs),
         ("vllm_max_model_len", chosen.vllm_max_model_len),
+        ("vllm_max_lora_rank", chosen.vllm_max_lora_rank),
     ):
         if value is not None and value < 1:
             raise ConfigError(f"{name}={value} is too small. Give 1 or more.")
+    if chosen.vllm_max_lora_rank is not None:
+        if not chosen.vllm_enable_lora:
+            raise ConfigError(
+                f"vllm_max_lora_rank={chosen.vllm_max_lora_rank} needs vllm_enable_lora=true. Add it, or leave this out."
+            )
+        room_for_rank(chosen.vllm_max_lora_rank)
+
+
+def room_for_rank(rank: int) -> int:
+    """Return the rank that vLLM must make room for, so that an adapter of `rank` fits. Raises ConfigError."""
+    found = next((room for room in LORA_RANKS if room >= rank), None)
+    if found is None:
+        raise ConfigError(
+            f"vLLM takes adapters of rank {LORA_RANKS[-1]} at most, and this one has {rank}. Choose a smaller --lora_rank, or leave out "
+            "--vllm_enable_lora."
+        )
+    return found
+
+
+def what_vllm_does_not_adapt(run: RunConfig, meta: ModelMeta) -> str | None:
+    """Return what keeps vLLM from answering with the adapter beside the base model, if something does."""
+    tuner = run.tuner
+    for held, what in (
+        (tuner.tuner_type == "full", "tuner_type=full"),
+        (tuner.use_dora, "use_dora=true"),
+        (bool(tuner.modules_to_save), "modules_to_save"),
+        (meta.moe is not None, f"the experts of {meta.model_type}"),
+    ):
+        if held:
+            return what
+    return None
+
+
+def vllm_can_hold_the_adapter(case: Case) -> None:
+    """An adapter that vLLM keeps beside the base model is one that it knows how to apply, and the base stays where it is."""
+    run = case.run
+    if not run.vllm.vllm_enable_lora:
+        return
+    why = what_vllm_does_not_adapt(run, case.meta)
+    if run.sampler.sleep_level == 2:
+        why = "sleep_level=2, which drops the base model that was sent once; level 1 keeps it"
+    if why is not None:
+        raise ConfigError(f"vllm_enable_lora=true does not go with {why}. Leave one of them out.")
+    if run.vllm.vllm_max_lora_rank is not None:
+        raise ConfigError(
+            f"vllm_max_lora_rank={run.vllm.vllm_max_lora_rank} is for `megaswift rollout`: beside the trainer it is the adapter's own. "
+            "Leave it out."
+        )
 
 
 def server_urls(chosen: SamplerConfig) -> list[str]:

@@ -54,8 +54,13 @@ class Answer:
 class RolloutEngine(Protocol):
     """Answers prompts with the weights that it was given last; raises UserError."""
 
-    def load(self, weights: Weights) -> None:
-        """Take the weights of the whole model; needs not exhaust `weights` where it fails."""
+    adapts: bool  # takes an adapter, and answers with it, once it has the base model
+
+    def load(self, weights: Weights, adapter: str | None = None) -> None:
+        """Take the weights of the whole model, or those of the adapter that this adapter_config.json describes.
+
+        Needs not exhaust `weights` where it fails.
+        """
         ...
 
     def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Answer]:
@@ -65,6 +70,9 @@ class RolloutEngine(Protocol):
     def rest(self) -> None:
         """Give back what is not needed until the next load()."""
         ...
+
+
+ADAPTER = "megaswift"  # what vLLM calls the adapter that is trained; the first and only one, so that its number is 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,8 @@ AT_ONCE = 128  # rows of one call: their keys and values lie beside the training
 class EmbeddedEngine:
     """The trained model by itself, as a RolloutEngine: each token is decided by the key of its prompt, on any layout."""
 
+    adapts = False  # its weights are gathered on the device that trains, and merged there
+
     def __init__(
         self, meta: ModelMeta, *, pad_id: int, trust_remote_code: bool = False, tells_experts: bool = False
     ) -> None:
@@ -36,7 +38,7 @@ class EmbeddedEngine:
         self._tells_experts = tells_experts
         self._model: Any = None
 
-    def load(self, weights: Weights) -> None:
+    def load(self, weights: Weights, adapter: str | None = None) -> None:
         """Open the weights with transformers."""
         self._model = generating_model(self._meta, dict(weights), trust_remote_code=self._trust)
 

@@ -10,6 +10,7 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,11 @@ import torch
 import torch.distributed as dist
 
 from megaswift.config.vllm import SamplerConfig, VllmConfig
-from megaswift.config.vllm_rules import BESIDE_THE_TRAINER
+from megaswift.config.vllm_rules import BESIDE_THE_TRAINER, room_for_rank
 from megaswift.errors import ConfigError
 from megaswift.launch.environment import vllm_logging_level
 from megaswift.metadata.meta import ModelMeta
-from megaswift.rollout.engine import Answer, Prompt, Sampling, Weights, seed_of
+from megaswift.rollout.engine import ADAPTER, Answer, Prompt, Sampling, Weights, seed_of
 
 
 class ColocatedEngine:
@@ -37,14 +38,18 @@ class ColocatedEngine:
         local_rank: int,
         trust_remote_code: bool = False,
         tells_experts: bool = False,
+        lora_rank: int = 0,
     ) -> None:
-        """Start vLLM without weights; every rank of the world calls it. Raises ConfigError."""
+        """Start vLLM without weights; every rank of the world calls it. Raises ConfigError.
+
+        With a `lora_rank` it will answer with an adapter, of at most this rank, beside the weights.
+        """
         if importlib.util.find_spec("vllm") is None:
             raise ConfigError(
                 "use_vllm=true with vllm_mode=colocate needs vLLM beside this program, and it is not installed. Install vllm, or "
                 "start servers where it is with `megaswift rollout` and give --vllm_mode server."
             )
-        self._level, self._has_cache = sampler.sleep_level, True
+        self._level, self._has_cache, self.adapts = sampler.sleep_level, True, lora_rank > 0
         share = chosen.vllm_gpu_memory_utilization
         arguments = {
             "model": str(meta.folder),
@@ -64,6 +69,7 @@ class ColocatedEngine:
             "seed": 0,  # alike on the ranks of an engine; every request has its own
             **({} if chosen.vllm_max_num_seqs is None else {"max_num_seqs": chosen.vllm_max_num_seqs}),
             **({"enable_return_routed_experts": True} if tells_experts else {}),
+            **({"enable_lora": True, "max_lora_rank": room_for_rank(lora_rank)} if lora_rank else {}),
             **chosen.vllm_engine_kwargs,
         }
         # vLLM reads these when it starts; the address of the world, which exists already, it only looks for.
@@ -77,18 +83,23 @@ class ColocatedEngine:
         }
         with _trainer_untouched(), _environment(surroundings):
             self._llm = _start(arguments)
+        _forget_names()
 
-    def load(self, weights: Weights) -> None:
-        """Copy the weights into vLLM's own parameters."""
+    def load(self, weights: Weights, adapter: str | None = None) -> None:
+        """Copy the weights into vLLM's own parameters, or take an adapter."""
         if not self._has_cache:
             torch.cuda.empty_cache()  # what the trainer's allocator keeps for itself is not there for vLLM's
             self._llm.wake_up(tags=["weights"])
-        self._llm.collective_rpc("megaswift_take", args=(weights,))
+        if adapter is None:
+            self._llm.collective_rpc("megaswift_take", args=(weights,))
+        else:
+            self._llm.collective_rpc("megaswift_adapt", args=(adapter, weights))
         self._llm.reset_prefix_cache()
 
     def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Answer]:
         """Return one completion of each prompt; all ranks of an engine call it alike."""
         from vllm import SamplingParams  # an optional package
+        from vllm.lora.request import LoRARequest
 
         if not self._has_cache:
             self._llm.wake_up(tags=["kv_cache"])
@@ -108,7 +119,8 @@ class ColocatedEngine:
             for prompt in prompts
         ]
         asked = [{"prompt_token_ids": prompt.ids.tolist()} for prompt in prompts]
-        found = self._llm.generate(asked, settings, use_tqdm=False)
+        adapter = LoRARequest(ADAPTER, 1, ADAPTER) if self.adapts else None  # it is there: no path is read
+        found = self._llm.generate(asked, settings, use_tqdm=False, lora_request=adapter)
         return [_answer(one.outputs[0]) for one in found]
 
     def rest(self) -> None:
@@ -139,6 +151,20 @@ def _start(arguments: dict[str, Any]) -> Any:
     if ending is not None:
         ending.detach()
     return llm
+
+
+def _forget_names() -> None:
+    """Take the names off the shared memory of vLLM's groups, which all ranks have opened: it goes with the last of them.
+
+    On CPUs vLLM 0.32 gives that of every engine in a trainer's ranks the same names (distributed/device_communicators/cpu_communicator.py),
+    and does not start where some have stayed.
+    """
+    from vllm.distributed.parallel_state import get_tp_group
+
+    group = get_tp_group()
+    name = getattr(getattr(group.device_communicator, "dist_module", None), "group_name", None)
+    if name is not None:
+        Path("/dev/shm", f"{name.lstrip('/')}_{group.rank_in_group}").unlink(missing_ok=True)
 
 
 @contextmanager

@@ -1,18 +1,30 @@
 """vLLM behind HTTP as a RolloutEngine: prompts go to all servers in turn, weights come to them from rank 0 of the trainer."""
 
 import hmac
+import json
 import secrets
 import socket
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
 from megaswift.errors import ConfigError, TrainingError
 from megaswift.logs import get_logger
-from megaswift.rollout.engine import Answer, Prompt, Sampling, Weights
-from megaswift.rollout.vllm_http import ANSWER_S, AT_ONCE, LOOK_S, PROMPT_S, completion_by, post, wait_for
+from megaswift.rollout.engine import ADAPTER, Answer, Prompt, Sampling, Weights
+from megaswift.rollout.vllm_http import (
+    ANSWER_S,
+    AT_ONCE,
+    LOOK_S,
+    PROMPT_S,
+    completion_by,
+    post,
+    request,
+    told,
+    wait_for,
+)
 from megaswift.rollout.weight_stream import send_weights
 
 ADVICE = (
@@ -26,16 +38,26 @@ class ServedEngine:
     """Servers that `megaswift rollout` started, as one engine."""
 
     def __init__(
-        self, urls: Sequence[str], *, timeout_s: float, room: int | None, weights_port: int | None
+        self,
+        urls: Sequence[str],
+        *,
+        timeout_s: float,
+        room: int | None,
+        weights_port: int | None,
+        lora_rank: int = 0,
     ) -> None:
-        """Wait until all are up and check them; `room` are the tokens that a sample may have. Raises UserError."""
+        """Wait until all are up and check them; `room` are the tokens that a sample may have. Raises UserError.
+
+        An adapter of `lora_rank` goes to them as it is if all were started with --vllm_enable_lora.
+        """
         self._urls, self._weights_port = list(urls), weights_port or 0
         deadline = time.monotonic() + timeout_s
-        self._servers = [wait_for(url, deadline, timeout_s, advice=ADVICE) for url in self._urls]
-        for url in self._urls:
-            _check_server(url, room)
+        servers = [wait_for(url, deadline, timeout_s, advice=ADVICE) for url in self._urls]
+        ranks = [_check_server(url, room, lora_rank) for url in self._urls]
+        self.adapts = 0 < lora_rank <= min(ranks)
+        self._servers = [replace(one, name=ADAPTER) for one in servers] if self.adapts else servers
 
-    def load(self, weights: Weights) -> None:
+    def load(self, weights: Weights, adapter: str | None = None) -> None:
         """Offer the weights to all servers at once, and return when each has them."""
         token = secrets.token_hex(16)
         with (
@@ -44,7 +66,9 @@ class ServedEngine:
         ):
             port = str(offer.getsockname()[1])
             calls = {
-                url: pool.submit(_call_workers, url, "megaswift_fetch", _own_address(url), port, token)
+                url: pool.submit(
+                    _call_workers, url, "megaswift_fetch", _own_address(url), port, token, adapter or ""
+                )
                 for url in self._urls
             }
             failure: OSError | None = None
@@ -61,6 +85,8 @@ class ServedEngine:
             if failure is not None:
                 raise TrainingError(f"the vLLM servers did not take the weights: {failure}.")
         for url in self._urls:
+            if adapter is not None:
+                _let_it_be_asked_for(url)
             post(url, "/reset_prefix_cache", None)
 
     def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Answer]:
@@ -78,7 +104,15 @@ class ServedEngine:
         """Nothing: the servers have devices of their own."""
 
 
-def _check_server(url: str, room: int | None) -> None:
+def _let_it_be_asked_for(url: str) -> None:
+    """Tell what answers requests of the adapter that the workers hold; it asks them to load number 1, which is there."""
+    models = json.loads(request(url, "/v1/models", None, PROMPT_S))["data"]
+    if ADAPTER not in (one["id"] for one in models):
+        told(url, "/v1/load_lora_adapter", {"lora_name": ADAPTER, "lora_path": ADAPTER})
+
+
+def _check_server(url: str, room: int | None, lora_rank: int) -> int:
+    """Return the greatest rank of adapters that a server takes, 0 for none."""
     try:
         state = _call_workers(url, "megaswift_state")[0]
     except TrainingError as error:
@@ -95,6 +129,13 @@ def _check_server(url: str, room: int | None) -> None:
             f"max_length={room} is more than the vLLM server at {url} has room for: {state['max_model_len']}. Lower it, or start "
             f"the server with --vllm_max_model_len {room}."
         )
+    most: int | None = state.get("max_lora_rank")
+    if most is not None and lora_rank > most:
+        raise ConfigError(
+            f"the adapter has rank {lora_rank}, and the vLLM server at {url} takes {most} at most. Start it with --vllm_max_lora_rank "
+            f"{lora_rank}, or without --vllm_enable_lora."
+        )
+    return most or 0
 
 
 def _connections(offer: socket.socket, token: str, calls: dict[str, Future[Any]]) -> list[socket.socket]:

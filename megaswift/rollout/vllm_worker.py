@@ -1,30 +1,41 @@
-"""What vLLM's workers learn from this project: to take all weights anew (vLLM's argument worker_extension_cls).
+"""What vLLM's workers learn from this project: to take all weights anew, or an adapter (vLLM's argument worker_extension_cls).
 
 vLLM imports this file where its workers are and adds the methods to its own worker class; they are called by name.
 """
 
+import os
+import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
-from megaswift.rollout.engine import Weights
+from megaswift.rollout.engine import ADAPTER, Weights
 from megaswift.rollout.weight_stream import receive_bytes, receive_entries, tensors_of
 
 PATIENCE_S = 600.0  # of a worker, for the next parcel: the trainer gathers shards in between
+MEMORY = "/dev/shm"
 
 
 class WeightReceiver:
     """Methods of a worker; `self` is vLLM's own."""
 
     model_config: Any
+    vllm_config: Any
     device: Any
 
     def megaswift_state(self: Any) -> dict[str, Any]:
         """Return what the trainer must know of this engine."""
-        config = self.model_config
-        return {"logprobs_mode": config.logprobs_mode, "max_model_len": config.max_model_len}
+        config, lora = self.model_config, self.vllm_config.lora_config
+        return {
+            "logprobs_mode": config.logprobs_mode,
+            "max_model_len": config.max_model_len,
+            "max_lora_rank": None if lora is None else lora.max_lora_rank,
+        }
 
     def megaswift_take(self: Any, weights: Weights) -> None:
         """Replace all weights by these."""
@@ -32,11 +43,30 @@ class WeightReceiver:
         if self.device.type == "cpu":
             _pack_heads(self.get_model())
 
-    def megaswift_fetch(self: Any, host: str, port: str, token: str) -> None:
-        """Replace all weights by those that the trainer offers there."""
-        from vllm.distributed.parallel_state import get_world_group  # this module is read where vLLM is not
+    def megaswift_adapt(self: Any, adapter: str, weights: Weights) -> None:
+        """Replace the adapter by the one of these tensors and this adapter_config.json.
 
-        self.megaswift_take(arriving(host, int(port), token, get_world_group(), self.device))
+        vLLM 0.32 reads adapters from folders only (lora/worker_manager.py): this one is in memory where there is room, and gone at once.
+        """
+        from vllm.lora.request import LoRARequest  # this module is read where vLLM is not
+
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in weights}
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        in_memory = os.path.isdir(MEMORY) and shutil.disk_usage(MEMORY).free > 2 * size
+        with tempfile.TemporaryDirectory(prefix="megaswift-", dir=MEMORY if in_memory else None) as folder:
+            save_file(tensors, os.path.join(folder, "adapter_model.safetensors"))
+            Path(folder, "adapter_config.json").write_text(adapter, encoding="utf-8")
+            self.add_lora(LoRARequest(ADAPTER, 1, folder, load_inplace=True))
+
+    def megaswift_fetch(self: Any, host: str, port: str, token: str, adapter: str) -> None:
+        """Replace all weights, or with adapter_config.json as `adapter` those of the adapter, by what the trainer offers there."""
+        from vllm.distributed.parallel_state import get_world_group
+
+        weights = arriving(host, int(port), token, get_world_group(), self.device)
+        if adapter:
+            self.megaswift_adapt(adapter, weights)
+        else:
+            self.megaswift_take(weights)
 
 
 def _pack_heads(model: torch.nn.Module) -> None:

@@ -1,6 +1,6 @@
 """Who writes completions: a model in shards, through an engine that is handed its weights.
 
-A generation: the engine (rollout/engine.py) gets the weights out of the shards (converters/gather.py) and answers prompts; ranks
+A generation: the engine (rollout/engine.py) gets the weights out of the shards (training/sender.py) and answers prompts; ranks
 that ask it may judge the answers at once, and then every rank has all of them. With the model itself as engine, or servers, one
 rank of each copy of the model does so, also of copies that share out sequences in training; with vLLM in the ranks all do.
 """
@@ -8,6 +8,7 @@ rank of each copy of the model does so, also of copies that share out sequences 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,9 +19,6 @@ from megatron.core import parallel_state
 from megaswift.checkpoint.store import Checkpoint
 from megaswift.config.run import RunConfig
 from megaswift.config.vllm_rules import server_urls
-from megaswift.converters.gather import stream_model
-from megaswift.converters.live import TORCH_DTYPES
-from megaswift.converters.tensor_files import DTYPE_NAMES
 from megaswift.metadata.meta import ModelMeta
 from megaswift.parallel.agreement import agree
 from megaswift.parallel.layout import Layout
@@ -29,6 +27,7 @@ from megaswift.rollout.generate import EmbeddedEngine
 from megaswift.rollout.vllm_colocated import ColocatedEngine
 from megaswift.rollout.vllm_server import ServedEngine
 from megaswift.training.reporters import JsonLines
+from megaswift.training.sender import Sender, rank_of_adapters
 
 T = TypeVar("T")
 Complete = Callable[[Sequence[Prompt], Sampling], list[Answer]]
@@ -83,17 +82,25 @@ class Author:
         else:
             self.seat = _seat_of_copy(layout)
         self._engine = agree(self._start_engine, group=group) if served is None else served
+        # Rank 0 has a hold of each engine that adapts, and every rank takes part in what it is sent.
+        adapts = [served is None and self._engine.adapts]
+        dist.broadcast_object_list(adapts, group=group)
+        self._sender = Sender(
+            run, meta, layout, chunks, holders=self._holders, keeps=self.seat.loads, adapts=adapts[0]
+        )
 
     def _start_engine(self) -> RolloutEngine:
         """Return this rank's hold of an engine; every rank calls it, as some engines span ranks."""
         run, sampler, trust = self._run, self._run.sampler, self._run.model.trust_remote_code
         tells = run.rollout.router_replay_mode == "R3"
+        lora_rank = rank_of_adapters(run, self._meta, self._layout, self._chunks)
         if sampler.use_vllm and sampler.vllm_mode == "server" and self.seat.answers:
             return ServedEngine(
                 server_urls(sampler),
                 timeout_s=sampler.vllm_server_timeout,
                 room=run.data.max_length,
                 weights_port=sampler.vllm_server_group_port,
+                lora_rank=lora_rank,
             )
         if sampler.use_vllm and sampler.vllm_mode == "colocate":
             with torch.random.fork_rng(devices=self._devices):
@@ -105,6 +112,7 @@ class Author:
                     local_rank=self._device.index or 0,
                     trust_remote_code=trust,
                     tells_experts=tells,
+                    lora_rank=lora_rank,
                 )
         return EmbeddedEngine(self._meta, pad_id=self._pad_id, trust_remote_code=trust, tells_experts=tells)
 
@@ -122,8 +130,8 @@ class Author:
         it in whole groups of `together` that follow each other. `lead` asks the engine, on every rank that does so, maybe several
         times for a place.
         """
-        weights = self._weights()
-        agree(lambda: self._load(weights), group=self._group)
+        for adapter, weights in self._sender.parcels():
+            agree(partial(self._load, weights, adapter), group=self._group)
         places = [
             place
             for first in range(self.seat.number * together, len(prompts), self.seat.of * together)
@@ -136,24 +144,11 @@ class Author:
         found = dict(one for share in shares for one in share)
         return [found[place] for place in range(len(prompts))]
 
-    def _weights(self) -> Weights:
-        if self._holders is None:
-            return iter(())
-        return stream_model(
-            self._chunks,
-            self._meta,
-            self._layout,
-            dist.get_rank(),
-            group=self._holders,
-            dtype=TORCH_DTYPES[DTYPE_NAMES[self._run.model.torch_dtype or self._meta.dtype]],
-            keep=self.seat.loads,
-        )
-
-    def _load(self, weights: Weights) -> None:
+    def _load(self, weights: Weights, adapter: str | None) -> None:
         try:
             if self.seat.loads:
                 with torch.random.fork_rng(devices=self._devices):  # dropout must stay alike on all tp ranks
-                    self._engine.load(weights)
+                    self._engine.load(weights, adapter)
         finally:
             for _ in weights:  # the other ranks of the group send and listen too
                 pass

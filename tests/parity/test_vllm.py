@@ -7,9 +7,12 @@ import json
 import os
 import signal
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 
@@ -64,23 +67,30 @@ def call(*words: str) -> str:
     return done.stdout
 
 
-@cache
-def said() -> dict[str, list[dict[str, Any]]]:
+@contextmanager
+def serving(*words: str) -> Iterator[int]:
+    """Run a server of the model, and yield its port."""
     port = free_port()
     server = subprocess.Popen(
         [str(BIN / "megaswift"), "rollout", "--model", str(folder() / "model"), "--port", str(port), "--vllm_max_model_len",
-         "64", *MEMORY],
+         "64", *MEMORY, *words],
         cwd=ROOT, env={**os.environ, **SURROUNDINGS, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
+        yield port
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.wait(60)
+
+
+@cache
+def said() -> dict[str, list[dict[str, Any]]]:
+    with serving() as port:
         models = str(folder() / "model"), str(folder() / "other")
         text = call(
             "python", "-m", "tests.harness.vllm_trial", *models, "--server", f"http://127.0.0.1:{port}"
         )
-    finally:
-        server.send_signal(signal.SIGTERM)
-        server.wait(60)
     found: dict[str, list[dict[str, Any]]] = json.loads(text.splitlines()[-1])
     return found
 
@@ -105,24 +115,54 @@ def test_the_same_keys_draw_the_same_in_the_trainer_and_behind_http() -> None:
         assert len({tuple(ids) for ids, _ in colocated["sampled"]}) > 20, "24 completions differ"
 
 
-@pytest.mark.parametrize(
-    ("ranks", "layout"),
-    [(1, ()), (2, ("--tensor_model_parallel_size", "2", "--vllm_tensor_parallel_size", "2"))],
-    ids=["one rank", "tp2"],
-)
-def test_vllm_has_the_weights_of_every_step(ranks: int, layout: tuple[str, ...]) -> None:
-    """The model moves far from where it began, and its probabilities are still those with which vLLM drew."""
-    output = folder() / f"run of {ranks}"
+TP2 = ("--tensor_model_parallel_size", "2", "--vllm_tensor_parallel_size", "2")
+# Without dropout: what is learnt from would be another model than what wrote.
+LORA = ("--train_type", "lora", "--lora_alpha", "64", "--lora_dropout", "0")
+ALONE = (*LORA, "--vllm_enable_lora", "true")
+
+
+def learn(name: str, *words: str) -> list[dict[str, float]]:
+    """Train for four steps of GRPO with vLLM, far from where the model began, and return the lines of the log."""
+    output = folder() / name
     call(
         "megaswift", "rlhf", "--rlhf_type", "grpo", "--model", str(folder() / "model"), "--dataset", str(folder() / "rows.jsonl"),
         "--output_dir", str(output), "--train_iters", "4", "--global_batch_size", "8", "--num_generations", "4",
         "--micro_batch_size", "2", "--max_completion_length", "10", "--max_length", "64", "--learning_rate", "1e-2",
         "--lr_decay_style", "constant", "--external_plugins", str(folder() / "plugin.py"), "--reward_funcs", "brief",
-        "--report_to", "none", "--use_vllm", "true", "--nproc_per_node", str(ranks), *MEMORY, *layout,
+        "--report_to", "none", "--use_vllm", "true", *words,
     )  # fmt: skip
     lines = [json.loads(line) for line in (output / "logging.jsonl").read_text().splitlines()]
     assert lines[-1]["kl"] > 0.1
+    return lines
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--nproc_per_node", "1"),
+        ("--nproc_per_node", "2", *TP2),
+        ("--nproc_per_node", "1", *LORA),
+        ("--nproc_per_node", "1", *ALONE),
+        ("--nproc_per_node", "1", *ALONE, "--init_weights", "pissa"),
+        ("--nproc_per_node", "2", *ALONE, *TP2),
+    ],
+    ids=["one rank", "tp2", "merged adapter", "adapter", "adapter of twice the rank", "adapter tp2"],
+)
+def test_vllm_has_the_weights_of_every_step(words: tuple[str, ...]) -> None:
+    """The model moves far from where it began, and its probabilities are still those with which vLLM drew."""
+    lines = learn(" ".join(words).replace("/", ""), *MEMORY, *words)
     assert all(line["sampling/sampling_logp_difference/mean"] < LOGP_TOLERANCE for line in lines)
+
+
+def test_servers_take_adapters_alone_and_merged_models_too() -> None:
+    """One server for two runs: the second trains in full, and asks for the base model, which it replaces."""
+    with serving("--vllm_enable_lora", "true", "--vllm_max_lora_rank", "8") as port:
+        server = ("--vllm_mode", "server", "--vllm_server_port", str(port), "--nproc_per_node", "2", "--pp", "2")
+        for name, tuner in (("served adapter", LORA), ("served model", ()), ("served again", LORA)):
+            lines = learn(name, *server, *tuner)
+            assert all(line["sampling/sampling_logp_difference/mean"] < LOGP_TOLERANCE for line in lines), name
+        listed = json.loads(urlopen(f"http://127.0.0.1:{port}/v1/models").read())["data"]
+        assert [one["id"] for one in listed][1:] == ["megaswift"], "adapters came as they are"
 
 
 # rlhf_type -> what is learnt from a teacher: its distributions, of what both wrote, or its say in every token

@@ -115,7 +115,7 @@ def test_a_flag_that_asks_for_nothing_is_accepted(words: str) -> None:
         "--new_special_tokens <x>",
         "--mcore_ref_adapter x",
         "--ref_adapter_load x",
-        "--vllm_enable_lora true",
+        "--use_ray true",
         "--num_ppo_epochs 4",
         "--reward_model_plugin genrm",
         "--lr_scheduler_type polynomial",

@@ -8,7 +8,7 @@ from megaswift.config.dump import dump_run
 from megaswift.config.parse import parse_saved
 from megaswift.config.reward_rules import reward_names, reward_weights
 from megaswift.config.rules import ResolvedRun
-from megaswift.config.vllm_rules import server_urls
+from megaswift.config.vllm_rules import room_for_rank, server_urls
 from megaswift.errors import ConfigError
 from megaswift.metadata.meta import ModelMeta
 from tests.unit.test_config_rules import dense, moe, resolved
@@ -20,6 +20,9 @@ def moe_that_scales_inputs() -> ModelMeta:
     meta = moe()
     assert meta.moe is not None
     return replace(meta, moe=replace(meta.moe, scale_input=True))
+
+
+ADAPTED = "--use_vllm true --train_type lora --vllm_enable_lora true"
 
 
 def grpo(words: str = "", *, world: int = 1) -> ResolvedRun:
@@ -68,6 +71,14 @@ def test_lengths_and_clips_follow_each_other() -> None:
         ("--use_vllm true --sleep_level 3", "sleep_level=3 is not 0, 1 or 2"),
         ("--use_vllm true --rollout_importance_sampling_threshold 0", "rollout_importance_sampling_threshold=0 is too small"),
         ("--use_vllm true --rollout_importance_sampling_mode token", "rollout_importance_sampling_mode=token is not one of"),
+        ("--vllm_enable_lora true", "vllm_enable_lora=True needs use_vllm=true"),
+        ("--use_vllm true --vllm_enable_lora true", "vllm_enable_lora=true does not go with tuner_type=full"),
+        (f"{ADAPTED} --use_dora true", "vllm_enable_lora=true does not go with use_dora=true"),
+        (f"{ADAPTED} --modules_to_save lm_head", "vllm_enable_lora=true does not go with modules_to_save"),
+        (f"{ADAPTED} --sleep_level 2", "sleep_level=2, which drops the base model that was sent once; level 1 keeps it"),
+        (f"{ADAPTED} --vllm_max_lora_rank 8", "vllm_max_lora_rank=8 is for `megaswift rollout`"),
+        ("--use_vllm true --vllm_max_lora_rank 8", "vllm_max_lora_rank=8 needs vllm_enable_lora=true"),
+        ("--use_vllm true --vllm_mode server --vllm_enable_lora true", "vllm_enable_lora=True belongs to the server"),
         ("--use_vllm true --max_length 1000 --vllm_max_model_len 900", "max_length=1000 is more than vllm_max_model_len=900"),
         ("--steps_per_generation 0", "steps_per_generation=0 is too small"),
         ("--global_batch_size 16 --generation_batch_size 40", "generation_batch_size=40 is not global_batch_size=16 x steps_per_generation=2. Give 32,"),
@@ -203,6 +214,22 @@ def test_other_tasks_have_no_completions(task: str, words: str) -> None:
     for flag in ("num_generations=4", "use_gym_env=True", "gym_env=e.py:E"):
         with pytest.raises(ConfigError, match=f"{flag} is for `megaswift rlhf --rlhf_type grpo`"):
             resolved(f"{words}--{flag.replace('=', ' ')}", dense(), task=task)
+
+
+def test_vllm_holds_adapters_of_models_without_experts() -> None:
+    assert grpo(f"{ADAPTED} --sleep_level 1").config.vllm.vllm_enable_lora
+    with pytest.raises(ConfigError, match="does not go with the experts of"):
+        resolved(GRPO + ADAPTED, moe(), task="rlhf")
+
+
+@pytest.mark.parametrize(("rank", "room"), [(1, 8), (8, 8), (9, 16), (65, 128), (512, 512)])
+def test_vllm_has_room_for_the_next_rank_that_it_knows(rank: int, room: int) -> None:
+    assert room_for_rank(rank) == room
+
+
+def test_a_rank_that_vllm_has_no_room_for_is_refused() -> None:
+    with pytest.raises(ConfigError, match="rank 512 at most, and this one has 513"):
+        room_for_rank(513)
 
 
 def test_vllm_is_for_completions() -> None:

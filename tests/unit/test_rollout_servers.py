@@ -55,6 +55,15 @@ def test_flags_reach_vllm_in_its_own_words() -> None:
         assert wanted in words
 
 
+def test_a_server_takes_adapters_when_asked_to() -> None:
+    assert "--enable-lora" not in command("--model m")
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in surroundings([])
+    words = " ".join(command("--model m --vllm_enable_lora true"))
+    assert "--enable-lora --max-lora-rank 16" in words
+    assert "--max-lora-rank 64" in " ".join(command("--model m --vllm_enable_lora true --vllm_max_lora_rank 40"))
+    assert surroundings([], adapts=True)["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
+
+
 def test_each_server_has_gpus_of_its_own() -> None:
     assert shares_of_devices(["4", "5", "6", "7"], 2, 2) == [["4", "5"], ["6", "7"]]
     assert shares_of_devices([], 2, 2) == [(), ()]

@@ -38,6 +38,7 @@ class Server(ThreadingHTTPServer):
         self.state = {"logprobs_mode": "processed_logprobs", "max_model_len": 64, **state}
         self.asked: list[tuple[str, Any]] = []
         self.weights: dict[str, torch.Tensor] = {}
+        self.adapter, self.adapters = "", set[str]()  # adapter_config.json of the newest, and the names that are asked for
         self.refuses = ""
         self.more: dict[str, Any] = {}  # in each choice
 
@@ -50,7 +51,7 @@ class Handler(JsonHandler):
     server: Server
 
     def do_GET(self) -> None:
-        self.say({"data": [{"id": "the model"}]})
+        self.say({"data": [{"id": one} for one in ("the model", *self.server.adapters)]})
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -60,11 +61,15 @@ class Handler(JsonHandler):
         elif self.path == "/collective_rpc" and asked["method"] == "megaswift_state":
             self.say({"results": [self.server.state]})
         elif self.path == "/collective_rpc":
-            host, port, token = asked["args"]
+            host, port, token, self.server.adapter = asked["args"]
             self.server.weights = {
                 name: one.clone() for name, one in arriving(host, int(port), token, Alone(), "cpu")
             }
             self.say({"results": [None]})
+        elif self.path == "/v1/load_lora_adapter":
+            assert self.server.adapter, "the workers have it already"
+            self.server.adapters.add(asked["lora_name"])
+            self.say("Success")
         elif self.path == "/v1/completions":
             ids = [*asked["prompt"][:2], 9]
             logprobs = {"token_logprobs": [-0.5, -1.5, -0.25]}
@@ -85,8 +90,9 @@ def servers(count: int = 1, **state: Any) -> Iterator[list[Server]]:
         server.server_close()
 
 
-def engine(found: list[Server], room: int | None = 64) -> ServedEngine:
-    return ServedEngine([server.url for server in found], timeout_s=5, room=room, weights_port=None)
+def engine(found: list[Server], room: int | None = 64, lora_rank: int = 0) -> ServedEngine:
+    urls = [server.url for server in found]
+    return ServedEngine(urls, timeout_s=5, room=room, weights_port=None, lora_rank=lora_rank)
 
 
 def test_every_server_gets_all_weights_and_forgets_its_prompts() -> None:
@@ -97,6 +103,32 @@ def test_every_server_gets_all_weights_and_forgets_its_prompts() -> None:
             assert server.weights.keys() == weights.keys()
             assert all(torch.equal(value, server.weights[name]) for name, value in weights.items())
             assert server.asked[-1][0] == "/reset_prefix_cache"
+
+
+def test_an_adapter_goes_to_servers_that_take_it_and_answers() -> None:
+    prompt = Prompt(ids=np.array([1, 2], np.int32), key=(0,))
+    with servers(2, max_lora_rank=16) as found:
+        asked = engine(found, lora_rank=9)
+        assert asked.adapts
+        asked.load(iter([("base", torch.zeros(2))]))
+        assert not any(server.adapter or server.adapters for server in found)
+        for _ in range(2):
+            asked.load(iter([("a", torch.ones(3))]), '{"r": 9}')
+        for server in found:
+            assert (server.adapter, server.adapters) == ('{"r": 9}', {"megaswift"})
+            assert torch.equal(server.weights["a"], torch.ones(3))
+            named = [path for path, _ in server.asked if path == "/v1/load_lora_adapter"]
+            assert len(named) == 1 and server.asked[-1][0] == "/reset_prefix_cache"
+        asked.complete([prompt], SAMPLING)
+        assert found[0].asked[-1][1]["model"] == "megaswift"
+
+
+def test_one_server_without_adapters_makes_all_take_merged_models() -> None:
+    with servers(max_lora_rank=16) as one, servers() as other:
+        assert not engine([*one, *other], lora_rank=8).adapts
+        assert not engine(one).adapts, "no adapter trains"
+        with pytest.raises(ConfigError, match=r"has rank 17, and the vLLM server at .* takes 16 at most"):
+            engine(one, lora_rank=17)
 
 
 def test_a_stranger_at_the_port_gets_nothing() -> None:

@@ -1,0 +1,84 @@
+"""What an engine is sent before it writes completions: the merged model, or the base model once and then the adapters alone."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch.distributed as dist
+
+from megaswift.config.run import RunConfig
+from megaswift.config.vllm_rules import what_vllm_does_not_adapt
+from megaswift.converters.adapter_rows import adapted_tensors, config_json
+from megaswift.converters.gather import stream_adapters, stream_model
+from megaswift.converters.live import TORCH_DTYPES, live_parameters
+from megaswift.converters.output_folder import gathered
+from megaswift.converters.tensor_files import DTYPE_NAMES
+from megaswift.metadata.meta import ModelMeta
+from megaswift.models.lora import AdaptedLinear
+from megaswift.parallel.layout import Layout
+from megaswift.rollout.engine import Weights
+
+
+class Sender:
+    """Gathers weights out of the shards; every rank of the world calls it alike."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        meta: ModelMeta,
+        layout: Layout,
+        chunks: Sequence[Any],
+        *,
+        holders: Any,
+        keeps: bool,
+        adapts: bool,
+    ) -> None:
+        """`holders` is the group that gathers weights with this rank, None if none does; `keeps` says that this rank hands them on.
+
+        With `adapts` the engine holds the base model, and takes adapters.
+        """
+        self._run, self._meta, self._layout, self._chunks = run, meta, layout, chunks
+        self._holders, self._keeps = holders, keeps
+        self._adapts, self._has_base = adapts, False
+
+    def parcels(self) -> Iterator[tuple[str | None, Weights]]:
+        """Yield what is to be sent, one after the other: the adapter_config.json where it is an adapter, and the tensors."""
+        if not self._adapts:
+            yield None, self._of(stream_model)
+            return
+        if not self._has_base:
+            yield None, self._of(partial(stream_model, merge=False))
+            self._has_base = True
+        live = [
+            one
+            for one in live_parameters(self._chunks, self._meta, self._layout, rank=dist.get_rank())
+            if one.adapted_module is not None
+        ]
+        tuner = self._run.tuner
+        adapted = adapted_tensors(live, self._meta, self._layout, tuner)
+        text = config_json(adapted, tuner, base_model=str(self._meta.folder))
+        yield text, self._of(partial(stream_adapters, adapted=adapted))
+
+    def _of(self, stream: Any) -> Weights:
+        if self._holders is None:
+            return iter(())
+        weights: Weights = stream(
+            self._chunks,
+            self._meta,
+            self._layout,
+            dist.get_rank(),
+            group=self._holders,
+            dtype=TORCH_DTYPES[DTYPE_NAMES[self._run.model.torch_dtype or self._meta.dtype]],
+            keep=self._keeps,
+        )
+        return weights
+
+
+def rank_of_adapters(run: RunConfig, meta: ModelMeta, layout: Layout, chunks: Sequence[Any]) -> int:
+    """Return the greatest rank of the adapters that vLLM may hold beside the base model, 0 for none; every rank of the world calls it."""
+    sampler = run.sampler
+    asked = sampler.use_vllm and (sampler.vllm_mode == "server" or run.vllm.vllm_enable_lora)
+    if not asked or what_vllm_does_not_adapt(run, meta) is not None:
+        return 0
+    modules = [one for chunk in chunks for one in chunk.modules() if isinstance(one, AdaptedLinear)]
+    return max(gathered(max((len(one.lora_a()) for one in modules), default=0), world=layout.world))
