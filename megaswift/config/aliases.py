@@ -194,7 +194,6 @@ TRANSLATIONS: dict[str, Callable[[str, Raw], Translated]] = {
             "warmup_stable_decay": "WSD",
         },
     ),
-    "acc_strategy": _chosen("calculate_per_token_loss", {"token": True, "seq": False}),
 }
 
 # Asked for, and always so, or without effect on any result: one line says which.

@@ -158,16 +158,22 @@ def parts_of_embeddings_exist(case: Case) -> None:
             raise ConfigError(f"mrl_dims weighs {dim} with {weight!r}. Give a number above 0.")
 
 
+def predicts_tokens(run: RunConfig) -> bool:
+    """Whether the loss is that of next tokens, which `megaswift sft` and `megaswift pt` have without another head."""
+    return run.task != "rlhf" and run.model.task_type == "causal_lm"
+
+
 def token_losses_are_of_answers(run: RunConfig) -> None:
-    """A weight by probability is of tokens, and so is the mean of a channel."""
+    """A weight by probability is of tokens, and so are the mean of a channel and what makes an answer right."""
     asked = {
-        "enable_dft_loss": run.training.enable_dft_loss,
-        "enable_channel_loss": run.training.enable_channel_loss,
+        "enable_dft_loss=true": run.training.enable_dft_loss,
+        "enable_channel_loss=true": run.training.enable_channel_loss,
+        "acc_strategy=seq": run.logging.acc_strategy == "seq",
     }
-    for name in [name for name, on in asked.items() if on]:
-        if run.task == "rlhf" or run.model.task_type != "causal_lm":
+    for setting in [setting for setting, on in asked.items() if on]:
+        if not predicts_tokens(run):
             what = "`megaswift rlhf`" if run.task == "rlhf" else f"task_type={run.model.task_type}"
-            raise ConfigError(f"{name}=true is for token losses, not for {what}. Leave it out.")
+            raise ConfigError(f"{setting} is for token losses, not for {what}. Leave it out.")
 
 
 def noise_is_on_given_answers(run: RunConfig) -> None:
@@ -184,7 +190,7 @@ def noise_is_on_given_answers(run: RunConfig) -> None:
 def rows_are_whole_documents(case: Case) -> None:
     """A loss over documents is not a mean over micro batches of tokens."""
     run = case.run
-    if run.training.calculate_per_token_loss or (run.task != "rlhf" and run.model.task_type == "causal_lm"):
+    if run.training.calculate_per_token_loss or predicts_tokens(run):
         return
     what = "`megaswift rlhf`" if run.task == "rlhf" else f"task_type={run.model.task_type}"
     raise ConfigError(

@@ -30,7 +30,14 @@ class LoggingConfig:
     eval_iters: int = setting(-1, "global batches in a validation; -1: the whole set")
     eval_metric: str | None = setting(
         None,
-        "ms-swift's name of what validations report beside the loss, which they do in any case: acc for seq_cls, infonce, reranker",
+        "ms-swift's name of what validations report beside the loss, which they do in any case: acc for next tokens and seq_cls, "
+        "infonce, reranker",
+    )
+    acc_strategy: str = setting(
+        "token",
+        "accuracy that sft and pt log: token: share of the loss tokens that are the likeliest ones (token_acc); seq: share of the samples "
+        "of which all are (seq_acc)",
+        choices=("token", "seq"),
     )
     early_stop_interval: int | None = setting(
         None, "validations in a row without a lower loss after which the run ends; default: never"

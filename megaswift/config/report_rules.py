@@ -3,6 +3,7 @@
 from importlib.util import find_spec
 
 from megaswift.config.case import Case
+from megaswift.config.head_rules import predicts_tokens
 from megaswift.config.reranker import TASK_TYPES
 from megaswift.config.rows import embedding_loss_of
 from megaswift.config.run import RunConfig
@@ -44,6 +45,8 @@ def metrics_belong_to_the_task(run: RunConfig) -> None:
     reported = by_task.get(task) if task != "embedding" or embedding_loss_of(run) == "infonce" else None
     if task == "seq_cls" and run.model.problem == "regression":
         reported = None
+    if predicts_tokens(run):
+        reported = "acc"
     if asked not in (None, reported):
         what = f"the loss and eval_metric={reported}" if reported else "the loss"
         raise ConfigError(

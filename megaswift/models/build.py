@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from megatron.core import parallel_state
 
+from megaswift.config.head_rules import predicts_tokens
 from megaswift.config.reference import distils
 from megaswift.config.run import RunConfig
 from megaswift.mcore.configs import transformer_config
@@ -57,6 +58,7 @@ def build_model(meta: ModelMeta, run: RunConfig, layout: Layout, platform: Platf
         if meta.scores is not None and model.post_process:
             model.output_layer = score_head(config, outputs=meta.scores, seed=run.training.seed)
         model.scores = meta.scores is not None
+        model.notes_right = predicts_tokens(run)
         model.gives_states = distils(run) or run.model.task_type == "generative_reranker"
         model.logical_vocab_size = meta.vocab_size
         model.set_multipliers(meta.multipliers)

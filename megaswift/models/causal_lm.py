@@ -29,6 +29,8 @@ class CausalLM(GPTModel):
     logical_vocab_size: int  # rows of the file's embedding; the rest of the sharded rows is padding
     multipliers = Multipliers()
     gives_states = False  # the last stage returns hidden states [B, S, D] in place of losses (tasks/gkd.py, entropy.py, reranker.py)
+    notes_right = False  # each call leaves right_BS behind (tasks/sft.py)
+    right_BS: torch.Tensor | None = None  # bool: tokens with loss whose label is the likeliest one
     layer_inputs: PerLayerEmbedding | None  # what makes the inputs of layers, where they have some
     carried: Carried
     replay: Replay | None = None  # where experts may be chosen elsewhere
@@ -126,12 +128,13 @@ class CausalLM(GPTModel):
     def _token_losses(
         self, hidden_SBD: torch.Tensor, labels_BS: torch.Tensor, loss_mask_BS: torch.Tensor
     ) -> torch.Tensor:
-        """Return each token's cross-entropy [B, S], float32, zero where the mask is zero."""
+        """Return each token's cross-entropy [B, S], float32, zero where the mask is zero; note what is right."""
         layer = self.output_layer
         hidden_SBD = self._of_all_tokens(hidden_SBD)
         chosen_SB = loss_mask_BS.transpose(0, 1) != 0
         hidden_TD = hidden_SBD[chosen_SB]
         labels_T = labels_BS.transpose(0, 1)[chosen_SB]
+        right_T = torch.empty_like(labels_T, dtype=torch.bool) if self.notes_right else None
         losses_T = linear_cross_entropy(
             copy_to_tensor_model_parallel_region(
                 hidden_TD, group=layer.tp_group
@@ -142,6 +145,9 @@ class CausalLM(GPTModel):
             group=layer.tp_group if layer.tp_group.size() > 1 else None,
             vocab_size=self.logical_vocab_size,
             softcap=self.multipliers.logits_softcap,
+            right_T=right_T,
         )
+        if right_T is not None:
+            self.right_BS = torch.zeros_like(chosen_SB).masked_scatter(chosen_SB, right_T).transpose(0, 1)
         losses_SB = torch.zeros(chosen_SB.shape, dtype=torch.float32, device=losses_T.device)
         return losses_SB.masked_scatter(chosen_SB, losses_T).transpose(0, 1)

@@ -21,7 +21,7 @@ from megaswift.tasks.grpo import Grpo, at_temperature
 from megaswift.tasks.preference import Kto, Preference
 from megaswift.tasks.reranker import Reranker, answer_scores
 from megaswift.tasks.scores import DocumentScores, ReadScores, ScoresLoss, head_scores, scoring_model
-from megaswift.tasks.sft import NextToken
+from megaswift.tasks.sft import ACCURACIES, NextToken
 from megaswift.tasks.task import CallIn, RunModel, Task, run_model
 
 # rlhf_type -> the loss of pairs, and the names of what it logs
@@ -103,7 +103,8 @@ def make_task(
     if run.model.task_type == "embedding":
         return Embedding(embedding_loss_of(run), run.embedding, run=run_model)
     if run.task != "rlhf":
-        return NextToken(by_probability=run.training.enable_dft_loss, run=run_model)
+        accuracy = ACCURACIES[run.logging.acc_strategy]
+        return NextToken(accuracy, by_probability=run.training.enable_dft_loss, run=run_model)
     if settings.rlhf_type == "kto":
         return Kto(settings, reference=reference, run=run_model)
     if settings.rlhf_type == "gkd":

@@ -137,8 +137,9 @@ def test_layout_logs_the_loss_of_each_channel(layout: str, form: str) -> None:
     assert set(wanted) == {"loss_code", "loss_tokens of math/max", "loss_rare"}
     for rank in seen(LAYOUTS[layout][0]):
         found, _ = rank[f"{layout}: {form}"]
-        assert found.metrics == pytest.approx(wanted, rel=TOLERANCE)
-        assert found.eval_metrics == pytest.approx(wanted, rel=TOLERANCE)
+        for metrics in (found.metrics, found.eval_metrics):
+            of_channels = {name: mean for name, mean in metrics.items() if name != "token_acc"}
+            assert of_channels == pytest.approx(wanted, rel=TOLERANCE)
 
 
 @pytest.mark.ranks(4)
@@ -151,4 +152,4 @@ def test_loss_and_gradient_are_those_without_channels_to_the_bit(layout: str, fo
             plain.grad_norm,
             plain.eval_loss,
         )
-        assert plain.metrics == {} == plain.eval_metrics
+        assert plain.metrics.keys() == {"token_acc"} == plain.eval_metrics.keys()

@@ -51,8 +51,8 @@ def test_a_run_is_reported_with_its_channels_and_goes_on_after_a_stop(tmp_path: 
     assert figures(second.points) == figures(line for line in told if line["step"] == 3)
     assert [point["step"] for point in first.points] == [1, 2, 2, 3, 3]
     last, valid = second.points
-    assert {"train/loss", "train/loss_a", "train/loss_b"} <= last.keys()
-    assert {"eval/eval_loss", "eval/eval_loss_a", "eval/eval_loss_b"} <= valid.keys()
+    assert {"train/loss", "train/loss_a", "train/loss_b", "train/token_acc"} <= last.keys()
+    assert {"eval/eval_loss", "eval/eval_loss_a", "eval/eval_loss_b", "eval/eval_token_acc"} <= valid.keys()
     assert list((output / "runs").iterdir()), "TensorBoard, too"
 
 
@@ -63,9 +63,11 @@ def figures(lines: Any) -> list[dict[str, Any]]:
         "loss",
         "loss_a",
         "loss_b",
+        "token_acc",
         "eval_loss",
         "eval_loss_a",
         "eval_loss_b",
+        "eval_token_acc",
         "lr",
         "grad_norm",
     )

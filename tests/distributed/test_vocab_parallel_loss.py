@@ -18,9 +18,9 @@ def make(vocabulary: int) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(vocabulary)
     hidden_TD = torch.randn(TOKENS, DIM, generator=generator)
     weight_VD = torch.randn(vocabulary, DIM, generator=generator)
-    labels_T = torch.randint(0, vocabulary, (TOKENS,), generator=generator).masked_fill(
-        torch.arange(TOKENS) % 5 == 0, -100
-    )
+    labels_T, places_T = torch.randint(0, vocabulary, (TOKENS,), generator=generator), torch.arange(TOKENS)
+    labels_T = torch.where(places_T % 2 == 0, (hidden_TD @ weight_VD.t()).argmax(1), labels_T)
+    labels_T = labels_T.masked_fill(places_T % 5 == 0, -100)
     return hidden_TD, weight_VD, labels_T, torch.rand(TOKENS, generator=generator)
 
 
@@ -32,15 +32,17 @@ def worker(
     padded_VD[:vocabulary] = weight_VD
     mine_VD = padded_VD[rank * rows : (rank + 1) * rows].clone().requires_grad_()
     hidden_TD.requires_grad_()
+    right_T = torch.empty(TOKENS, dtype=torch.bool)
     losses_T = linear_cross_entropy(
         hidden_TD, mine_VD, labels_T, loss_weights_T=weights_T, group=dist.group.WORLD, ignore_index=-100,
-        vocab_size=vocabulary, chunk_tokens=16, implementation=implementation,
+        vocab_size=vocabulary, right_T=right_T, chunk_tokens=16, implementation=implementation,
     )  # fmt: skip
     (losses_T * weights_T).sum().backward()
     assert hidden_TD.grad is not None and mine_VD.grad is not None
     dist.all_reduce(hidden_TD.grad)
     return {
         "losses": losses_T.detach().numpy(),
+        "right": right_T.tolist(),
         "hidden": hidden_TD.grad.numpy(),
         "weight": mine_VD.grad.numpy(),
     }
@@ -60,6 +62,9 @@ def test_shards_of_the_vocabulary_give_the_loss_of_the_whole(
     losses_T = full_logits(hidden_TD, weight_VD, labels_T, ignore_index=-100)
     (losses_T * weights_T).sum().backward()
     results = run_distributed(worker, ranks, vocabulary, rows, implementation)
+    likeliest_T = (hidden_TD @ weight_VD.t()).argmax(1)
+    assert 15 < (likeliest_T == labels_T).sum() < TOKENS // 2
+    assert all(result["right"] == (likeliest_T == labels_T).tolist() for result in results)
     weight_grad = torch.cat([torch.from_numpy(result["weight"]) for result in results])
     assert torch.equal(weight_grad[vocabulary:], torch.zeros_like(weight_grad[vocabulary:]))
     for got, wanted in [

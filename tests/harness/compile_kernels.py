@@ -103,7 +103,7 @@ def _floating(element: str) -> Iterator[Specimen]:
     yield _specimen(
         f"loss statistics {element}",
         linear_cross_entropy.statistics_kernel,
-        {**logits, "target": "*fp32"},
+        {**logits, "target": "*fp32", "maximum": "*fp32"},
         block,
     )
     yield _specimen(

@@ -155,6 +155,18 @@ def _linear_cross_entropy(
     )
 
 
+def _half_right(sizes: Sizes, dtype: torch.dtype, device: str) -> Tensors:
+    hidden_TD, weight_VD, labels_T = _output_layer(sizes, dtype, device)
+    likeliest_T = (hidden_TD.float() @ weight_VD.float().t()).argmax(1)
+    return hidden_TD, weight_VD, torch.where(labels_T % 2 == 0, likeliest_T, labels_T)
+
+
+def _likeliest(implementation: Implementation, *output_layer: torch.Tensor) -> Tensors:
+    right_T = torch.empty_like(output_layer[-1], dtype=torch.bool)
+    linear_cross_entropy(*output_layer, right_T=right_T, chunk_tokens=512, implementation=implementation)
+    return (right_T,)
+
+
 def _matrix(sizes: Sizes, dtype: torch.dtype, device: str) -> Tensors:
     x_MN = _random(sum(sizes.lengths), sizes.heads * sizes.dim, dtype=dtype, device=device)
     scales_M = torch.logspace(-6, 2, x_MN.shape[0], device=device)[
@@ -206,6 +218,7 @@ CASES = [
         ROUNDED,
     ),
     _case("linear_cross_entropy", _output_layer, _linear_cross_entropy, 2, TWICE_ROUNDED),
+    _case("linear_cross_entropy likeliest", _half_right, _likeliest, 0),
     _case("block_fp8 128x128 e4m3", _matrix, _fp8(Block.SQUARE, torch.float8_e4m3fn, False), 0),
     _case("block_fp8 1x128 e4m3", _matrix, _fp8(Block.ROW, torch.float8_e4m3fn, True), 0),
     _case("block_fp8 1x128 e5m2", _matrix, _fp8(Block.ROW, torch.float8_e5m2, False), 0),

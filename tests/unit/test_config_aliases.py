@@ -1,5 +1,6 @@
 """Flags of ms-swift: understood, translated, or refused by name."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,6 @@ def test_no_name_means_two_things() -> None:
         ("--cached_dataset d", "--dataset d"),
         ("--cached_dataset ./d/train", "--dataset d"),
         ("--cached_dataset ./d/e/train --cached_val_dataset d/e/val", "--dataset d/e"),
-        ("--acc_strategy seq", "--calculate_per_token_loss false"),
         ("--mcore_model d --finetune false", "--resume d"),
         (
             "--model m --mcore_model b --mcore_adapter d --finetune false",
@@ -76,6 +76,12 @@ def test_no_name_means_two_things() -> None:
 )
 def test_an_old_name_says_the_same_as_ours(words: str, same_as: str) -> None:
     assert parse_run("sft", words.split()) == parse_run("sft", same_as.split())
+
+
+def test_what_counts_as_right_is_no_setting_of_the_loss() -> None:
+    seq, token = parse_run("sft", ["--acc_strategy", "seq"]), parse_run("sft", [])
+    assert replace(seq, logging=token.logging) == token == parse_run("sft", ["--acc_strategy", "token"])
+    assert seq.logging.acc_strategy == "seq"
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,9 @@ def resolved(
         ("--loss_scale hermess", dense(), 1, "loss_scale=hermess is not one of default, last_round, all, with rules added by +. Did you mean hermes?"),
         ("--loss_scale last_round+default", dense(), 1, "loss_scale=last_round+default is not one of"),
         ("--loss_scale react+react", dense(), 1, "loss_scale=react+react names a rule twice"),
-        ("--eval_metric nlg", dense(), 1, "eval_metric=nlg is not built for this task: validations report the loss. Leave"),
+        ("--eval_metric nlg", dense(), 1, "eval_metric=nlg is not built for this task: validations report the loss and eval_metric=acc. Leave"),
+        ("--acc_strategy seq --task_type seq_cls --num_labels 2", dense(), 1, "acc_strategy=seq is for token losses, not for task_type=seq_cls. Leave"),
+        ("--acc_strategy sequence", dense(), 1, "acc_strategy=sequence"),
         ("--eval_metric acc --task_type seq_cls --num_labels 1", dense(), 1, "eval_metric=acc is not built for this task: validations report the loss."),
         ("--eval_metric paired --task_type embedding", dense(), 1, "validations report the loss and eval_metric=infonce. Leave"),
         ("--eval_metric infonce --task_type embedding --loss_type contrastive", dense(), 1, "eval_metric=infonce is not built for this task"),
@@ -214,6 +216,13 @@ def test_a_broken_rule_says_what_to_do(words: str, meta: ModelMeta, world: int, 
     with pytest.raises(ConfigError) as caught:
         resolved(words, meta, world=world)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("task", ["sft", "pt"])
+@pytest.mark.parametrize("strategy", ["token", "seq"])
+def test_validations_of_next_tokens_report_their_accuracy(strategy: str, task: str) -> None:
+    run = resolved(f"--eval_metric acc --acc_strategy {strategy}", dense(), task=task).config
+    assert (run.logging.eval_metric, run.logging.acc_strategy) == ("acc", strategy)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megaswift.kernels.dispatch import Implementation
 from megaswift.kernels.linear_cross_entropy import ops, reference
 
 TOLERANCE = {
@@ -123,6 +124,56 @@ def test_soft_capped_logits_give_the_loss_and_gradients_of_full_ones(tokens: int
     got_T = ops.linear_cross_entropy(hidden_TD, weight_VD, labels_T, softcap=3.0, chunk_tokens=16)
     wanted_T = reference.linear_cross_entropy(hidden_TD, weight_VD, labels_T, softcap=3.0)
     compare(got_T, wanted_T, (hidden_TD, weight_VD), torch.full((tokens,), 0.25), 2e-6)
+
+
+@pytest.mark.parametrize("implementation", Implementation)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 20.0])
+def test_right_labels_are_the_likeliest_of_full_logits(
+    softcap: float | None, dtype: torch.dtype, implementation: Implementation
+) -> None:
+    hidden_TD, weight_VD, labels_T = make(90, rows=4500, dtype=dtype)  # several blocks of the kernel
+    with torch.no_grad():
+        logits_TV = (hidden_TD.float() @ weight_VD.float().t()).to(dtype)[:, :4444]
+        if softcap is not None:  # capped logits of few bits may tie where others do not
+            logits_TV = torch.tanh(logits_TV / softcap) * softcap
+    likeliest_T, places_T = logits_TV.argmax(1), torch.arange(90)
+    labels_T = torch.where(places_T % 3 == 0, likeliest_T, labels_T % 4444)
+    labels_T = labels_T.masked_fill(places_T % 9 == 0, -100)
+    right_T = torch.empty(90, dtype=torch.bool)
+    shared = {
+        "ignore_index": -100, "vocab_size": 4444, "softcap": softcap, "chunk_tokens": 16, "implementation": implementation,
+    }  # fmt: skip
+    losses_T = ops.linear_cross_entropy(hidden_TD, weight_VD, labels_T, right_T=right_T, **shared)
+    highest_T = logits_TV.gather(1, labels_T.clamp_min(0)[:, None])[:, 0] == logits_TV.amax(1)
+    assert torch.equal(right_T, highest_T & (labels_T >= 0))
+    assert 15 < right_T.sum() < 30
+    plain_T = ops.linear_cross_entropy(hidden_TD, weight_VD, labels_T, **shared)
+    assert torch.equal(losses_T, plain_T)
+    inputs = (hidden_TD, weight_VD)
+    for asked, plain in zip(
+        *(torch.autograd.grad(x.sum(), inputs) for x in (losses_T, plain_T)), strict=True
+    ):
+        assert torch.equal(asked, plain)
+
+
+@pytest.mark.parametrize("implementation", Implementation)
+def test_a_label_that_ties_with_another_token_is_right(implementation: Implementation) -> None:
+    hidden_TD, weight_VD = torch.ones(4, 1), torch.tensor([[1.0], [2.0], [2.0], [-1.0]])
+    right_T = torch.empty(4, dtype=torch.bool)
+    labels_T = torch.arange(4)
+    ops.linear_cross_entropy(hidden_TD, weight_VD, labels_T, right_T=right_T, implementation=implementation)
+    assert right_T.tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize("implementation", Implementation)
+def test_an_ignored_label_is_not_right_where_all_logits_are_negative(implementation: Implementation) -> None:
+    hidden_TD, weight_VD, labels_T = torch.ones(2, 1), -torch.ones(3, 1), torch.tensor([-100, 1])
+    right_T = torch.empty(2, dtype=torch.bool)
+    ops.linear_cross_entropy(
+        hidden_TD, weight_VD, labels_T, ignore_index=-100, right_T=right_T, implementation=implementation
+    )
+    assert right_T.tolist() == [False, True]
 
 
 def test_a_label_outside_the_vocabulary_stops() -> None:

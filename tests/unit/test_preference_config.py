@@ -155,11 +155,17 @@ def test_a_pack_holds_both_answers_of_a_pair() -> None:
         ("--sync_ref_model --ref_adapters a", "sync_ref_model=true moves the weights"),
         ("--reference_free --ref_model m", "reference_free=true has no reference model"),
         ("--calculate_per_token_loss false", "calculate_per_token_loss=false is for token losses"),
+        ("--acc_strategy seq", "acc_strategy=seq is for token losses, not for `megaswift rlhf`"),
+        ("--eval_metric acc", "eval_metric=acc is not built for this task: validations report the loss. Leave"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(words: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message.replace("(", r"\(").replace("[", r"\[")):
         rlhf(words)
+
+
+def test_the_default_of_what_counts_as_right_is_harmless() -> None:
+    assert rlhf("--acc_strategy token") == rlhf("")
 
 
 @pytest.mark.parametrize(

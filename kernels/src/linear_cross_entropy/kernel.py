@@ -13,8 +13,8 @@ BLOCK = 2048
 
 
 @triton.jit
-def statistics_kernel(logits, columns, lse, target, row_stride, V, BLOCK: tl.constexpr):
-    """One program a row: log-sum-exp over V columns, and the logit at the label (0 where columns is -1)."""
+def statistics_kernel(logits, columns, lse, target, maximum, row_stride, V, BLOCK: tl.constexpr):
+    """One program a row: log-sum-exp and maximum over V columns, and the logit at the label (0 where columns is -1)."""
     row = tl.program_id(0).to(tl.int64)
     highest = tl.full((), float("-inf"), tl.float32)
     total = tl.full((), 0.0, tl.float32)
@@ -27,6 +27,7 @@ def statistics_kernel(logits, columns, lse, target, row_stride, V, BLOCK: tl.con
         total = total * tl.exp(highest - higher) + tl.sum(tl.exp(block - higher), axis=0)
         highest = higher
     tl.store(lse + row, highest + tl.log(total))
+    tl.store(maximum + row, highest)
     column = tl.load(columns + row)
     at_label = tl.load(logits + row * row_stride + column, mask=column >= 0, other=0.0)
     tl.store(target + row, at_label.to(tl.float32))
@@ -51,11 +52,11 @@ def token_losses_(
     """As reference.token_losses_, in the logits' own type and without a temporary of their size."""
     tokens, vocabulary = logits_CV.shape
     lse_C = torch.empty(tokens, dtype=torch.float32, device=logits_CV.device)
-    target_C = torch.empty_like(lse_C)
+    target_C, max_C = torch.empty_like(lse_C), torch.empty_like(lse_C)
     statistics_kernel[(tokens,)](
-        logits_CV, columns_C, lse_C, target_C, logits_CV.stride(0), vocabulary, BLOCK=BLOCK
+        logits_CV, columns_C, lse_C, target_C, max_C, logits_CV.stride(0), vocabulary, BLOCK=BLOCK
     )
-    lse_C, target_C = merge(lse_C, target_C)
+    lse_C, target_C = merge(lse_C, target_C, max_C)
     if weights_C is not None:
         grid = (tokens, triton.cdiv(vocabulary, BLOCK))
         gradient_kernel[grid](

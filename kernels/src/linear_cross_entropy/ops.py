@@ -1,7 +1,8 @@
 """Output layer and cross-entropy in one: chunks of tokens pass through, and the full logits never exist.
 
 Gradients are formed while a chunk's logits are there, so the backward pass is a scaling.
-Letters: T tokens, C tokens of one chunk, D model size, V vocabulary rows of this rank (the vocabulary / tp).
+Letters: T tokens, C tokens of one chunk, D model size, V vocabulary rows of this rank (the vocabulary / tp),
+P ranks of tp, N numbers of a token.
 """
 
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ def linear_cross_entropy(
     ignore_index: int | None = None,
     vocab_size: int | None = None,
     softcap: float | None = None,
+    right_T: torch.Tensor | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
     implementation: Implementation | None = None,
 ) -> torch.Tensor:
@@ -41,8 +43,10 @@ def linear_cross_entropy(
     by which the caller will weight these losses (default: all alike). They do not change the result: a
     gradient that comes back proportional to them needs no second pass, any other costs one. The gradient of
     hidden_TD is this rank's part of the sum over `group`, as behind a column-parallel layer.
-    What moves: 2 numbers per token and rank, gathered. Raises RuntimeError for a label outside the
-    vocabulary.
+    `right_T` (bool [T]) is filled with whether the label is the likeliest token: no logit is above its own, so
+    that labels which tie with another token are right; ignored ones are not.
+    What moves: 2 numbers per token and rank, gathered; 3 with `right_T`. Raises RuntimeError for a label outside
+    the vocabulary.
     """
     rows = weight_VD.shape[0]
     rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
@@ -64,7 +68,9 @@ def linear_cross_entropy(
         needs_gradient=torch.is_grad_enabled(),
         implementation=choose("linear_cross_entropy", hidden_TD.device, implementation),
     )
-    losses_T = _LinearCrossEntropy.apply(hidden_TD, weight_VD, columns_T, weights_T, problem)
+    losses_T = _LinearCrossEntropy.apply(hidden_TD, weight_VD, columns_T, weights_T, problem, right_T)
+    if right_T is not None:
+        right_T.masked_fill_(ignored_T, False)
     return losses_T.masked_fill(ignored_T, 0.0)
 
 
@@ -94,6 +100,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         columns_T: torch.Tensor,
         weights_T: torch.Tensor,
         problem: _Problem,
+        right_T: torch.Tensor | None,
     ) -> torch.Tensor:
         ctx.problem = problem
         ctx.wanted = tuple(problem.needs_gradient and needed for needed in ctx.needs_input_grad[:2])
@@ -101,7 +108,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             1
         ]:  # rows of the hidden gradient are independent: any weights can be put in afterwards
             weights_T = torch.ones_like(weights_T)
-        done = _pass(hidden_TD, weight_VD, columns_T, weights_T, problem, ctx.wanted)
+        done = _pass(hidden_TD, weight_VD, columns_T, weights_T, problem, ctx.wanted, right_T)
         if any(ctx.wanted):
             ctx.save_for_backward(
                 hidden_TD, weight_VD, columns_T, weights_T, done.hidden_grad_TD, done.weight_grad_VD
@@ -113,19 +120,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_TD, weight_VD, columns_T, weights_T, hidden_grad_TD, weight_grad_VD = ctx.saved_tensors
         grad_T = grads[0].float()
         if weight_grad_VD is None:
-            return hidden_grad_TD * grad_T[:, None].to(hidden_grad_TD.dtype), None, None, None, None
+            return hidden_grad_TD * grad_T[:, None].to(hidden_grad_TD.dtype), None, None, None, None, None
         factor = torch.dot(grad_T, weights_T) / torch.dot(weights_T, weights_T).clamp_min(
             torch.finfo(torch.float32).tiny
         )
         # Proportional up to the rounding of a few float32 products. The host needs the answer: one synchronisation.
         if not torch.allclose(grad_T, factor * weights_T, rtol=1e-6, atol=0.0):
             done = _pass(hidden_TD, weight_VD, columns_T, grad_T, ctx.problem, ctx.wanted)
-            return done.hidden_grad_TD, done.weight_grad_VD, None, None, None
+            return done.hidden_grad_TD, done.weight_grad_VD, None, None, None, None
         # In place: a second tensor of the weight's size would double the peak.
         weight_grad_VD.mul_(factor)
         return (
             None if hidden_grad_TD is None else hidden_grad_TD.mul_(factor),
             weight_grad_VD,
+            None,
             None,
             None,
             None,
@@ -139,8 +147,9 @@ def _pass(
     weights_T: torch.Tensor,
     problem: _Problem,
     wanted: tuple[bool, bool],
+    right_T: torch.Tensor | None = None,
 ) -> _Pass:
-    """Go once over the tokens: losses, and the gradients of sum(weights_T * losses_T) that are wanted."""
+    """Go once over the tokens: losses, the gradients of sum(weights_T * losses_T) that are wanted, and `right_T`."""
     tokens, rows = hidden_TD.shape[0], problem.real_rows
     real_VD = weight_VD[:rows]
     losses_T = torch.empty(tokens, dtype=torch.float32, device=hidden_TD.device)
@@ -161,7 +170,11 @@ def _pass(
             tanh_CV = torch.tanh(logits_CV / problem.softcap)
             torch.mul(tanh_CV, problem.softcap, out=logits_CV)
         losses_T[chunk] = _token_losses_(
-            logits_CV, columns_C, weights_T[chunk] if any(wanted) else None, problem
+            logits_CV,
+            columns_C,
+            weights_T[chunk] if any(wanted) else None,
+            problem,
+            None if right_T is None else right_T[chunk],
         )
         if tanh_CV is not None:
             logits_CV.mul_(1 - tanh_CV.square())
@@ -174,23 +187,34 @@ def _pass(
 
 
 def _token_losses_(
-    logits_CV: torch.Tensor, columns_C: torch.Tensor, weights_C: torch.Tensor | None, problem: _Problem
+    logits_CV: torch.Tensor,
+    columns_C: torch.Tensor,
+    weights_C: torch.Tensor | None,
+    problem: _Problem,
+    right_C: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Return the losses of one chunk and leave the gradient of its logits in their place."""
+    """Return the losses of one chunk, leave the gradient of its logits in their place, and fill `right_C`."""
 
-    def merge(lse_C: torch.Tensor, target_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if problem.group is None:
-            return lse_C, target_C
-        mine_2C = torch.stack([lse_C, target_C])
-        ranks = dist.get_world_size(problem.group)
-        every_P2C = mine_2C.new_empty(ranks, *mine_2C.shape)
-        # gloo takes ranks' parts end to end along dim 0 only, nccl both ways.
-        dist.all_gather_into_tensor(every_P2C.flatten(0, 1), mine_2C, group=problem.group)
-        return torch.logsumexp(every_P2C[:, 0], dim=0), every_P2C[:, 1].sum(dim=0)
+    def merge(
+        lse_C: torch.Tensor, target_C: torch.Tensor, max_C: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if problem.group is not None:
+            mine_NC = torch.stack([lse_C, target_C] if right_C is None else [lse_C, target_C, max_C])
+            ranks = dist.get_world_size(problem.group)
+            every_PNC = mine_NC.new_empty(ranks, *mine_NC.shape)
+            # gloo takes ranks' parts end to end along dim 0 only, nccl both ways.
+            dist.all_gather_into_tensor(every_PNC.flatten(0, 1), mine_NC, group=problem.group)
+            lse_C, target_C = torch.logsumexp(every_PNC[:, 0], dim=0), every_PNC[:, 1].sum(dim=0)
+            if right_C is not None:
+                max_C = every_PNC[:, 2].amax(dim=0)
+        if right_C is not None:
+            torch.ge(target_C, max_C, out=right_C)
+        return lse_C, target_C
 
     if not problem.real_rows:  # a rank with nothing but padding still takes part in the exchange
         none_C = torch.zeros(columns_C.shape, dtype=torch.float32, device=columns_C.device)
-        lse_C, target_C = merge(none_C - float("inf"), none_C)
+        lowest_C = torch.full_like(none_C, float("-inf"))
+        lse_C, target_C = merge(lowest_C, none_C, lowest_C)
         return lse_C - target_C
     if problem.implementation is Implementation.TRITON:
         from megaswift.kernels.linear_cross_entropy import kernel  # here, because triton may be absent

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-# (lse_T, target_T) over one rank's columns -> the same over the whole vocabulary
-Merge = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+# (lse_T, target_T, max_T) over one rank's columns -> lse_T and target_T over the whole vocabulary
+Merge = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def linear_cross_entropy(
@@ -44,7 +44,7 @@ def token_losses_(
     target_T = work_TV.gather(1, columns_T1)[:, 0].masked_fill(~owned_T, 0.0)
     max_T = work_TV.amax(dim=1)
     lse_T = work_TV.sub_(max_T[:, None]).exp_().sum(dim=1).log_().add_(max_T)
-    lse_T, target_T = merge(lse_T, target_T)
+    lse_T, target_T = merge(lse_T, target_T, max_T)
     if weights_T is not None:
         work_TV.mul_((weights_T * torch.exp(max_T - lse_T))[:, None])
         work_TV.scatter_add_(1, columns_T1, (-weights_T * owned_T)[:, None])
