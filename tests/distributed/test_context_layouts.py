@@ -58,8 +58,8 @@ PADDED = {"experts": 8}
 
 
 def steps_of(training: str, rows: str) -> int:
-    """Twenty steps of the plain model in every mode; of the others a few, for every gradient is compared as well."""
-    return 20 if (training, rows) == ("qwen3", "packed") else 5
+    """Ten steps of the plain model in every mode; of the others a few, for every gradient is compared as well."""
+    return 10 if (training, rows) == ("qwen3", "packed") else 5
 
 
 @cache

@@ -13,7 +13,7 @@ from tests.harness.distributed import run_distributed
 from tests.harness.tiny import save_tiny
 from tests.harness.training import Case, Curve, curves, export_gradients, prepared, steps, temporary_folder
 
-STEPS = 10
+STEPS = 6
 LR, DECAY = 0.1, 0.1  # of the first step
 # what is trained -> (model, tuner)
 TRAININGS: dict[str, tuple[str, dict[str, Any]]] = {
