@@ -235,6 +235,7 @@ ALWAYS_SO: dict[str, str] = {
     "per_device_eval_batch_size": "validation uses --micro_batch_size",
     "use_liger_kernel": "fused kernels come from Transformer Engine where it is installed",
     "use_logits_to_keep": "the output layer always runs only for tokens that carry loss",
+    "masked_softmax_fusion": "attention is Transformer Engine's or torch's, whose kernels hold the softmax",
     "cross_entropy_loss_fusion": "the loss is computed by the output layer",
     "cross_entropy_fusion_impl": "the loss is computed by the output layer",
     "use_persistent_ckpt_worker": "checkpoints are written by the ranks themselves",

@@ -126,7 +126,6 @@ REFUSED: dict[str, Refused] = {
         "choosing fusions one by one",
         "They follow the platform.",
         apply_rope_fusion="false",
-        masked_softmax_fusion="true",
         bias_dropout_fusion="true",
     ),
     **_refuse(
