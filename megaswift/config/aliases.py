@@ -106,15 +106,6 @@ def _steps(flag: str) -> Callable[[str, Raw], Translated]:
     return translate
 
 
-def _eval_strategy(name: str, raw: Raw) -> Translated:
-    word = text_of(name, raw)
-    if word == "steps":
-        return NOTHING
-    if word == "no":
-        return _is("eval_iters", 0)
-    raise ConfigError(f"{name}={word} is not built. Choose steps (with --eval_steps) or no.")
-
-
 def _optimizer_of_transformers(name: str, raw: Raw) -> Translated:
     word = text_of(name, raw)
     if word.startswith("adamw"):
@@ -159,8 +150,6 @@ TRANSLATIONS: dict[str, Callable[[str, Raw], Translated]] = {
     "ddp_timeout": _ddp_timeout,
     "max_steps": _steps("train_iters"),
     "warmup_steps": _steps("lr_warmup_iters"),
-    "eval_strategy": _eval_strategy,
-    "evaluation_strategy": _eval_strategy,
     "optim": _optimizer_of_transformers,
     "truncation": _truncation,
     "finetune": _finetune,

@@ -24,6 +24,13 @@ class LoggingConfig:
         None, "name of the experiment in swanlab; default: SWANLAB_EXP_NAME, else --output_dir"
     )
     tensorboard_dir: str | None = setting(None, "default: OUTPUT_DIR/runs", aliases=("logging_dir",))
+    eval_strategy: str | None = setting(
+        None,
+        "validate every --eval_steps, at the end of each epoch, or never; default: epoch with --save_strategy epoch and without "
+        "--eval_steps, else steps",
+        choices=("steps", "epoch", "no"),
+        aliases=("evaluation_strategy",),
+    )
     eval_steps: int | None = setting(
         None, "optimizer steps between validations; default: --save_steps", aliases=("eval_interval",)
     )

@@ -63,20 +63,38 @@ def an_early_end_follows_from_validations(run: RunConfig) -> None:
         )
 
 
+def validations_have_a_time(run: RunConfig) -> None:
+    """Who validates by epochs, or never, counts no steps in between."""
+    chosen = run.logging
+    if chosen.eval_strategy in ("epoch", "no") and chosen.eval_steps is not None:
+        raise ConfigError(
+            f"eval_steps={chosen.eval_steps} is for eval_strategy=steps, not {chosen.eval_strategy}. Leave one of them out."
+        )
+
+
 def reports_have_a_place_and_a_time(case: Case) -> Case:
     """TensorBoard files lie in the run's folder, and validation comes with each checkpoint."""
     logging, checkpoint = case.run.logging, case.run.checkpoint
     eval_steps = logging.eval_steps or checkpoint.save_steps
-    apart = {"epoch": True, "steps": checkpoint.save_steps % eval_steps > 0}.get(checkpoint.save_strategy)
-    note = (
-        "some checkpoints are saved at steps that are not validated, and the best one is chosen among the others. Make "
-        f"save_steps a multiple of eval_steps={eval_steps} (with --save_strategy steps) to choose among all."
-    )
+    by_epochs = checkpoint.save_strategy == "epoch" and logging.eval_steps is None
+    strategy = logging.eval_strategy or ("epoch" if by_epochs else "steps")
+    if checkpoint.save_strategy == "epoch":
+        apart, mend = strategy != "epoch", "Give --eval_strategy epoch"
+    else:
+        apart = strategy == "epoch" or checkpoint.save_steps % eval_steps > 0
+        mend = (
+            f"Make save_steps a multiple of eval_steps={eval_steps}"
+            if strategy == "steps"
+            else "Give --save_strategy epoch"
+        )
+    note = f"some checkpoints are saved at steps that are not validated, and the best one is chosen among the others. {mend} to choose among all."
     return case.change(
         "logging",
-        note if apart and _validates(case.run) else None,
+        note if apart and checkpoint.save_strategy != "no" and _validates(case.run) else None,
         tensorboard_dir=logging.tensorboard_dir or f"{checkpoint.output_dir}/runs",
-        eval_steps=eval_steps,
+        eval_strategy=strategy,
+        eval_steps=eval_steps if strategy == "steps" else None,
+        eval_iters=0 if strategy == "no" else logging.eval_iters,
     )
 
 
@@ -87,4 +105,6 @@ def _is_installed(package: str) -> bool:
 
 
 def _validates(run: RunConfig) -> bool:
-    return bool((run.data.val_dataset or run.data.split_dataset_ratio) and run.logging.eval_iters)
+    chosen = run.logging
+    rows = run.data.val_dataset or run.data.split_dataset_ratio
+    return bool(rows and chosen.eval_iters and chosen.eval_strategy != "no")

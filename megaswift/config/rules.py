@@ -30,6 +30,7 @@ REQUEST_RULES = (
     training.a_model_is_named,
     training.rows_are_named,
     training.sizes_are_positive,
+    report.validations_have_a_time,
     report.an_early_end_follows_from_validations,
     report.reports_are_known,
     report.metrics_belong_to_the_task,

@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from megaswift.launch.slurm import job_end
 from megaswift.parallel.agreement import alike
 from megaswift.platforms.platform import Platform
 from megaswift.training.account import Account
-from megaswift.training.callbacks import Evaluate, Log, Save
+from megaswift.training.callbacks import Evaluate, Log
+from megaswift.training.due import Due
 from megaswift.training.engine import Engine
 from megaswift.training.feed import TrainFeed, ValidationFeed
 from megaswift.training.following import FollowReference
@@ -86,10 +87,17 @@ def observers(
     if run.training.spike_factor is not None:
         callbacks.append(SpikeGuard(run.training.spike_factor))
     if validation is not None:
-        steps = run.logging.eval_steps or run.checkpoint.save_steps
         patience = run.logging.early_stop_interval
         callbacks.append(
-            Evaluate(engine, feed, validation, reporters, every=steps, found=validations, patience=patience)
+            Evaluate(
+                engine,
+                feed,
+                validation,
+                reporters,
+                due=validating(run, feed),
+                found=validations,
+                patience=patience,
+            )
         )
     return callbacks
 
@@ -114,30 +122,36 @@ def account_of(run: RunConfig, output_dir: Path, start: Progress, *, on_gpus: bo
     return Account(output_dir, every=every, clock=time.time, start={**facts, "step": start.step})
 
 
-def wall_time_of(run: RunConfig, interrupt: Interrupt, *, step: int, validates: bool) -> WallTime:
+def wall_time_of(
+    run: RunConfig, interrupt: Interrupt, feed: TrainFeed, *, start: Progress, validates: bool
+) -> WallTime:
     """Return what tells the run to stop: a signal, or the end of its time on a cluster."""
     # One rank watches the clock: its word reaches the others with the step's totals.
     end = job_end(os.environ) if dist.get_rank() == 0 else None
     return WallTime(
         interrupt,
         Governor(start=time.time(), end=end),
-        step=step,
-        save_every=_save_steps(run),
-        validate_every=run.logging.eval_steps if validates else None,
+        start=start,
+        saves=saving(run, feed),
+        validates=validating(run, feed) if validates else Due(feed),
         clock=time.time,
     )
 
 
-def saving(run: RunConfig, feed: TrainFeed, save: Callable[[Progress], None]) -> Save:
-    """Return what calls `save` when it is due."""
-    return Save(
+def saving(run: RunConfig, feed: TrainFeed) -> Due:
+    """Return when checkpoints are saved."""
+    chosen = run.checkpoint
+    return Due(
         feed,
-        save,
-        every_steps=_save_steps(run),
-        every_epoch=run.checkpoint.save_strategy == "epoch",
-        stop_after_first=run.checkpoint.exit_after_save,
+        every_steps=chosen.save_steps if chosen.save_strategy == "steps" else None,
+        every_epoch=chosen.save_strategy == "epoch",
     )
 
 
-def _save_steps(run: RunConfig) -> int | None:
-    return run.checkpoint.save_steps if run.checkpoint.save_strategy == "steps" else None
+def validating(run: RunConfig, feed: TrainFeed) -> Due:
+    """Return when the run is validated."""
+    chosen = run.logging
+    by_steps = chosen.eval_strategy == "steps"
+    return Due(
+        feed, every_steps=chosen.eval_steps if by_steps else None, every_epoch=chosen.eval_strategy == "epoch"
+    )

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from megaswift.logs import get_logger
+from megaswift.training.due import Due
 from megaswift.training.engine import Engine
 from megaswift.training.feed import TrainFeed, ValidationFeed
 from megaswift.training.loop import Progress, Step
@@ -59,7 +60,7 @@ class Log:
 
 
 class Evaluate:
-    """Reports the loss on the validation set every `every` steps, and at the end; ends a run that learns no more."""
+    """Reports the loss on the validation set when it is due, and at the end; ends a run that learns no more."""
 
     def __init__(
         self,
@@ -68,19 +69,18 @@ class Evaluate:
         validation: ValidationFeed,
         reporters: Sequence[Reporter],
         *,
-        every: int,
+        due: Due,
         found: Validations,
         patience: int | None,
     ) -> None:
         """`found` takes every loss; `patience` is how many without a lower one end the run."""
         self._engine, self._feed, self._validation = engine, feed, validation
-        self._reporters, self._every = reporters, every
+        self._reporters, self._due = reporters, due
         self._found, self._patience = found, patience
 
     def after_step(self, step: Step) -> bool:
         """Validate where it is due, not on the way out of an interrupted run; True where the run is to end."""
-        due = step.progress.step % self._every == 0 or step.is_last
-        if not due or step.result.interrupted:
+        if step.result.interrupted or not (step.is_last or self._due.at(step.progress)):
             return False
         self._found.add(step.progress.step, self._report(step.progress))
         enough = self._found.are_enough(self._patience)
@@ -108,29 +108,14 @@ class Evaluate:
 
 
 class Save:
-    """Saves every `every_steps` steps or at the end of each epoch, at the end, and when the run is told to stop."""
+    """Saves when it is due, at the end, and when the run is told to stop."""
 
-    def __init__(
-        self,
-        feed: TrainFeed,
-        save: Callable[[Progress], object],
-        *,
-        every_steps: int | None,
-        every_epoch: bool,
-        stop_after_first: bool,
-    ) -> None:
-        self._feed, self._save = feed, save
-        self._every_steps, self._every_epoch, self._stop = every_steps, every_epoch, stop_after_first
+    def __init__(self, save: Callable[[Progress], object], *, due: Due, stop_after_first: bool) -> None:
+        self._save, self._due, self._stop = save, due, stop_after_first
 
     def after_step(self, step: Step) -> bool:
         """Save where it is due; True where the run was to end with its first checkpoint."""
-        consumed = step.progress.consumed_samples
-        before = consumed - self._feed.items_per_step
-        due = step.is_last
-        if self._every_steps is not None:
-            due |= step.progress.step % self._every_steps == 0
-        if self._every_epoch:
-            due |= self._feed.epochs_done(consumed) > self._feed.epochs_done(before)
+        due = step.is_last or self._due.at(step.progress)
         if due:
             self._save(step.progress)
         return due and self._stop

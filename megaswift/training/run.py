@@ -45,6 +45,7 @@ from megaswift.training.beside import (
     services_of,
     wall_time_of,
 )
+from megaswift.training.callbacks import Save
 from megaswift.training.context import context_share, place_context, ranks_of_this_node
 from megaswift.training.engine import Engine
 from megaswift.training.feed import ValidationFeed
@@ -257,7 +258,7 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
     if sets.val is not None and run.logging.eval_iters:
         validation = ValidationFeed(sets.val, dp_rank=dp_rank, dp=layout.dp, limit=run.logging.eval_iters)
     interrupt = Interrupt()
-    wall_time = wall_time_of(run, interrupt, step=start.step, validates=validation is not None)
+    wall_time = wall_time_of(run, interrupt, feed, start=start, validates=validation is not None)
     account = account_of(run, output_dir, start, on_gpus=platform.name == "cuda")
     save = wall_time.timed(saver if account is None else account.timed(saver))
     log = log_of(run, platform, feed, reporters)
@@ -267,7 +268,7 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
         *looking,
         *moving,
         *([] if account is None else [account]),
-        saving(run, feed, save),
+        Save(save, due=saving(run, feed), stop_after_first=run.checkpoint.exit_after_save),
         wall_time,
     ]
     _announce(meta, layout, run, start=start, total_steps=total_steps)

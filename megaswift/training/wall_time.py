@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from megaswift.launch.governor import Governor
 from megaswift.logs import get_logger
+from megaswift.training.due import Due
 from megaswift.training.loop import Progress, Step
 from megaswift.training.signals import Interrupt
 
@@ -18,14 +19,14 @@ class WallTime:
         signals: Interrupt,
         governor: Governor,
         *,
-        step: int,
-        save_every: int | None,
-        validate_every: int | None,
+        start: Progress,
+        saves: Due,
+        validates: Due,
         clock: Callable[[], float],
     ) -> None:
-        """`signals` are the other reasons to stop; the run is at `step`; `clock` gives seconds since the epoch."""
+        """`signals` are the other reasons to stop; the run is at `start`; `clock` gives seconds since the epoch."""
         self._signals, self._governor, self._clock = signals, governor, clock
-        self._step, self._save_every, self._validate_every = step, save_every, validate_every
+        self._progress, self._saves, self._validates = start, saves, validates
         self._mark = governor.start
         self._saving_s = 0.0
         self._told = False
@@ -35,8 +36,8 @@ class WallTime:
         """Whether this rank was told to stop, or its job ends soon; asked before each step."""
         late = self._governor.must_stop(
             self._clock(),
-            save_due=_is_due(self._step + 1, self._save_every),
-            validation_due=_is_due(self._step + 1, self._validate_every),
+            save_due=self._saves.may_be_after(self._progress),
+            validation_due=self._validates.may_be_after(self._progress),
         )
         if late and not self._told:
             seconds = self._governor.save_s()
@@ -67,13 +68,9 @@ class WallTime:
         """Measure a step with all that came with it, but for the save."""
         now = self._clock()
         seconds = now - self._mark - self._saving_s
-        if _is_due(step.progress.step, self._validate_every):
+        if self._validates.at(step.progress):
             self._governor = self._governor.after_validation(seconds)
         else:
             self._governor = self._governor.after_step(seconds)
-        self._mark, self._saving_s, self._step = now, 0.0, step.progress.step
+        self._mark, self._saving_s, self._progress = now, 0.0, step.progress
         return False
-
-
-def _is_due(step: int, every: int | None) -> bool:
-    return every is not None and step % every == 0

@@ -19,6 +19,17 @@ RUNS = {
     "tokens": ("--global_batch_size", "1"),
     "none": ("--global_batch_size", "1", "--eval_strategy", "no"),
 }
+EPOCHS = (
+    "--global_batch_size",
+    "6",
+    "--num_train_epochs",
+    "2",
+    "--save_strategy",
+    "epoch",
+    "--logging_steps",
+    "1",
+)  # of 15 rows
+ALL = {name: ("--train_iters", "1", *words) for name, words in RUNS.items()} | {"epochs": EPOCHS}
 
 
 @cache
@@ -30,12 +41,12 @@ def lines() -> dict[str, list[dict[str, float]]]:
     def flags(name: str) -> list[str]:
         return [
             "--model", str(folder / "model"), "--dataset", str(folder / "rows.jsonl"), "--split_dataset_ratio", "0.25",
-            "--output_dir", str(folder / name), "--train_iters", "1", "--learning_rate", "1e-12", "--report_to", "none", *RUNS[name],
+            "--output_dir", str(folder / name), "--learning_rate", "1e-12", "--report_to", "none", *ALL[name],
         ]  # fmt: skip
 
-    run_distributed(train_all, 1, [parse_run("sft", flags(name)) for name in RUNS])
+    run_distributed(train_all, 1, [parse_run("sft", flags(name)) for name in ALL])
     assert all((folder / name / "latest").read_text() == "checkpoint-1\n" for name in RUNS)
-    logs = {name: Path(folder / name / "logging.jsonl").read_text() for name in RUNS}
+    logs = {name: Path(folder / name / "logging.jsonl").read_text() for name in ALL}
     return {name: [json.loads(line) for line in log.splitlines()] for name, log in logs.items()}
 
 
@@ -53,3 +64,9 @@ def test_rows_that_fill_no_global_batch_count_as_they_are(kind: str) -> None:
 def test_run_without_validations_keeps_its_rows_back_and_saves() -> None:
     assert [line["step"] for line in lines()["none"]] == [1]
     assert "eval_loss" not in lines()["none"][0]
+
+
+@pytest.mark.slow
+def test_each_epoch_ends_with_a_validation_where_it_ends_with_a_checkpoint() -> None:
+    """Fifteen rows, six a step: epochs end in the third and the fifth step, and so does the run."""
+    assert [line["step"] for line in lines()["epochs"] if "eval_loss" in line] == [3, 5]

@@ -408,7 +408,12 @@ def test_spread_attention_on_gpus_has_the_limits_of_its_kernels(
     [
         ("--eval_steps 100 --save_steps 250", 1),
         ("--eval_steps 100 --save_steps 300", 0),
-        ("--save_strategy epoch", 1),
+        ("--save_strategy epoch", 0),
+        ("--save_strategy epoch --eval_steps 100", 1),
+        ("--save_strategy epoch --eval_strategy steps", 1),
+        ("--eval_strategy epoch", 1),
+        ("--eval_strategy epoch --save_strategy epoch", 0),
+        ("--eval_strategy no", 0),
         ("--eval_steps 100 --save_strategy no", 0),
         ("--save_strategy epoch --eval_iters 0", 0),
     ],
@@ -417,6 +422,30 @@ def test_checkpoints_that_are_not_validated_are_told_of(words: str, notes: int) 
     found = resolved(f"--split_dataset_ratio 0.1 {words}", dense()).notes
     assert sum("not validated" in note for note in found) == notes
     assert not any("not validated" in note for note in resolved(words, dense()).notes)
+
+
+@pytest.mark.parametrize(
+    ("words", "strategy", "steps"),
+    [
+        ("", "steps", 500),
+        ("--save_strategy epoch", "epoch", None),
+        ("--save_strategy epoch --eval_steps 9", "steps", 9),
+        ("--save_strategy no", "steps", 500),
+        ("--eval_strategy no", "no", None),
+    ],
+)
+def test_validations_follow_the_checkpoints(words: str, strategy: str, steps: int | None) -> None:
+    chosen = resolved(words, dense()).config.logging
+    assert (chosen.eval_strategy, chosen.eval_steps) == (strategy, steps)
+    assert (chosen.eval_iters == 0) == (strategy == "no")
+
+
+def test_steps_between_validations_are_for_those_that_count_them() -> None:
+    for strategy in ("epoch", "no"):
+        with pytest.raises(ConfigError, match=f"eval_steps=9 is for eval_strategy=steps, not {strategy}"):
+            resolved(f"--eval_strategy {strategy} --eval_steps 9", dense())
+    with pytest.raises(ConfigError, match="early_stop_interval=2 needs validations"):
+        resolved("--split_dataset_ratio 0.1 --eval_strategy no --early_stop_interval 2", dense())
 
 
 def test_fused_kernels_are_off_on_a_cpu_and_said_so() -> None:

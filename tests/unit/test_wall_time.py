@@ -1,8 +1,10 @@
 """The end of a job's time in the training loop, on a simulated clock."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from megaswift.launch.governor import Governor
+from megaswift.training.due import Due
 from megaswift.training.engine import StepResult
 from megaswift.training.loop import Progress, Step
 from megaswift.training.wall_time import WallTime
@@ -10,6 +12,19 @@ from megaswift.training.wall_time import WallTime
 RESULT = StepResult(
     loss=1.0, grad_norm=1.0, lr=1.0, updated=True, tokens=1, loss_tokens=1, flop=1.0, interrupted=False
 )
+
+
+@dataclass
+class Feed:
+    """Six items a step, fifteen an epoch."""
+
+    items_per_step: int = 6
+
+    def epochs_done(self, consumed: int) -> int:
+        return consumed // 15
+
+
+FEED: Any = Feed()
 
 
 @dataclass
@@ -47,7 +62,12 @@ def test_the_run_stops_saved_before_the_end() -> None:
     for end in range(300, 900, 7):
         clock = Clock()
         wall_time = WallTime(
-            Signals(), Governor(start=0, end=end), step=0, save_every=15, validate_every=10, clock=clock
+            Signals(),
+            Governor(start=0, end=end),
+            start=Progress(),
+            saves=Due(FEED, every_steps=15),
+            validates=Due(FEED, every_steps=10),
+            clock=clock,
         )
         run(clock, wall_time, first=0, step_s=2, save_s=11, validation_s=30)
         assert end - 120 < clock.now <= end
@@ -56,8 +76,23 @@ def test_the_run_stops_saved_before_the_end() -> None:
 def test_a_signal_stops_without_an_end() -> None:
     signals = Signals()
     wall_time = WallTime(
-        signals, Governor(start=0, end=None), step=0, save_every=None, validate_every=None, clock=Clock()
+        signals,
+        Governor(start=0, end=None),
+        start=Progress(),
+        saves=Due(FEED),
+        validates=Due(FEED),
+        clock=Clock(),
     )
     assert not wall_time.seen
     signals.seen = True
     assert wall_time.seen
+
+
+def test_it_is_due_by_steps_or_with_the_step_that_ends_an_epoch() -> None:
+    steps = [Progress(step=step, consumed_samples=6 * step) for step in range(1, 11)]
+    by_steps, by_epochs, never = Due(FEED, every_steps=4), Due(FEED, every_epoch=True), Due(FEED)
+    assert [step.step for step in steps if by_steps.at(step)] == [4, 8]
+    assert [step.step for step in steps if by_epochs.at(step)] == [3, 5, 8, 10]
+    assert not any(never.at(step) or never.may_be_after(step) for step in steps)
+    assert [step.step for step in steps if by_steps.may_be_after(step)] == [3, 7]
+    assert all(by_epochs.may_be_after(step) for step in steps)
