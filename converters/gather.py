@@ -91,8 +91,8 @@ def stream_adapters(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield A and B of each adapted weight under their names in a PEFT folder where `keep` is true, and none elsewhere.
 
-    `group` holds every part of the model, experts' adapters too; all its ranks call it alike and draw all of it. What moves: the parts of
-    each rank once, broadcast in the group. Tensors have `dtype` and lie on the device of the shards.
+    `group` holds every part of the model; all its ranks call it alike and draw all of it. What moves: the parts of each rank once,
+    broadcast in the group. Tensors have `dtype` and lie on the device of the shards.
     """
     at, device = coordinates(layout, rank), next(chunks[0].parameters()).device
     shapes, mine = factor_shapes(adapted, meta), []

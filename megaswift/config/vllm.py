@@ -62,8 +62,7 @@ class VllmConfig:
     )
     vllm_enable_lora: bool = setting(
         False,
-        "send vLLM the base model once, and before each generation the adapters alone, which it does not merge: less to send, and a "
-        "base in four bits stays what it is",
+        "send vLLM the base model once, and before each generation the adapters alone: less to send, and nothing is rounded by merging",
     )
     vllm_max_lora_rank: int | None = setting(
         None, "the greatest rank of adapters that a server takes; default: 16"

@@ -119,20 +119,32 @@ def room_for_rank(rank: int) -> int:
     found = next((room for room in LORA_RANKS if room >= rank), None)
     if found is None:
         raise ConfigError(
-            f"vLLM takes adapters of rank {LORA_RANKS[-1]} at most, and this one has {rank}. Choose a smaller --lora_rank, or leave out "
-            "--vllm_enable_lora."
+            f"vLLM takes adapters of rank {LORA_RANKS[-1]} at most, not {rank}. Choose a smaller rank, or leave out --vllm_enable_lora."
         )
     return found
 
 
+def check_adapter(run: RunConfig, meta: ModelMeta) -> None:
+    """Raise ConfigError where vLLM cannot answer with the adapter beside the base model."""
+    why = what_vllm_does_not_adapt(run, meta)
+    if why is not None:
+        raise ConfigError(
+            f"vllm_enable_lora=true does not go with {why}. Leave it out, and vLLM gets merged weights."
+        )
+
+
 def what_vllm_does_not_adapt(run: RunConfig, meta: ModelMeta) -> str | None:
-    """Return what keeps vLLM from answering with the adapter beside the base model, if something does."""
-    tuner = run.tuner
+    """Return what keeps vLLM 0.32 from answering with the adapter beside the base model, if something does."""
+    tuner, varied = run.tuner, meta.layer_variation
     for held, what in (
         (tuner.tuner_type == "full", "tuner_type=full"),
         (tuner.use_dora, "use_dora=true"),
         (bool(tuner.modules_to_save), "modules_to_save"),
         (meta.moe is not None, f"the experts of {meta.model_type}"),
+        # It gives the adapter of k to k alone, and the weight of k to v too (model_executor/models/gemma4.py).
+        (varied is not None and any(varied.value_is_key), f"values that are keys, which {meta.model_type} has"),
+        # It adapts gate_proj and up_proj, and the file has them in one (model_executor/models/glm4.py).
+        (meta.model_type == "glm4", f"{meta.model_type}, whose modules vLLM knows by other names"),
     ):
         if held:
             return what
@@ -144,11 +156,11 @@ def vllm_can_hold_the_adapter(case: Case) -> None:
     run = case.run
     if not run.vllm.vllm_enable_lora:
         return
-    why = what_vllm_does_not_adapt(run, case.meta)
+    check_adapter(run, case.meta)
     if run.sampler.sleep_level == 2:
-        why = "sleep_level=2, which drops the base model that was sent once; level 1 keeps it"
-    if why is not None:
-        raise ConfigError(f"vllm_enable_lora=true does not go with {why}. Leave one of them out.")
+        raise ConfigError(
+            "vllm_enable_lora=true does not go with sleep_level=2, which drops the base model that is sent once. Choose 1."
+        )
     if run.vllm.vllm_max_lora_rank is not None:
         raise ConfigError(
             f"vllm_max_lora_rank={run.vllm.vllm_max_lora_rank} is for `megaswift rollout`: beside the trainer it is the adapter's own. "

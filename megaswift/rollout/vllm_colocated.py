@@ -93,7 +93,12 @@ class ColocatedEngine:
         if adapter is None:
             self._llm.collective_rpc("megaswift_take", args=(weights,))
         else:
-            self._llm.collective_rpc("megaswift_adapt", args=(adapter, weights))
+            try:
+                self._llm.collective_rpc("megaswift_adapt", args=(adapter, weights))
+            except ValueError as error:  # of its checks: modules that it adapts under other names, or not at all
+                raise ConfigError(
+                    f"vLLM does not take the adapter: {error}. Leave out --vllm_enable_lora, and it gets merged weights."
+                ) from error
         self._llm.reset_prefix_cache()
 
     def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Answer]:

@@ -80,14 +80,14 @@ def _experts(text: str | None) -> np.ndarray | None:
 
 def post(url: str, path: str, asked: dict[str, Any] | None, *, timeout_s: float = 60.0) -> dict[str, Any]:
     """Return the answer of a server; raises TrainingError, which says what it said."""
-    text = told(url, path, asked, timeout_s=timeout_s)
+    text = told(url, path, asked or {}, timeout_s=timeout_s)
     return json.loads(text) if text else {}
 
 
 def told(url: str, path: str, asked: dict[str, Any] | None, *, timeout_s: float = 60.0) -> bytes:
-    """Return the answer of a server as it is, or raise as post() does."""
+    """Return the answer of a server as it is, to GET where nothing is asked, or raise as post() does."""
     try:
-        return request(url, path, json.dumps(asked or {}).encode(), timeout_s)
+        return request(url, path, None if asked is None else json.dumps(asked).encode(), timeout_s)
     except urllib.error.HTTPError as error:
         said = error.read().decode(errors="replace").strip()[:500]
         raise TrainingError(

@@ -21,7 +21,6 @@ from megaswift.rollout.vllm_http import (
     PROMPT_S,
     completion_by,
     post,
-    request,
     told,
     wait_for,
 )
@@ -53,12 +52,17 @@ class ServedEngine:
         self._urls, self._weights_port = list(urls), weights_port or 0
         deadline = time.monotonic() + timeout_s
         servers = [wait_for(url, deadline, timeout_s, advice=ADVICE) for url in self._urls]
-        ranks = [_check_server(url, room, lora_rank) for url in self._urls]
-        self.adapts = 0 < lora_rank <= min(ranks)
+        ranks = {url: _check_server(url, room) for url in self._urls}
+        self.adapts = lora_rank > 0 and all(ranks.values())
+        if self.adapts:
+            _check_ranks(ranks, lora_rank)
+        self._owner = secrets.token_hex(16)  # of the base model that the servers hold
         self._servers = [replace(one, name=ADAPTER) for one in servers] if self.adapts else servers
 
     def load(self, weights: Weights, adapter: str | None = None) -> None:
         """Offer the weights to all servers at once, and return when each has them."""
+        if adapter is not None:
+            self._check_base()
         token = secrets.token_hex(16)
         with (
             ThreadPoolExecutor(len(self._urls)) as pool,
@@ -67,7 +71,7 @@ class ServedEngine:
             port = str(offer.getsockname()[1])
             calls = {
                 url: pool.submit(
-                    _call_workers, url, "megaswift_fetch", _own_address(url), port, token, adapter or ""
+                    _call_workers, url, "megaswift_fetch", _own_address(url), port, token, self._owner, adapter or ""
                 )
                 for url in self._urls
             }
@@ -80,14 +84,25 @@ class ServedEngine:
             finally:
                 for connection in connections:
                     connection.close()
-            for call in calls.values():
-                call.result()
+            folders = {url: call.result()[0] for url, call in calls.items()}
             if failure is not None:
                 raise TrainingError(f"the vLLM servers did not take the weights: {failure}.")
-        for url in self._urls:
+        for url, folder in folders.items():
             if adapter is not None:
-                _let_it_be_asked_for(url)
-            post(url, "/reset_prefix_cache", None)
+                _let_it_answer(url, folder)
+            if post(url, "/reset_prefix_cache", None).get("success") is False:
+                raise TrainingError(
+                    f"the vLLM server at {url} answers others still, with prompts of older weights. Wait until it is idle, or start it again."
+                )
+
+    def _check_base(self) -> None:
+        """Raise TrainingError where a server does not hold the base model that this run has sent."""
+        for url in self._urls:
+            if _call_workers(url, "megaswift_state")[0]["owner"] != self._owner:
+                raise TrainingError(
+                    f"the vLLM server at {url} has lost the base model of this run: it was started again, or another trainer uses it. Run "
+                    "the same command again, with servers that no other trainer uses."
+                )
 
     def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Answer]:
         """Return one completion of each prompt; neighbours, which often begin alike, go to the same server."""
@@ -104,14 +119,28 @@ class ServedEngine:
         """Nothing: the servers have devices of their own."""
 
 
-def _let_it_be_asked_for(url: str) -> None:
-    """Tell what answers requests of the adapter that the workers hold; it asks them to load number 1, which is there."""
-    models = json.loads(request(url, "/v1/models", None, PROMPT_S))["data"]
-    if ADAPTER not in (one["id"] for one in models):
-        told(url, "/v1/load_lora_adapter", {"lora_name": ADAPTER, "lora_path": ADAPTER})
+def _let_it_answer(url: str, folder: str) -> None:
+    """Let a server read the adapter in a folder of its own and answer with it, in place of the one before.
+
+    vLLM 0.32 would read one that is loaded "in place" anew with every batch (entrypoints/openai/models/serving.py).
+    """
+    models = json.loads(told(url, "/v1/models", None))["data"]
+    if ADAPTER in (one["id"] for one in models):
+        told(url, "/v1/unload_lora_adapter", {"lora_name": ADAPTER})
+    told(url, "/v1/load_lora_adapter", {"lora_name": ADAPTER, "lora_path": folder})
+    _call_workers(url, "megaswift_forget")
 
 
-def _check_server(url: str, room: int | None, lora_rank: int) -> int:
+def _check_ranks(ranks: dict[str, int], lora_rank: int) -> None:
+    for url, most in ranks.items():
+        if lora_rank > most:
+            raise ConfigError(
+                f"the adapter needs room for rank {lora_rank}, and the vLLM server at {url} has {most}. Start it with "
+                f"--vllm_max_lora_rank {lora_rank}, or without --vllm_enable_lora."
+            )
+
+
+def _check_server(url: str, room: int | None) -> int:
     """Return the greatest rank of adapters that a server takes, 0 for none."""
     try:
         state = _call_workers(url, "megaswift_state")[0]
@@ -129,13 +158,7 @@ def _check_server(url: str, room: int | None, lora_rank: int) -> int:
             f"max_length={room} is more than the vLLM server at {url} has room for: {state['max_model_len']}. Lower it, or start "
             f"the server with --vllm_max_model_len {room}."
         )
-    most: int | None = state.get("max_lora_rank")
-    if most is not None and lora_rank > most:
-        raise ConfigError(
-            f"the adapter has rank {lora_rank}, and the vLLM server at {url} takes {most} at most. Start it with --vllm_max_lora_rank "
-            f"{lora_rank}, or without --vllm_enable_lora."
-        )
-    return most or 0
+    return state["max_lora_rank"] or 0
 
 
 def _connections(offer: socket.socket, token: str, calls: dict[str, Future[Any]]) -> list[socket.socket]:

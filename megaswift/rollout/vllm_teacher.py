@@ -134,7 +134,7 @@ class ServedTeacher:
             *({token.rpartition(":")[2]: logp for token, logp in place.items()} for place in written),
         ]
 
-    def load(self, weights: Weights) -> None:
+    def load(self, weights: Weights, adapter: str | None = None) -> None:
         """Nothing: the teacher stays as it is."""
 
     def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Answer]:

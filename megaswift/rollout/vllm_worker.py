@@ -18,7 +18,7 @@ from megaswift.rollout.engine import ADAPTER, Weights
 from megaswift.rollout.weight_stream import receive_bytes, receive_entries, tensors_of
 
 PATIENCE_S = 600.0  # of a worker, for the next parcel: the trainer gathers shards in between
-MEMORY = "/dev/shm"
+MEMORY, AT_ONCE = "/dev/shm", 16  # ranks of a machine, twice
 
 
 class WeightReceiver:
@@ -27,14 +27,18 @@ class WeightReceiver:
     model_config: Any
     vllm_config: Any
     device: Any
+    megaswift_owner: str | None
+    megaswift_folder: str | None
 
     def megaswift_state(self: Any) -> dict[str, Any]:
-        """Return what the trainer must know of this engine."""
+        """Return what the trainer must know of this engine; a server lets adapters change only if it was told to."""
         config, lora = self.model_config, self.vllm_config.lora_config
+        changes = os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING") == "1"
         return {
             "logprobs_mode": config.logprobs_mode,
             "max_model_len": config.max_model_len,
-            "max_lora_rank": None if lora is None else lora.max_lora_rank,
+            "max_lora_rank": lora.max_lora_rank if lora is not None and changes else None,
+            "owner": getattr(self, "megaswift_owner", None),
         }
 
     def megaswift_take(self: Any, weights: Weights) -> None:
@@ -44,29 +48,56 @@ class WeightReceiver:
             _pack_heads(self.get_model())
 
     def megaswift_adapt(self: Any, adapter: str, weights: Weights) -> None:
-        """Replace the adapter by the one of these tensors and this adapter_config.json.
-
-        vLLM 0.32 reads adapters from folders only (lora/worker_manager.py): this one is in memory where there is room, and gone at once.
-        """
+        """Replace the adapter by the one of these tensors and this adapter_config.json."""
         from vllm.lora.request import LoRARequest  # this module is read where vLLM is not
 
-        tensors = {name: tensor.contiguous().cpu() for name, tensor in weights}
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        in_memory = os.path.isdir(MEMORY) and shutil.disk_usage(MEMORY).free > 2 * size
-        with tempfile.TemporaryDirectory(prefix="megaswift-", dir=MEMORY if in_memory else None) as folder:
-            save_file(tensors, os.path.join(folder, "adapter_model.safetensors"))
-            Path(folder, "adapter_config.json").write_text(adapter, encoding="utf-8")
+        folder = adapter_folder(adapter, weights)
+        try:
             self.add_lora(LoRARequest(ADAPTER, 1, folder, load_inplace=True))
+        finally:
+            shutil.rmtree(folder)
 
-    def megaswift_fetch(self: Any, host: str, port: str, token: str, adapter: str) -> None:
-        """Replace all weights, or with adapter_config.json as `adapter` those of the adapter, by what the trainer offers there."""
+    def megaswift_fetch(
+        self: Any, host: str, port: str, token: str, owner: str, adapter: str
+    ) -> str | None:
+        """Take what the trainer offers there: all weights, which are the `owner`'s then, or with adapter_config.json as `adapter` those.
+
+        An adapter waits in a folder until it is read and forgotten, whose path the first worker returns.
+        """
         from vllm.distributed.parallel_state import get_world_group
 
-        weights = arriving(host, int(port), token, get_world_group(), self.device)
-        if adapter:
-            self.megaswift_adapt(adapter, weights)
-        else:
+        group = get_world_group()
+        weights = arriving(host, int(port), token, group, self.device)
+        if not adapter:
             self.megaswift_take(weights)
+            self.megaswift_owner = owner
+            return None
+        if group.rank_in_group > 0:
+            for _ in weights:
+                pass
+            return None
+        self.megaswift_forget()
+        self.megaswift_folder = adapter_folder(adapter, weights)
+        return str(self.megaswift_folder)
+
+    def megaswift_forget(self: Any) -> None:
+        """Remove the folder of the adapter that came last, if there is one."""
+        folder = getattr(self, "megaswift_folder", None)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            self.megaswift_folder = None
+
+
+def adapter_folder(adapter: str, weights: Weights) -> str:
+    """Write a PEFT folder, in memory where there is room: vLLM 0.32 reads adapters from folders only (lora/worker_manager.py)."""
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in weights}
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    # Every rank of a trainer writes its own at once, and an older one may be mapped still.
+    has_room = os.path.isdir(MEMORY) and shutil.disk_usage(MEMORY).free > AT_ONCE * size
+    folder = tempfile.mkdtemp(prefix="megaswift-", dir=MEMORY if has_room else None)
+    save_file(tensors, os.path.join(folder, "adapter_model.safetensors"))
+    Path(folder, "adapter_config.json").write_text(adapter, encoding="utf-8")
+    return folder
 
 
 def _pack_heads(model: torch.nn.Module) -> None:

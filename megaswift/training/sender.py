@@ -7,7 +7,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megaswift.config.run import RunConfig
-from megaswift.config.vllm_rules import what_vllm_does_not_adapt
+from megaswift.config.vllm_rules import check_adapter, what_vllm_does_not_adapt
 from megaswift.converters.adapter_rows import adapted_tensors, config_json
 from megaswift.converters.gather import stream_adapters, stream_model
 from megaswift.converters.live import TORCH_DTYPES, live_parameters
@@ -75,10 +75,16 @@ class Sender:
 
 
 def rank_of_adapters(run: RunConfig, meta: ModelMeta, layout: Layout, chunks: Sequence[Any]) -> int:
-    """Return the greatest rank of the adapters that vLLM may hold beside the base model, 0 for none; every rank of the world calls it."""
+    """Return the greatest rank of the adapters that vLLM may hold beside the base model, 0 for none; every rank of the world calls it.
+
+    Raises ConfigError where it was asked to and cannot, as the settings of a PEFT folder may say.
+    """
     sampler = run.sampler
-    asked = sampler.use_vllm and (sampler.vllm_mode == "server" or run.vllm.vllm_enable_lora)
-    if not asked or what_vllm_does_not_adapt(run, meta) is not None:
+    if not sampler.use_vllm:
+        return 0
+    if run.vllm.vllm_enable_lora:
+        check_adapter(run, meta)
+    elif sampler.vllm_mode == "colocate" or what_vllm_does_not_adapt(run, meta) is not None:
         return 0
     modules = [one for chunk in chunks for one in chunk.modules() if isinstance(one, AdaptedLinear)]
     return max(gathered(max((len(one.lora_a()) for one in modules), default=0), world=layout.world))

@@ -11,9 +11,15 @@ from megaswift.config.rules import ResolvedRun
 from megaswift.config.vllm_rules import room_for_rank, server_urls
 from megaswift.errors import ConfigError
 from megaswift.metadata.meta import ModelMeta
-from tests.unit.test_config_rules import dense, moe, resolved
+from tests.unit.test_config_rules import dense, handing_on, moe, resolved
 
 GRPO = "--rlhf_type grpo --reward_funcs accuracy "
+
+
+def shared_values() -> ModelMeta:
+    meta = handing_on()
+    assert meta.layer_variation is not None
+    return replace(meta, layer_variation=replace(meta.layer_variation, value_is_key=(True,) * 8))
 
 
 def moe_that_scales_inputs() -> ModelMeta:
@@ -75,7 +81,7 @@ def test_lengths_and_clips_follow_each_other() -> None:
         ("--use_vllm true --vllm_enable_lora true", "vllm_enable_lora=true does not go with tuner_type=full"),
         (f"{ADAPTED} --use_dora true", "vllm_enable_lora=true does not go with use_dora=true"),
         (f"{ADAPTED} --modules_to_save lm_head", "vllm_enable_lora=true does not go with modules_to_save"),
-        (f"{ADAPTED} --sleep_level 2", "sleep_level=2, which drops the base model that was sent once; level 1 keeps it"),
+        (f"{ADAPTED} --sleep_level 2", "sleep_level=2, which drops the base model that is sent once. Choose 1"),
         (f"{ADAPTED} --vllm_max_lora_rank 8", "vllm_max_lora_rank=8 is for `megaswift rollout`"),
         ("--use_vllm true --vllm_max_lora_rank 8", "vllm_max_lora_rank=8 needs vllm_enable_lora=true"),
         ("--use_vllm true --vllm_mode server --vllm_enable_lora true", "vllm_enable_lora=True belongs to the server"),
@@ -218,8 +224,13 @@ def test_other_tasks_have_no_completions(task: str, words: str) -> None:
 
 def test_vllm_holds_adapters_of_models_without_experts() -> None:
     assert grpo(f"{ADAPTED} --sleep_level 1").config.vllm.vllm_enable_lora
-    with pytest.raises(ConfigError, match="does not go with the experts of"):
-        resolved(GRPO + ADAPTED, moe(), task="rlhf")
+    for meta, what in (
+        (moe(), "the experts of"),
+        (shared_values(), "values that are keys, which"),
+        (replace(dense(), model_type="glm4"), "glm4, whose modules vLLM knows by other names"),
+    ):
+        with pytest.raises(ConfigError, match=f"does not go with {what}"):
+            resolved(GRPO + ADAPTED, meta, task="rlhf")
 
 
 @pytest.mark.parametrize(("rank", "room"), [(1, 8), (8, 8), (9, 16), (65, 128), (512, 512)])
@@ -228,7 +239,7 @@ def test_vllm_has_room_for_the_next_rank_that_it_knows(rank: int, room: int) -> 
 
 
 def test_a_rank_that_vllm_has_no_room_for_is_refused() -> None:
-    with pytest.raises(ConfigError, match="rank 512 at most, and this one has 513"):
+    with pytest.raises(ConfigError, match="rank 512 at most, not 513"):
         room_for_rank(513)
 
 

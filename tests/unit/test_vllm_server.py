@@ -35,10 +35,11 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, **state: Any) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.state = {"logprobs_mode": "processed_logprobs", "max_model_len": 64, **state}
+        self.state = {"logprobs_mode": "processed_logprobs", "max_model_len": 64, "max_lora_rank": None, "owner": None, **state}
         self.asked: list[tuple[str, Any]] = []
         self.weights: dict[str, torch.Tensor] = {}
-        self.adapter, self.adapters = "", set[str]()  # adapter_config.json of the newest, and the names that are asked for
+        self.adapter, self.adapters = "", dict[str, str]()  # adapter_config.json of the newest; folders by the names that are asked for
+        self.is_idle = True
         self.refuses = ""
         self.more: dict[str, Any] = {}  # in each choice
 
@@ -61,15 +62,24 @@ class Handler(JsonHandler):
         elif self.path == "/collective_rpc" and asked["method"] == "megaswift_state":
             self.say({"results": [self.server.state]})
         elif self.path == "/collective_rpc":
-            host, port, token, self.server.adapter = asked["args"]
+            if asked["method"] == "megaswift_forget":
+                return self.say({"results": [None]})
+            host, port, token, owner, self.server.adapter = asked["args"]
             self.server.weights = {
                 name: one.clone() for name, one in arriving(host, int(port), token, Alone(), "cpu")
             }
-            self.say({"results": [None]})
+            if not self.server.adapter:
+                self.server.state["owner"] = owner
+            self.say({"results": ["/folder" if self.server.adapter else None]})
         elif self.path == "/v1/load_lora_adapter":
-            assert self.server.adapter, "the workers have it already"
-            self.server.adapters.add(asked["lora_name"])
+            assert asked["lora_name"] not in self.server.adapters, "vLLM refuses a name that it has"
+            self.server.adapters[asked["lora_name"]] = asked["lora_path"]
             self.say("Success")
+        elif self.path == "/v1/unload_lora_adapter":
+            del self.server.adapters[asked["lora_name"]]
+            self.say("Success")
+        elif self.path == "/reset_prefix_cache":
+            self.say({"success": self.server.is_idle})
         elif self.path == "/v1/completions":
             ids = [*asked["prompt"][:2], 9]
             logprobs = {"token_logprobs": [-0.5, -1.5, -0.25]}
@@ -105,30 +115,51 @@ def test_every_server_gets_all_weights_and_forgets_its_prompts() -> None:
             assert server.asked[-1][0] == "/reset_prefix_cache"
 
 
+def adapted(found: list[Server]) -> ServedEngine:
+    """Return an engine whose servers hold its base model."""
+    asked = engine(found, lora_rank=9)
+    assert asked.adapts
+    asked.load(iter([("base", torch.zeros(2))]))
+    assert not any(server.adapter or server.adapters for server in found)
+    return asked
+
+
 def test_an_adapter_goes_to_servers_that_take_it_and_answers() -> None:
     prompt = Prompt(ids=np.array([1, 2], np.int32), key=(0,))
     with servers(2, max_lora_rank=16) as found:
-        asked = engine(found, lora_rank=9)
-        assert asked.adapts
-        asked.load(iter([("base", torch.zeros(2))]))
-        assert not any(server.adapter or server.adapters for server in found)
+        asked = adapted(found)
         for _ in range(2):
             asked.load(iter([("a", torch.ones(3))]), '{"r": 9}')
         for server in found:
-            assert (server.adapter, server.adapters) == ('{"r": 9}', {"megaswift"})
+            assert (server.adapter, server.adapters) == ('{"r": 9}', {"megaswift": "/folder"})
             assert torch.equal(server.weights["a"], torch.ones(3))
-            named = [path for path, _ in server.asked if path == "/v1/load_lora_adapter"]
-            assert len(named) == 1 and server.asked[-1][0] == "/reset_prefix_cache"
+            paths = [asked.get("method", path) for path, asked in server.asked[-4:]]
+            assert paths == ["/v1/unload_lora_adapter", "/v1/load_lora_adapter", "megaswift_forget", "/reset_prefix_cache"]
         asked.complete([prompt], SAMPLING)
         assert found[0].asked[-1][1]["model"] == "megaswift"
 
 
+def test_a_server_that_holds_the_base_of_another_run_is_found() -> None:
+    with servers(max_lora_rank=16) as found:
+        first = adapted(found)
+        adapted(found)
+        with pytest.raises(TrainingError, match="has lost the base model of this run"):
+            first.load(iter([("a", torch.ones(3))]), '{"r": 9}')
+
+
 def test_one_server_without_adapters_makes_all_take_merged_models() -> None:
     with servers(max_lora_rank=16) as one, servers() as other:
-        assert not engine([*one, *other], lora_rank=8).adapts
+        assert not engine([*one, *other], lora_rank=17).adapts
         assert not engine(one).adapts, "no adapter trains"
-        with pytest.raises(ConfigError, match=r"has rank 17, and the vLLM server at .* takes 16 at most"):
+        with pytest.raises(ConfigError, match=r"needs room for rank 17, and the vLLM server at .* has 16"):
             engine(one, lora_rank=17)
+
+
+def test_a_server_that_keeps_its_cache_is_not_asked() -> None:
+    with servers() as found:
+        asked, found[0].is_idle = engine(found), False
+        with pytest.raises(TrainingError, match="answers others still, with prompts of older weights"):
+            asked.load(iter([("a", torch.ones(3))]))
 
 
 def test_a_stranger_at_the_port_gets_nothing() -> None:
