@@ -18,7 +18,7 @@ from megaswift.launch.slurm import job_end
 from megaswift.parallel.agreement import alike
 from megaswift.platforms.platform import Platform
 from megaswift.training.account import Account
-from megaswift.training.callbacks import Evaluate, Log, Save
+from megaswift.training.callbacks import Evaluate, Log, Predict, Save
 from megaswift.training.engine import Engine
 from megaswift.training.feed import TrainFeed, ValidationFeed
 from megaswift.training.following import FollowReference
@@ -69,6 +69,7 @@ def observers(
     reporters: Sequence[Reporter],
     heartbeat: Heartbeat,
     validations: Validations,
+    predict: Predict | None,
 ) -> list[Callback]:
     """Return what looks at every step beside the log and changes nothing in it; a spike ends the run."""
     callbacks: list[Callback] = []
@@ -89,7 +90,16 @@ def observers(
         steps = run.logging.eval_steps or run.checkpoint.save_steps
         patience = run.logging.early_stop_interval
         callbacks.append(
-            Evaluate(engine, feed, validation, reporters, every=steps, found=validations, patience=patience)
+            Evaluate(
+                engine,
+                feed,
+                validation,
+                reporters,
+                every=steps,
+                found=validations,
+                patience=patience,
+                predict=predict,
+            )
         )
     return callbacks
 
