@@ -50,6 +50,9 @@ OPTIONAL = {
     "tensorboard": "metrics as TensorBoard files",
     "wandb": "metrics to Weights & Biases",
     "swanlab": "metrics to SwanLab",
+    "jieba": "words of generated answers that are scored (--predict_with_generate)",
+    "rouge": "their ROUGE",
+    "nltk": "their BLEU",
     "mpi4py": "ranks started by mpirun",
     "nvidia-ml-py": "GPU health",
 }

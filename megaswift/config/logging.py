@@ -38,7 +38,15 @@ class LoggingConfig:
     eval_metric: str | None = setting(
         None,
         "ms-swift's name of what validations report beside the loss, which they do in any case: acc for next tokens and seq_cls, "
-        "infonce, reranker",
+        "infonce, reranker; nlg: what --predict_with_generate adds",
+    )
+    predict_with_generate: bool = setting(
+        False,
+        "at every validation of sft, generate the last answers of the held-back conversations as well, of the likeliest token each (nothing "
+        "is drawn) and of --max_completion_length tokens at most, and log how near they are to those of the rows, from 0 to 100: "
+        "eval_rouge-1, eval_rouge-2, eval_rouge-l, eval_bleu-4 (pip install 'megaswift[nlg]'). --eval_iters N: for the first N x "
+        "--global_batch_size rows; --log_completions true writes them to completions.jsonl. One device of each copy of the model holds all "
+        "of its weights meanwhile",
     )
     acc_strategy: str = setting(
         "token",

@@ -90,8 +90,6 @@ REFUSED: dict[str, Refused] = {
         disable_auto_column_mapping="false",
     ),
     **_refuse("another order of samples", data_sharding="false"),
-    # Loss
-    **_refuse("metrics of generated text", predict_with_generate="false"),
     # Layout and speed
     **_refuse(
         "a layout written as text",

@@ -9,6 +9,7 @@ from megaswift.config.rows import embedding_loss_of
 from megaswift.config.run import RunConfig
 from megaswift.errors import ConfigError
 
+NLG = ("jieba", "rouge", "nltk")  # what scores generated text: rollout/nlg.py
 SERVICES = ("wandb", "swanlab")  # packages of their own: training/services.py
 
 
@@ -47,10 +48,39 @@ def metrics_belong_to_the_task(run: RunConfig) -> None:
         reported = None
     if predicts_tokens(run):
         reported = "acc"
+    if asked == "nlg" and run.logging.predict_with_generate:
+        return
+    if asked == "nlg" and reported == "acc" and run.task == "sft" and task == "causal_lm":
+        raise ConfigError("eval_metric=nlg needs generated answers. Add --predict_with_generate true.")
     if asked not in (None, reported):
         what = f"the loss and eval_metric={reported}" if reported else "the loss"
         raise ConfigError(
             f"eval_metric={asked} is not built for this task: validations report {what}. Leave it out."
+        )
+
+
+def answers_are_generated_for_held_back_rows(run: RunConfig) -> None:
+    """Generated answers are compared with those of conversations, by packages of their own."""
+    if not run.logging.predict_with_generate:
+        return
+    if run.task != "sft" or run.model.task_type != "causal_lm":
+        asked = f"megaswift {run.task}" + (f" --task_type {run.model.task_type}" if run.task == "sft" else "")
+        raise ConfigError(
+            f"predict_with_generate=true is for `megaswift sft` of language models, not `{asked}`. Leave it out."
+        )
+    if not _validates(run):
+        raise ConfigError(
+            "predict_with_generate=true needs validations. Give --val_dataset or --split_dataset_ratio, or leave it out."
+        )
+    if run.data.streaming:
+        raise ConfigError(
+            "predict_with_generate=true is not built for streaming=true, whose rows are not kept. Leave one of them out."
+        )
+    missing = [name for name in NLG if not _is_installed(name)]
+    if missing:
+        raise ConfigError(
+            f"predict_with_generate=true needs {', '.join(missing)}, which is not installed. Install it (pip install "
+            "'megaswift[nlg]'), or leave it out."
         )
 
 

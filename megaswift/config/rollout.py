@@ -12,7 +12,9 @@ class RolloutConfig:
     num_generations: int = setting(
         8, "completions of each prompt: a group; they share out --global_batch_size"
     )
-    max_completion_length: int = setting(512, "tokens of a completion, of each turn")
+    max_completion_length: int = setting(
+        512, "tokens of a completion, of each turn", aliases=("max_new_tokens",)
+    )
     temperature: float = setting(0.9, "the logits are divided by it when sampling, and in grpo's loss")
     top_p: float = setting(1.0, "sample from the likeliest tokens that have this probability together")
     top_k: int = setting(-1, "sample from so many of the likeliest tokens; -1: from all")
@@ -91,4 +93,6 @@ class RolloutConfig:
         None,
         "completions of one generation; default, and otherwise the same: --global_batch_size x --steps_per_generation",
     )
-    log_completions: bool = setting(False, "write every completion, with its rewards, to completions.jsonl")
+    log_completions: bool = setting(
+        False, "write every completion, with its rewards or scores, to completions.jsonl"
+    )

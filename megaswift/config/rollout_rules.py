@@ -12,6 +12,8 @@ from megaswift.errors import ConfigError, nearest
 
 # What gkd reads too.
 SAMPLING = ("max_completion_length", "temperature", "top_p", "top_k", "repetition_penalty", "log_completions")
+# What answers to held-back rows read: nothing about them is drawn.
+PREDICTING = ("max_completion_length", "repetition_penalty", "log_completions")
 SCHEDULER_GROUP = "megaswift.multi_turn"  # of entry points
 
 
@@ -36,13 +38,22 @@ def completions_are_for_grpo_and_gkd(run: RunConfig) -> None:
     if generates(run):
         return
     sections, samples = (run.rollout, run.policy, run.reward), distils_completions(run)
+    predicts = run.logging.predict_with_generate
+    read = SAMPLING if samples else PREDICTING if predicts else ()
     blank = {**vars(RolloutConfig()), **vars(PolicyConfig()), **vars(RewardConfig())}
     for name, value in ((name, value) for section in sections for name, value in vars(section).items()):
-        if value == blank[name] or (samples and name in SAMPLING):
+        if value == blank[name] or name in read:
             continue
         text = " ".join(value) if isinstance(value, list) else value
+        if predicts and name in SAMPLING:
+            raise ConfigError(
+                f"{name}={text} is for completions that are drawn, and predict_with_generate takes the likeliest tokens. Leave it out."
+            )
         readers = "grpo, or gkd with --lmbda above 0" if name in SAMPLING else "grpo"
-        raise ConfigError(f"{name}={text} is for `megaswift rlhf --rlhf_type {readers}`. Leave it out.")
+        besides = ", or --predict_with_generate true" if name in PREDICTING else ""
+        raise ConfigError(
+            f"{name}={text} is for `megaswift rlhf --rlhf_type {readers}`{besides}. Leave it out."
+        )
 
 
 def turns_have_a_scheduler(run: RunConfig) -> None:
@@ -130,9 +141,11 @@ def what_rollouts_do_not_reach(run: RunConfig) -> None:
 
 def what_distilled_completions_do_not_reach(run: RunConfig) -> None:
     """Prompts are whole, and end where the answer begins."""
-    if distils_completions(run) and run.data.truncation_strategy == "right":
+    predicts = run.logging.predict_with_generate
+    if (distils_completions(run) or predicts) and run.data.truncation_strategy == "right":
+        otherwise = "leave predict_with_generate out" if predicts else "give --lmbda 0"
         raise ConfigError(
-            "truncation_strategy=right cuts prompts off where their completions begin. Choose delete or left, or give --lmbda 0."
+            f"truncation_strategy=right cuts prompts off where their completions begin. Choose delete or left, or {otherwise}."
         )
 
 
@@ -170,7 +183,8 @@ def groups_are_whole(case: Case) -> None:
 def completions_have_room(case: Case) -> None:
     """A sample is a prompt and its completion."""
     length, longest = case.run.rollout.max_completion_length, case.run.data.max_length
-    completes = generates(case.run) or distils_completions(case.run)
+    predicts = case.run.logging.predict_with_generate
+    completes = generates(case.run) or distils_completions(case.run) or predicts
     if completes and longest is not None and length >= longest:
         raise ConfigError(
             f"max_completion_length={length} leaves no room for a prompt in max_length={longest}, which counts both. Lower it."

@@ -18,7 +18,7 @@ from megaswift.launch.slurm import job_end
 from megaswift.parallel.agreement import alike
 from megaswift.platforms.platform import Platform
 from megaswift.training.account import Account
-from megaswift.training.callbacks import Evaluate, Log
+from megaswift.training.callbacks import Evaluate, Log, Predict
 from megaswift.training.due import Due
 from megaswift.training.engine import Engine
 from megaswift.training.feed import TrainFeed, ValidationFeed
@@ -70,6 +70,7 @@ def observers(
     reporters: Sequence[Reporter],
     heartbeat: Heartbeat,
     validations: Validations,
+    predict: Predict | None,
 ) -> list[Callback]:
     """Return what looks at every step beside the log and changes nothing in it; a spike ends the run."""
     callbacks: list[Callback] = []
@@ -97,6 +98,7 @@ def observers(
                 due=validating(run, feed),
                 found=validations,
                 patience=patience,
+                predict=predict,
             )
         )
     return callbacks

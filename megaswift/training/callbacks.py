@@ -15,6 +15,8 @@ from megaswift.training.validations import Validations
 
 logger = get_logger(__name__)
 
+Predict = Callable[[int], dict[str, float]]  # step after which held-back rows are answered -> figures
+
 
 class Log:
     """Reports every `every` steps, and the last one, also where a callback after it ends the run with that step."""
@@ -72,11 +74,12 @@ class Evaluate:
         due: Due,
         found: Validations,
         patience: int | None,
+        predict: Predict | None = None,
     ) -> None:
-        """`found` takes every loss; `patience` is how many without a lower one end the run."""
+        """`found` takes every loss; `patience` is how many without a lower one end the run; `predict` finds further figures."""
         self._engine, self._feed, self._validation = engine, feed, validation
         self._reporters, self._due = reporters, due
-        self._found, self._patience = found, patience
+        self._found, self._patience, self._predict = found, patience, predict
 
     def after_step(self, step: Step) -> bool:
         """Validate where it is due, not on the way out of an interrupted run; True where the run is to end."""
@@ -95,12 +98,13 @@ class Evaluate:
     def _report(self, progress: Progress) -> float:
         """Validate now and return the loss."""
         found = self._engine.evaluate(self._validation.batches())
+        predicted = {} if self._predict is None else self._predict(progress.step)
         line = {
             "step": progress.step,
             "epoch": self._feed.epoch(progress.consumed_samples),
             "consumed_samples": progress.consumed_samples,
             "eval_loss": found.loss,
-            **{f"eval_{name}": value for name, value in found.metrics.items()},
+            **{f"eval_{name}": value for name, value in (found.metrics | predicted).items()},
         }
         for reporter in self._reporters:
             reporter.report(line)

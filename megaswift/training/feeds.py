@@ -1,4 +1,4 @@
-"""Which feed a run has: rows, completions that are rewarded, or completions that a teacher judges."""
+"""Which feed a run has: rows, completions that are rewarded, or completions that a teacher judges; and who answers held-back rows."""
 
 from typing import Any
 
@@ -9,6 +9,7 @@ from megaswift.config.run import RunConfig
 from megaswift.metadata.meta import ModelMeta
 from megaswift.parallel.layout import Layout
 from megaswift.tasks.task import RunModel
+from megaswift.training.callbacks import Predict
 from megaswift.training.engine import Engine
 from megaswift.training.feed import TrainFeed
 from megaswift.training.guides import Guides
@@ -45,3 +46,14 @@ def make_feed(
         ahead=run.data.dataloader_num_workers > 0,
         noise_alpha=run.training.neftune_noise_alpha,
     )
+
+
+def make_predictions(
+    run: RunConfig, meta: ModelMeta, layout: Layout, engine: Engine, sets: Sets, **shared: Any
+) -> Predict | None:
+    """Return what answers held-back rows at validations, if something does; `shared` as in make_feed. Every rank calls it."""
+    if sets.questions is None:
+        return None
+    from megaswift.training.predictions import predictions_of  # waits for transformers' models, too
+
+    return predictions_of(run, meta, layout, engine, sets, **shared)

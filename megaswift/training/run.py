@@ -49,7 +49,7 @@ from megaswift.training.callbacks import Save
 from megaswift.training.context import context_share, place_context, ranks_of_this_node
 from megaswift.training.engine import Engine
 from megaswift.training.feed import ValidationFeed
-from megaswift.training.feeds import make_feed
+from megaswift.training.feeds import make_feed, make_predictions
 from megaswift.training.following import reference_writers
 from megaswift.training.gradient_starts import start_from_gradients
 from megaswift.training.guides import load_guides
@@ -262,7 +262,8 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
     account = account_of(run, output_dir, start, on_gpus=platform.name == "cuda")
     save = wall_time.timed(saver if account is None else account.timed(saver))
     log = log_of(run, platform, feed, reporters)
-    looking = observers(run, platform, engine, feed, validation, reporters, heartbeat, validations)
+    predict = make_predictions(run, meta, layout, engine, sets, checkpoint=checkpoint, group=patient)
+    looking = observers(run, platform, engine, feed, validation, reporters, heartbeat, validations, predict)
     callbacks = [
         log,
         *looking,

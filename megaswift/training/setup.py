@@ -33,6 +33,7 @@ from megaswift.data.forms import form_of
 from megaswift.data.load import load_data, with_prompts
 from megaswift.data.mismatched import mismatched_answers
 from megaswift.data.prompts import PromptRows, save_rows
+from megaswift.data.questions import Questions, questions_of
 from megaswift.data.stream_batches import StreamData
 from megaswift.data.template import Template
 from megaswift.data.tokenizer import load_tokenizer, pad_id_of
@@ -52,6 +53,7 @@ from megaswift.training.validations import Validations
 logger = get_logger(__name__)
 
 TOKENISED = ".tokenised"  # where rank 0 leaves the token ids for the ranks beside it
+QUESTIONS = "questions"  # below that
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +70,7 @@ class Sets:
     prompts: EncodedSet | None = (
         None  # of the training entries, where some steps are on completions of theirs
     )
+    questions: Questions | None = None  # of the validation rows, where the model answers them
 
 
 def share_folder(output_dir: Path) -> None:
@@ -120,14 +123,20 @@ def load_sets(
             stop_ids=meta.eos_token_ids,
             form=form,
         )
-        completes = distils_completions(run)
-        if generates(run) or completes:
+        completes, predicts = distils_completions(run), run.logging.predict_with_generate
+        if generates(run) or completes or predicts:
             if data.read is None:
                 raise DataError(
                     f"dataset={' '.join(run.data.dataset)} is prepared, and completions need the rows themselves. Give those, and no "
                     "--prepared_dir."
                 )
-            save_rows(folder, data.read.train)
+            template = Template.from_config(
+                run.data, tokenizer, max_length=_room(run), stop_ids=meta.eos_token_ids
+            )
+            if predicts:
+                questions_of(data.read.val, template, run.data).save(folder / QUESTIONS)
+            else:
+                save_rows(folder, data.read.train)
         estimates_kl = (
             run.task == "rlhf" and run.preference.rlhf_type == "kto" and run.preference.calculate_kl
         )
@@ -136,9 +145,6 @@ def load_sets(
         sets = {"train": data.train} | ({} if data.val is None else {"val": data.val})
         if completes and not form.asks:
             assert data.read is not None, "seen above"
-            template = Template.from_config(
-                run.data, tokenizer, max_length=_room(run), stop_ids=meta.eos_token_ids
-            )
             sets["train"], sets["prompts"] = with_prompts(data.train, data.read.train, template, run.data)
         for name, encoded in sets.items():
             if estimates_kl:
@@ -167,6 +173,8 @@ def load_sets(
                 rows=PromptRows(folder),
             )
         sets = _sets([encoded[name] for name in ("train", "val") if name in encoded], settings, pad_id=pad_id)
+        if run.logging.predict_with_generate:
+            return replace(sets, questions=Questions.load(folder / QUESTIONS))
         if not distils_completions(run):
             return sets
         sets = replace(sets, prompts=encoded.get("prompts", encoded["train"]), rows=PromptRows(folder))

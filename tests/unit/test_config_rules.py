@@ -196,7 +196,7 @@ def resolved(
         ("--loss_scale hermess", dense(), 1, "loss_scale=hermess is not one of default, last_round, all, with rules added by +. Did you mean hermes?"),
         ("--loss_scale last_round+default", dense(), 1, "loss_scale=last_round+default is not one of"),
         ("--loss_scale react+react", dense(), 1, "loss_scale=react+react names a rule twice"),
-        ("--eval_metric nlg", dense(), 1, "eval_metric=nlg is not built for this task: validations report the loss and eval_metric=acc. Leave"),
+        ("--eval_metric rouge", dense(), 1, "eval_metric=rouge is not built for this task: validations report the loss and eval_metric=acc. Leave"),
         ("--acc_strategy seq --task_type seq_cls --num_labels 2", dense(), 1, "acc_strategy=seq is for token losses, not for task_type=seq_cls. Leave"),
         ("--acc_strategy sequence", dense(), 1, "acc_strategy=sequence"),
         ("--eval_metric acc --task_type seq_cls --num_labels 1", dense(), 1, "eval_metric=acc is not built for this task: validations report the loss."),
