@@ -127,6 +127,7 @@ def adapter_rows(
 
 
 def module_of(tensor: str) -> str:
+    """Return the name of the module that has a tensor of the file."""
     return tensor.removesuffix(".weight").removesuffix(".bias")
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megaswift.converters.adapter_rows import Adapted, adapter_rows, factor_shapes
 from megaswift.converters.export import merged_weight, row_factors
-from megaswift.converters.live import as_matrix, live_parameters, rows_of
+from megaswift.converters.live import LiveParameter, as_matrix, live_parameters, rows_of
 from megaswift.converters.plan import Parameter, Piece, file_tensors, float32_tensors, plan_chunk
 from megaswift.converters.tensor_files import matrix_size
 from megaswift.metadata.meta import ModelMeta
@@ -79,26 +79,26 @@ def stream_model(
 
 @torch.no_grad()
 def stream_adapters(
-    chunks: Sequence[torch.nn.Module],
+    adapted: Sequence[LiveParameter],
     meta: ModelMeta,
     layout: Layout,
     rank: int,
     *,
     group: Any,
-    adapted: Adapted,
+    pairs: Adapted,
     dtype: torch.dtype,
+    device: torch.device,
     keep: bool,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield A and B of each adapted weight under their names in a PEFT folder where `keep` is true, and none elsewhere.
+    """Yield A and B of each weight with an adapter under their names in a PEFT folder where `keep` is true, and none elsewhere.
 
-    `group` holds every part of the model; all its ranks call it alike and draw all of it. What moves: the parts of each rank once,
-    broadcast in the group. Tensors have `dtype` and lie on the device of the shards.
+    `adapted` are this rank's parameters, `pairs` those of the folder; `group` holds every part of the model; all its ranks call it alike
+    and draw all of it. What moves: the parts of each rank once, broadcast in the group. Tensors have `dtype` and lie on `device`.
     """
-    at, device = coordinates(layout, rank), next(chunks[0].parameters()).device
-    shapes, mine = factor_shapes(adapted, meta), []
-    for one in live_parameters(chunks, meta, layout, rank=rank):
-        if one.adapted_module is not None and not one.planned.is_copy:
-            rank_in_file, blocks = adapted[one.planned.tensors[0]]
+    at, shapes, mine = coordinates(layout, rank), factor_shapes(pairs, meta), []
+    for one in adapted:
+        if not one.planned.is_copy:
+            rank_in_file, blocks = pairs[one.planned.tensors[0]]
             mine += [
                 (name, first, rows[..., : shapes[name][1]].reshape(-1, shapes[name][1]).to(dtype))
                 for name, rows, first in adapter_rows(one, layout, at, rank=rank_in_file, blocks=blocks)

@@ -105,7 +105,7 @@ def serve_command(chosen: ServerConfig, meta: ModelMeta, *, port: int) -> list[s
 
 def surroundings(devices: Sequence[str], *, adapts: bool = False) -> dict[str, str]:
     """Return the environment of a server on these GPUs, or on none."""
-    # The trainer calls methods of the workers, empties the cache of prompts, and names the adapter that the workers hold.
+    # The trainer calls methods of the workers, empties the cache of prompts, and changes the adapter.
     own = {"VLLM_SERVER_DEV_MODE": "1", **({"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if adapts else {})}
     return {**own, "CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else own
 

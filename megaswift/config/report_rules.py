@@ -50,7 +50,7 @@ def metrics_belong_to_the_task(run: RunConfig) -> None:
         reported = "acc"
     if asked == "nlg" and run.logging.predict_with_generate:
         return
-    if asked == "nlg" and reported == "acc" and run.task == "sft" and task == "causal_lm":
+    if asked == "nlg" and run.task == "sft" and task == "causal_lm":
         raise ConfigError("eval_metric=nlg needs generated answers. Add --predict_with_generate true.")
     if asked not in (None, reported):
         what = f"the loss and eval_metric={reported}" if reported else "the loss"

@@ -1,6 +1,6 @@
 """What an engine is sent before it writes completions: the merged model, or the base model once and then the adapters alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,8 @@ from megaswift.metadata.meta import ModelMeta
 from megaswift.models.lora import AdaptedLinear
 from megaswift.parallel.layout import Layout
 from megaswift.rollout.engine import Weights
+
+Stream = Callable[..., Weights]  # takes group, dtype and keep, as in converters/gather.py
 
 
 class Sender:
@@ -44,34 +46,30 @@ class Sender:
     def parcels(self) -> Iterator[tuple[str | None, Weights]]:
         """Yield what is to be sent, one after the other: the adapter_config.json where it is an adapter, and the tensors."""
         if not self._adapts:
-            yield None, self._of(stream_model)
+            yield None, self._of(self._model(merge=True))
             return
         if not self._has_base:
-            yield None, self._of(partial(stream_model, merge=False))
+            yield None, self._of(self._model(merge=False))
             self._has_base = True
-        live = [
-            one
-            for one in live_parameters(self._chunks, self._meta, self._layout, rank=dist.get_rank())
-            if one.adapted_module is not None
-        ]
-        tuner = self._run.tuner
-        adapted = adapted_tensors(live, self._meta, self._layout, tuner)
-        text = config_json(adapted, tuner, base_model=str(self._meta.folder))
-        yield text, self._of(partial(stream_adapters, adapted=adapted))
+        yield self._adapter()
 
-    def _of(self, stream: Any) -> Weights:
+    def _model(self, *, merge: bool) -> Stream:
+        return partial(stream_model, self._chunks, self._meta, self._layout, dist.get_rank(), merge=merge)
+
+    def _adapter(self) -> tuple[str, Weights]:
+        rank, tuner = dist.get_rank(), self._run.tuner
+        live = live_parameters(self._chunks, self._meta, self._layout, rank=rank)
+        adapted = [one for one in live if one.adapted_module is not None]
+        pairs = adapted_tensors(adapted, self._meta, self._layout, tuner)
+        device = next(self._chunks[0].parameters()).device
+        stream = partial(stream_adapters, adapted, self._meta, self._layout, rank, pairs=pairs, device=device)
+        return config_json(pairs, tuner, base_model=str(self._meta.folder)), self._of(stream)
+
+    def _of(self, stream: Stream) -> Weights:
         if self._holders is None:
             return iter(())
-        weights: Weights = stream(
-            self._chunks,
-            self._meta,
-            self._layout,
-            dist.get_rank(),
-            group=self._holders,
-            dtype=TORCH_DTYPES[DTYPE_NAMES[self._run.model.torch_dtype or self._meta.dtype]],
-            keep=self._keeps,
-        )
-        return weights
+        dtype = TORCH_DTYPES[DTYPE_NAMES[self._run.model.torch_dtype or self._meta.dtype]]
+        return stream(group=self._holders, dtype=dtype, keep=self._keeps)
 
 
 def rank_of_adapters(run: RunConfig, meta: ModelMeta, layout: Layout, chunks: Sequence[Any]) -> int:

@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM
 from megaswift.data.batches import ValidationData
 from megaswift.data.encode import EncodedSet
 from megaswift.training.feed import ValidationFeed
+from tests.distributed.test_channel_loss import FORMS as OF_CHANNELS
+from tests.distributed.test_channel_loss import ROWS
 from tests.harness.distributed import run_distributed
 from tests.harness.tiny import save_tiny
 from tests.harness.training import Case, prepared, synthetic_set, temporary_folder
 
-ROWS = 8
 CLEAR = 1e-4  # of logits around 1: by how much those of labels differ from the others at least, far above what float32 rounds
 # layout -> (ranks, parallel settings)
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -31,17 +32,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "cp2": (2, {"cp": 2}),
     "tp2 cp2": (4, {"tp": 2, "cp": 2}),
 }
-FORMS: dict[str, dict[str, dict[str, Any]]] = {
-    "rows end to end": {"training": {"micro_batch_size": 2, "global_batch_size": ROWS}},
-    "padded": {
-        "data": {"padding_free": False},
-        "training": {"micro_batch_size": 2, "global_batch_size": ROWS},
-    },
-    "packed": {"data": {"packing": True, "packing_length": 64}, "training": {"global_batch_size": 4}},
-    "mean of micro batches": {
-        "training": {"micro_batch_size": 2, "global_batch_size": ROWS, "calculate_per_token_loss": False}
-    },
-}
+FORMS = {name: settings for name, settings in OF_CHANNELS.items() if name != "by probability"}  # a loss alone
 
 
 @dataclass(frozen=True, kw_only=True)
