@@ -186,10 +186,8 @@ REFUSED: dict[str, Refused] = {
         add_version="false",
     ),
     **_refuse(
-        "another way to choose the best checkpoint",
-        "The file OUTPUT_DIR/best names the one with the lowest eval_loss, which is never deleted.",
-        metric_for_best_model="none loss eval_loss",
-        greater_is_better="none false",
+        "going back to the best checkpoint when training ends",
+        "The file OUTPUT_DIR/best names it (--metric_for_best_model), and it is never deleted.",
         load_best_model_at_end="false",
     ),
     **_refuse(

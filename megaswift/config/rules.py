@@ -32,6 +32,7 @@ REQUEST_RULES = (
     training.sizes_are_positive,
     report.validations_have_a_time,
     report.an_early_end_follows_from_validations,
+    report.the_best_checkpoint_follows_from_validations,
     report.reports_are_known,
     report.metrics_belong_to_the_task,
     report.answers_are_generated_for_held_back_rows,
