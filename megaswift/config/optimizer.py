@@ -51,6 +51,11 @@ class OptimizerConfig:
     galore_rank: int = setting(128, "dimensions of the subspace")
     galore_update_proj_gap: int = setting(50, "steps between two choices of the subspace")
     galore_scale: float = setting(1.0, "factor of the step in the subspace; the paper's alpha")
+    galore_proj_type: str = setting(
+        "std",
+        "side of a matrix that is projected: std its shorter one, reverse_std its longer one, left its rows, right its columns",
+        choices=("std", "reverse_std", "left", "right", "full"),
+    )
     galore_quantization: bool = setting(
         False, "keep the projections in four bits (Q-GaLore, arXiv 2407.08296); needs bitsandbytes"
     )

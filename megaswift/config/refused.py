@@ -147,7 +147,6 @@ REFUSED: dict[str, Refused] = {
     **_refuse(
         "another optimizer",
         "Choose --optimizer adamw, adam, sgd or muon.",
-        galore_proj_type="std",
         galore_target_modules="none",
         use_q_galore="false",
     ),

@@ -249,6 +249,11 @@ def subspaces_are_of_whole_matrices(case: Case) -> Case | None:
         raise ConfigError(
             "galore_rank and galore_update_proj_gap are 1 or more, and galore_scale is above 0. Raise them."
         )
+    if chosen.galore_proj_type == "full":
+        raise ConfigError(
+            "galore_proj_type=full is not built: between its own singular vectors a gradient is diagonal, and Adam makes whole "
+            "steps of the rounding errors beside the diagonal. Give std, reverse_std, left or right."
+        )
     if case.run.parallel.use_distributed_optimizer:
         note = "use_galore: moments are small, so every data-parallel rank holds them (use_distributed_optimizer is off)."
         return case.change("parallel", note, use_distributed_optimizer=False, overlap_param_gather=False)

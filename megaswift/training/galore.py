@@ -1,13 +1,14 @@
 """AdamW whose moments of a matrix live in a subspace of its gradient (GaLore, Zhao et al. 2024, arXiv 2403.03507, algorithm 2).
 
-P holds the first R singular vectors of the gradient, on its shorter side, and is renewed every `gap` steps; Adam runs on
-P^T G (or G P), and its step is mapped back and multiplied by `scale`. A rank projects its own shard of a matrix, as tensor
-parallelism cuts it. With `quantised` P is kept in four bits (Q-GaLore, Zhang et al. 2024, arXiv 2407.08296, section 3.3).
+P holds the first R singular vectors of the gradient, on its shorter side or the one that `galore_proj_type` says, and is renewed
+every `gap` steps; Adam runs on P^T G (or G P), and its step is mapped back and multiplied by `scale`. A rank projects its own
+shard of a matrix, as tensor parallelism cuts it. With `galore_quantization` P is kept in four bits (Q-GaLore, Zhang et al. 2024,
+arXiv 2407.08296, section 3.3).
 
-Letters: M rows, N columns of a matrix, K the shorter of the two sides, R the rank.
+Letters: M rows, N columns of a matrix, K the side that is projected, R the rank.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,7 +70,7 @@ class GaLoreAdamW(AdamWForTheRest):
         if int(kept.step) % self.chosen.galore_update_proj_gap == 0:
             kept.projector = self._packed(self._new_projector(group, grad_MN))
         p_KR = self._unpacked(kept.projector)
-        from_left = grad_MN.shape[0] <= grad_MN.shape[1]
+        from_left = is_projected_from_left(grad_MN.shape, self.chosen.galore_proj_type)
         low = p_KR.t() @ grad_MN if from_left else grad_MN @ p_KR
         if kept.moments is None:
             kept.moments = torch.zeros_like(low), torch.zeros_like(low)
@@ -85,12 +86,9 @@ class GaLoreAdamW(AdamWForTheRest):
 
     def _new_projector(self, group: dict[str, Any], grad_MN: torch.Tensor) -> torch.Tensor:
         """Return the first singular vectors; copies of a weight take those of one rank, whose last bits may differ."""
-        if grad_MN.shape[0] <= grad_MN.shape[1]:
-            u_MK, _, _ = torch.linalg.svd(grad_MN, full_matrices=False)
-            p_KR = u_MK[:, : self.chosen.galore_rank]
-        else:
-            _, _, vt_KN = torch.linalg.svd(grad_MN, full_matrices=False)
-            p_KR = vt_KN[: self.chosen.galore_rank].t()
+        u_MK, _, vt_KN = torch.linalg.svd(grad_MN, full_matrices=False)
+        from_left = is_projected_from_left(grad_MN.shape, self.chosen.galore_proj_type)
+        p_KR = (u_MK if from_left else vt_KN.t())[:, : self.chosen.galore_rank]
         # Singular vectors have no sign, and moments outlive a projector: the largest component is positive.
         p_KR = (p_KR * p_KR.gather(0, p_KR.abs().argmax(0, keepdim=True)).sign()).contiguous()
         copies = (
@@ -127,6 +125,12 @@ class GaLoreAdamW(AdamWForTheRest):
 
         codes, state = stored
         return codes, QuantState.from_dict(state, device=codes.device)
+
+
+def is_projected_from_left(shape: Sequence[int], proj_type: str) -> bool:
+    """Say whether the rows of a matrix are projected, else its columns (names: ms-swift 4.6, galore_projector.py)."""
+    is_wide = shape[0] <= shape[1]
+    return {"std": is_wide, "reverse_std": not is_wide, "left": True, "right": False}[proj_type]
 
 
 def projected_matrices(chunks: Iterable[Any], *, rank: int) -> list[torch.Tensor]:

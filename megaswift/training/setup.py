@@ -268,6 +268,10 @@ def identity_of(run: RunConfig, meta: ModelMeta) -> dict[str, Any]:
         "target_regex": tuner.target_regex,
         "modules_to_save": tuner.modules_to_save,
     }
+    subspace = {
+        name: getattr(run.optimizer, name)
+        for name in ("galore_rank", "galore_proj_type", "galore_quantization")
+    }
     return {
         "model_type": meta.model_type,
         "num_layers": meta.num_layers,
@@ -276,6 +280,7 @@ def identity_of(run: RunConfig, meta: ModelMeta) -> dict[str, Any]:
         "torch_dtype": run.model.torch_dtype,
         "optimizer": run.optimizer.optimizer.removeprefix("dist_"),  # the same state, kept elsewhere
         "use_galore": run.optimizer.use_galore,
+        **(subspace if run.optimizer.use_galore else {}),
         "tuner_type": tuner.tuner_type,
         "streaming": run.data.streaming,
         "group_by_length": run.data.group_by_length,

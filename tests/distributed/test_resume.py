@@ -37,6 +37,7 @@ RUNS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
                 "galore_rank": 8,
                 "galore_update_proj_gap": 2,
                 "galore_quantization": True,
+                "galore_proj_type": "reverse_std",
             }
         },
     ),

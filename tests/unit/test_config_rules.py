@@ -159,6 +159,7 @@ def resolved(
         ("--optimizer_cpu_offload true --optimizer sgd", dense(), 1, "optimizer_cpu_offload=true needs"),
         ("--optimizer_cpu_offload true --optimizer_offload_fraction 0", dense(), 1, "is not a share"),
         ("--optimizer_cpu_offload true --optimizer muon", dense(), 1, "optimizer_cpu_offload=true needs"),
+        ("--use_galore true --galore_proj_type full", dense(), 1, "galore_proj_type=full is not built"),
         ("--use_galore true --optimizer muon", dense(), 1, "use_galore=true needs --optimizer adamw"),
         ("--muon_momentum 0.95", dense(), 1, "muon_momentum needs --optimizer muon or dist_muon, not adamw"),
         ("--optimizer muon --muon_momentum 1", dense(), 1, "muon_momentum=1.0 is not a share"),

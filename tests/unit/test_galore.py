@@ -14,10 +14,10 @@ from megaswift.training.galore import GaLoreAdamW
 LR, DECAY, EPS, BETAS, GAP, RANK, SCALE = 0.05, 0.1, 1e-8, (0.9, 0.95), 3, 2, 0.25
 
 
-def written_out(weight: torch.Tensor, grads: list[torch.Tensor]) -> torch.Tensor:
-    """Algorithm 2 of arXiv 2403.03507 with decoupled weight decay, on M <= N; wider than high is turned."""
-    if weight.shape[0] > weight.shape[1]:
-        return written_out(weight.T, [grad.T for grad in grads]).T
+def written_out(weight: torch.Tensor, grads: list[torch.Tensor], *, from_left: bool) -> torch.Tensor:
+    """Algorithm 2 of arXiv 2403.03507 with decoupled weight decay; projected from the right it is turned."""
+    if not from_left:
+        return written_out(weight.T, [grad.T for grad in grads], from_left=True).T
     weight, first, second = weight.double(), 0.0, 0.0
     for step, grad in enumerate(grad.double() for grad in grads):
         if step % GAP == 0:
@@ -55,15 +55,30 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(galore.dist, "broadcast", lambda *args, **kwargs: None)
 
 
-@pytest.mark.parametrize("shape", [(6, 9), (9, 6), (7, 7)])
-def test_steps_are_those_of_the_paper(shape: tuple[int, int]) -> None:
+WIDE, HIGH, SQUARE = (6, 9), (9, 6), (7, 7)
+
+
+@pytest.mark.parametrize(
+    ("proj_type", "shape", "from_left"),
+    [
+        ("std", WIDE, True),
+        ("std", HIGH, False),
+        ("std", SQUARE, True),
+        ("reverse_std", WIDE, False),
+        ("reverse_std", HIGH, True),
+        ("left", HIGH, True),
+        ("right", WIDE, False),
+    ],
+)
+def test_steps_are_those_of_the_paper(proj_type: str, shape: tuple[int, int], *, from_left: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     grads = [torch.randn(shape, generator=generator) for _ in range(7)]
-    optimizer, before, after = stepped(shape, grads)
-    torch.testing.assert_close(after.double(), written_out(before, grads), rtol=1e-5, atol=1e-6)
+    optimizer, before, after = stepped(shape, grads, galore_proj_type=proj_type)
+    expected = written_out(before, grads, from_left=from_left)
+    torch.testing.assert_close(after.double(), expected, rtol=1e-5, atol=1e-6)
     (kept,) = optimizer.low_rank.values()
     assert kept.moments is not None
-    assert sorted(kept.moments[0].shape) == sorted((RANK, max(shape)))
+    assert kept.moments[0].shape == ((RANK, shape[1]) if from_left else (shape[0], RANK))
 
 
 def test_other_parameters_are_stepped_by_adamw() -> None:
