@@ -57,7 +57,7 @@ class LoggingConfig:
     metric_for_best_model: str | None = setting(
         None,
         "the figure of validations by which OUTPUT_DIR/best names a checkpoint and --early_stop_interval counts, with or without eval_: "
-        "loss, token_acc, rouge-l, rewards/margins, accuracy and whatever else they report; default: loss",
+        "loss, token_acc, rouge-l, rewards/margins, accuracy and whatever else they report; default: loss, of grpo reward",
     )
     greater_is_better: bool | None = setting(
         None, "whether the best is the greatest; default: unless --metric_for_best_model contains loss"

@@ -32,7 +32,7 @@ _RLHF = """
     use_ray
     reward_adapters num_ppo_epochs kl_coef cliprange vf_coef
     cliprange_value gamma lam num_mini_batches response_length async_generate whiten_rewards
-    missing_eos_penalty num_generations_eval
+    missing_eos_penalty
     vllm_limit_mm_per_prompt vllm_disable_cascade_attn vllm_mm_processor_cache_gb wandb_log_unique_prompts
 """.split()
 

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from megaswift.config.case import Case
 from megaswift.config.head_rules import predicts_tokens
 from megaswift.config.reranker import TASK_TYPES
+from megaswift.config.rollout_rules import generates
 from megaswift.config.rows import embedding_loss_of
 from megaswift.config.run import RunConfig
 from megaswift.errors import ConfigError
@@ -135,7 +136,8 @@ def reports_have_a_place_and_a_time(case: Case) -> Case:
             else "Give --save_strategy epoch"
         )
     note = f"some checkpoints are saved at steps that are not validated, and the best one is chosen among the others. {mend} to choose among all."
-    metric = (logging.metric_for_best_model or "loss").removeprefix("eval_")
+    metric = logging.metric_for_best_model or ("reward" if generates(case.run) else "loss")
+    metric = metric.removeprefix("eval_")
     greater = "loss" not in metric if logging.greater_is_better is None else logging.greater_is_better
     return case.change(
         "logging",

@@ -66,6 +66,7 @@ REQUEST_RULES = (
     rollout.completions_are_for_grpo_and_gkd,
     reward.rewards_are_named,
     reward.rewards_are_compared,
+    reward.held_back_prompts_are_rewarded,
     reward.reward_numbers_are_in_range,
     environment.environments_are_named,
     rollout.turns_have_a_scheduler,

@@ -68,7 +68,7 @@ class Evaluate:
         self,
         engine: Engine,
         feed: TrainFeed,
-        validation: ValidationFeed,
+        validation: ValidationFeed | None,
         reporters: Sequence[Reporter],
         *,
         due: Due,
@@ -98,9 +98,12 @@ class Evaluate:
 
     def _report(self, progress: Progress) -> dict[str, float]:
         """Validate now and return the figures."""
-        found = self._engine.evaluate(self._validation.batches())
-        predicted = {} if self._predict is None else self._predict(progress.step)
-        figures = {"loss": found.loss, **found.metrics, **predicted}
+        figures: dict[str, float] = {}
+        if self._validation is not None:
+            found = self._engine.evaluate(self._validation.batches())
+            figures = {"loss": found.loss, **found.metrics}
+        if self._predict is not None:
+            figures |= self._predict(progress.step)
         line = {
             "step": progress.step,
             "epoch": self._feed.epoch(progress.consumed_samples),

@@ -257,12 +257,13 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
     validation = None
     if sets.val is not None and run.logging.eval_iters:
         validation = ValidationFeed(sets.val, dp_rank=dp_rank, dp=layout.dp, limit=run.logging.eval_iters)
+    predict = make_predictions(run, meta, layout, engine, sets, feed, checkpoint=checkpoint, group=patient)
+    validates = validation is not None or predict is not None
     interrupt = Interrupt()
-    wall_time = wall_time_of(run, interrupt, feed, start=start, validates=validation is not None)
+    wall_time = wall_time_of(run, interrupt, feed, start=start, validates=validates)
     account = account_of(run, output_dir, start, on_gpus=platform.name == "cuda")
     save = wall_time.timed(saver if account is None else account.timed(saver))
     log = log_of(run, platform, feed, reporters)
-    predict = make_predictions(run, meta, layout, engine, sets, checkpoint=checkpoint, group=patient)
     looking = observers(run, platform, engine, feed, validation, reporters, heartbeat, validations, predict)
     callbacks = [
         log,

@@ -3,11 +3,14 @@
 from dataclasses import dataclass, field
 
 from megaswift.checkpoint.store import Checkpoint, Criterion, figures_of
+from megaswift.config.reward_rules import reward_names
+from megaswift.config.rollout_rules import generates
 from megaswift.config.run import RunConfig
 from megaswift.errors import ConfigError
 from megaswift.logs import get_logger
 from megaswift.metadata.meta import ModelMeta
 from megaswift.rollout.nlg import SCORES
+from megaswift.rollout.rollout import LENGTHS
 from megaswift.tasks.catalogue import logged_beside_the_loss
 
 logger = get_logger(__name__)
@@ -69,9 +72,12 @@ def check_metric(run: RunConfig, meta: ModelMeta) -> None:
     """Raise ConfigError where no validation of a resolved run will report its metric_for_best_model; `meta` is the trained model's."""
     metric = run.logging.metric_for_best_model
     assert metric is not None, "resolved"
-    if metric == "loss" or (run.training.enable_channel_loss and metric.startswith("loss_")):
+    if run.training.enable_channel_loss and metric.startswith("loss_"):
         return  # channels are in the rows, which nobody has read yet
-    known = ["loss", *logged_beside_the_loss(run, meta)]
+    if generates(run):
+        known = ["reward", *(f"rewards/{name}/mean" for name in reward_names(run.reward)), *LENGTHS]
+    else:
+        known = ["loss", *logged_beside_the_loss(run, meta)]
     known += SCORES if run.logging.predict_with_generate else []
     if metric not in known:
         raise ConfigError(
