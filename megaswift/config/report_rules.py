@@ -95,20 +95,25 @@ def an_early_end_follows_from_validations(run: RunConfig) -> None:
 
 
 def the_best_checkpoint_follows_from_validations(run: RunConfig) -> None:
-    """Another measure than the lowest loss, which asks for nothing, is one of held-back rows."""
-    chosen = run.logging
-    for flag, value, asks in (
-        (
-            "metric_for_best_model",
-            chosen.metric_for_best_model,
-            chosen.metric_for_best_model not in (None, "loss", "eval_loss"),
-        ),
-        ("greater_is_better", "true", chosen.greater_is_better),
-    ):
-        if asks and not _validates(run):
-            raise ConfigError(
-                f"{flag}={value} needs validations. Give --val_dataset or --split_dataset_ratio, or leave it out."
-            )
+    """Another measure than the usual one, which asks for nothing, is one of held-back rows."""
+    if _validates(run):
+        return
+    chosen, usual = run.logging, _usual_metric(run)
+    metric = (chosen.metric_for_best_model or usual).removeprefix("eval_")
+    if metric != usual:
+        asked = f"metric_for_best_model={chosen.metric_for_best_model}"
+    elif chosen.greater_is_better not in (None, "loss" not in metric):
+        asked = f"greater_is_better={str(chosen.greater_is_better).lower()}"
+    else:
+        return
+    raise ConfigError(
+        f"{asked} needs validations. Give --val_dataset or --split_dataset_ratio, or leave it out."
+    )
+
+
+def _usual_metric(run: RunConfig) -> str:
+    """Return the figure of validations that says what is best where nobody chose one."""
+    return "reward" if generates(run) else "loss"
 
 
 def validations_have_a_time(run: RunConfig) -> None:
@@ -136,8 +141,7 @@ def reports_have_a_place_and_a_time(case: Case) -> Case:
             else "Give --save_strategy epoch"
         )
     note = f"some checkpoints are saved at steps that are not validated, and the best one is chosen among the others. {mend} to choose among all."
-    metric = logging.metric_for_best_model or ("reward" if generates(case.run) else "loss")
-    metric = metric.removeprefix("eval_")
+    metric = (logging.metric_for_best_model or _usual_metric(case.run)).removeprefix("eval_")
     greater = "loss" not in metric if logging.greater_is_better is None else logging.greater_is_better
     return case.change(
         "logging",

@@ -20,8 +20,9 @@ from megaswift.rollout.engine import Answer
 FILE = "rollout.npz"
 # Arrays of a Rollout by what their entries are of.
 OF_COMPLETIONS = ("prompt_lengths", "stopped", "targets", "rewards", "advantages")
-LENGTHS = ("completions/mean_length", "completions/max_length", "completions/clipped_ratio")  # what is logged of them
 OF_TOKENS = ("input_ids", "own", "old_logps", "reference_logps", "sampler_logps", "teacher_logps", "experts")
+# What is logged of completions' lengths, under TRL's names.
+LENGTHS = ("completions/mean_length", "completions/max_length", "completions/clipped_ratio")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ class Completions:
         yield from batches
 
     def length_figures(self) -> dict[str, float]:
-        """Return what is logged of the lengths, under TRL's names."""
+        """Return what is logged of the lengths."""
         found = self.lengths.mean(), self.lengths.max(), 1 - self.stopped.mean()
         return dict(zip(LENGTHS, map(float, found), strict=True))
 

@@ -126,6 +126,8 @@ def test_figures_are_those_of_what_transformers_samples_from_the_export() -> Non
         assert line["eval_reward"] == pytest.approx(fmean(near) + 0.5 * fmean(brief))
         assert line["eval_completions/mean_length"] == pytest.approx(fmean(row["tokens"] for row in own))
         seen.append(texts)
+    best = max(lines, key=lambda line: (line["eval_reward"], -line["step"]))["step"]
+    assert (folder() / "held back, grpo one" / "best").read_text() == f"checkpoint-{best}\n"
     assert len(lines) == STEPS and seen[0] != seen[-1], "weights that moved write something else"
 
 

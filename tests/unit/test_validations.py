@@ -51,6 +51,11 @@ def test_the_greatest_is_best_unless_it_is_a_loss(words: str, metric: str, great
         ("--task_type embedding", {}, "loss, accuracy, similarity/positive, similarity/negative, margin."),
         ("--rlhf_type kto", {"task": "rlhf"}, "loss, rewards/chosen, rewards/rejected, logps/chosen, logps/rejected, kl, rewards/margins."),
         ("--rlhf_type gkd --teacher_model t --lmbda 0", {"task": "rlhf"}, "loss."),
+        (
+            "--rlhf_type grpo --reward_funcs format",
+            {"task": "rlhf"},
+            "reward, rewards/format/mean, completions/mean_length, completions/max_length, completions/clipped_ratio.",
+        ),
         ("--rlhf_type gkd --teacher_model t --lmbda 0 --sft_alpha 0.5", {"task": "rlhf"}, "loss, sft_loss."),
     ],
 )  # fmt: skip
