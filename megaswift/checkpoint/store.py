@@ -4,7 +4,7 @@ output_dir/
     checkpoint-500/            complete: its manifest.json names every file and its size, and was written last
     checkpoint-600.partial/    a save that is under way, or that was cut short; the next start removes it
     latest                     the name of the newest complete checkpoint, for people and scripts
-    best                       that of the one with the lowest loss of the held-back rows, where there are any
+    best                       that of the one whose figures of the held-back rows are the best, where there are any
 
 A save writes everything into the .partial folder, syncs it, writes the manifest, syncs that, and only then renames. Rank 0
 alone calls what changes the folder. No torch here.
@@ -15,6 +15,7 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,23 @@ MANIFEST = "manifest.json"
 POINTER, BEST = "latest", "best"
 FORMAT = 1  # of the manifest and of what it describes
 FINISHED = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Criterion:
+    """Which figure of the held-back rows says what is best."""
+
+    metric: str = "loss"
+    greater_is_better: bool = False
+
+    def figure(self, figures: Mapping[str, float]) -> float | None:
+        """Return the figure among others; None where it is absent or not a number."""
+        figure = figures.get(self.metric)
+        return figure if figure is not None and math.isfinite(figure) else None
+
+    def is_better(self, figure: float, *, than: float | None) -> bool:
+        """Return whether a figure is better than another; any is better than none."""
+        return than is None or (figure > than if self.greater_is_better else figure < than)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +68,16 @@ class Manifest:
     format: int = FORMAT
 
     @property
-    def eval_loss(self) -> float:
-        """The loss of the held-back rows after this step; infinite where nobody looked."""
+    def figures(self) -> dict[str, float]:
+        """What the held-back rows showed after this step; empty where nobody looked."""
         found = self.validations or {}
-        loss = found.get("loss") if found.get("step") == self.step else None
-        return loss if loss is not None and math.isfinite(loss) else math.inf
+        return figures_of(found) if found.get("step") == self.step else {}
+
+
+def figures_of(validations: Mapping[str, Any]) -> dict[str, float]:
+    """Return the figures of the newest of a manifest's validations; older manifests have the loss alone."""
+    figures: dict[str, float] = validations.get("figures") or {"loss": validations["loss"]}
+    return figures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +113,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 class Store:
     """The checkpoints below one output folder."""
 
-    def __init__(self, output_dir: Path) -> None:
-        self.output_dir = output_dir
+    def __init__(self, output_dir: Path, *, criterion: Criterion = Criterion()) -> None:
+        self.output_dir, self._criterion = output_dir, criterion
 
     def complete(self) -> list[Checkpoint]:
         """Return the complete checkpoints, oldest save first; damaged ones are named in the log and left alone."""
@@ -110,8 +133,8 @@ class Store:
         return next(reversed(self.complete()), None)
 
     def best(self) -> Checkpoint | None:
-        """Return the checkpoint with the lowest loss of the held-back rows, the oldest of several; None where there is none."""
-        return _best(self.complete())
+        """Return the checkpoint with the best figure of the held-back rows, the oldest of several; None where none has one."""
+        return self._best(self.complete())
 
     def clean(self) -> None:
         """Remove what an interrupted save left behind, and undo an interrupted replacement."""
@@ -168,6 +191,8 @@ class Store:
         best = self.best()
         if best is not None:
             _write_synced(self.output_dir / BEST, best.folder.name + "\n")
+        else:  # one that was the best by another figure may be deleted
+            (self.output_dir / BEST).unlink(missing_ok=True)
         _sync(self.output_dir)
         self.clean()  # of the checkpoint that this one replaced, if any
         return Checkpoint(folder=finished, manifest=Manifest(**stored))
@@ -181,7 +206,7 @@ class Store:
         if keep is None or keep == -1:
             return
         every = self.complete()
-        best = _best(every)
+        best = self._best(every)
         for checkpoint in every[: -max(keep, 1)]:
             if best is not None and checkpoint.folder == best.folder:
                 continue
@@ -190,6 +215,14 @@ class Store:
             os.replace(checkpoint.folder, leaving)
             if _remove(leaving):
                 logger.info("deleted %s: save_total_limit=%d", checkpoint.folder.name, keep)
+
+    def _best(self, checkpoints: list[Checkpoint]) -> Checkpoint | None:
+        best, highest = None, None
+        for one in checkpoints:
+            figure = self._criterion.figure(one.manifest.figures)
+            if figure is not None and self._criterion.is_better(figure, than=highest):
+                best, highest = one, figure
+        return best
 
     def _folders(self) -> list[Path]:
         if not self.output_dir.is_dir():
@@ -210,11 +243,6 @@ class Store:
         )
         os.replace(folder, aside)
         logger.warning("%s was not written by megaswift: it is kept as %s", folder.name, aside.name)
-
-
-def _best(checkpoints: list[Checkpoint]) -> Checkpoint | None:
-    validated = [one for one in checkpoints if one.manifest.eval_loss < math.inf]
-    return min(validated, key=lambda one: one.manifest.eval_loss, default=None)
 
 
 def _remove(folder: Path) -> bool:

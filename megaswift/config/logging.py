@@ -54,7 +54,16 @@ class LoggingConfig:
         "of which all are (seq_acc)",
         choices=("token", "seq"),
     )
+    metric_for_best_model: str | None = setting(
+        None,
+        "the figure of validations by which OUTPUT_DIR/best names a checkpoint and --early_stop_interval counts, with or without eval_: "
+        "loss, token_acc, rouge-l, rewards/margins, accuracy and whatever else they report; default: loss, of grpo reward",
+    )
+    greater_is_better: bool | None = setting(
+        None, "whether the best is the greatest; default: unless --metric_for_best_model contains loss"
+    )
     early_stop_interval: int | None = setting(
-        None, "validations in a row without a lower loss after which the run ends; default: never"
+        None,
+        "validations in a row without a better --metric_for_best_model after which the run ends; default: never",
     )
     verbose: bool = setting(False, "log debugging facts too")

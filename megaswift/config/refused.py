@@ -32,7 +32,7 @@ _RLHF = """
     use_ray
     reward_adapters num_ppo_epochs kl_coef cliprange vf_coef
     cliprange_value gamma lam num_mini_batches response_length async_generate whiten_rewards
-    missing_eos_penalty num_generations_eval
+    missing_eos_penalty
     vllm_limit_mm_per_prompt vllm_disable_cascade_attn vllm_mm_processor_cache_gb wandb_log_unique_prompts
 """.split()
 
@@ -185,10 +185,8 @@ REFUSED: dict[str, Refused] = {
         add_version="false",
     ),
     **_refuse(
-        "another way to choose the best checkpoint",
-        "The file OUTPUT_DIR/best names the one with the lowest eval_loss, which is never deleted.",
-        metric_for_best_model="none loss eval_loss",
-        greater_is_better="none false",
+        "going back to the best checkpoint when training ends",
+        "The file OUTPUT_DIR/best names it (--metric_for_best_model), and it is never deleted.",
         load_best_model_at_end="false",
     ),
     **_refuse(

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from megaswift.config.case import Case
 from megaswift.config.head_rules import predicts_tokens
 from megaswift.config.reranker import TASK_TYPES
+from megaswift.config.rollout_rules import generates
 from megaswift.config.rows import embedding_loss_of
 from megaswift.config.run import RunConfig
 from megaswift.errors import ConfigError
@@ -93,6 +94,28 @@ def an_early_end_follows_from_validations(run: RunConfig) -> None:
         )
 
 
+def the_best_checkpoint_follows_from_validations(run: RunConfig) -> None:
+    """Another measure than the usual one, which asks for nothing, is one of held-back rows."""
+    if _validates(run):
+        return
+    chosen, usual = run.logging, _usual_metric(run)
+    metric = (chosen.metric_for_best_model or usual).removeprefix("eval_")
+    if metric != usual:
+        asked = f"metric_for_best_model={chosen.metric_for_best_model}"
+    elif chosen.greater_is_better not in (None, "loss" not in metric):
+        asked = f"greater_is_better={str(chosen.greater_is_better).lower()}"
+    else:
+        return
+    raise ConfigError(
+        f"{asked} needs validations. Give --val_dataset or --split_dataset_ratio, or leave it out."
+    )
+
+
+def _usual_metric(run: RunConfig) -> str:
+    """Return the figure of validations that says what is best where nobody chose one."""
+    return "reward" if generates(run) else "loss"
+
+
 def validations_have_a_time(run: RunConfig) -> None:
     """Who validates by epochs, or never, counts no steps in between."""
     chosen = run.logging
@@ -103,7 +126,7 @@ def validations_have_a_time(run: RunConfig) -> None:
 
 
 def reports_have_a_place_and_a_time(case: Case) -> Case:
-    """TensorBoard files lie in the run's folder, and validation comes with each checkpoint."""
+    """TensorBoard files lie in the run's folder, validation comes with each checkpoint, and the lowest loss or another figure is best."""
     logging, checkpoint = case.run.logging, case.run.checkpoint
     eval_steps = logging.eval_steps or checkpoint.save_steps
     by_epochs = checkpoint.save_strategy == "epoch" and logging.eval_steps is None
@@ -118,6 +141,8 @@ def reports_have_a_place_and_a_time(case: Case) -> Case:
             else "Give --save_strategy epoch"
         )
     note = f"some checkpoints are saved at steps that are not validated, and the best one is chosen among the others. {mend} to choose among all."
+    metric = (logging.metric_for_best_model or _usual_metric(case.run)).removeprefix("eval_")
+    greater = "loss" not in metric if logging.greater_is_better is None else logging.greater_is_better
     return case.change(
         "logging",
         note if apart and checkpoint.save_strategy != "no" and _validates(case.run) else None,
@@ -125,6 +150,8 @@ def reports_have_a_place_and_a_time(case: Case) -> Case:
         eval_strategy=strategy,
         eval_steps=eval_steps if strategy == "steps" else None,
         eval_iters=0 if strategy == "no" else logging.eval_iters,
+        metric_for_best_model=metric,
+        greater_is_better=greater,
     )
 
 

@@ -44,6 +44,23 @@ def rewards_are_compared(run: RunConfig) -> None:
         raise ConfigError("num_generations=1 leaves nothing to compare a reward with. Give 2 or more.")
 
 
+def held_back_prompts_are_rewarded(run: RunConfig) -> None:
+    """Held-back prompts are worth the rewards of their completions."""
+    if not generates(run):
+        return
+    data, completions = run.data, run.rollout.num_generations_eval
+    holds_back = bool(data.val_dataset) or data.split_dataset_ratio > 0
+    if completions is not None and not holds_back:
+        raise ConfigError(
+            f"num_generations_eval={completions} is of held-back prompts. Give --val_dataset or --split_dataset_ratio, or leave it out."
+        )
+    if holds_back and not reward_names(run.reward):
+        raise ConfigError(
+            "Held-back prompts are for rewards, and this run has none: a teacher judges its completions. Leave --val_dataset and "
+            "--split_dataset_ratio out."
+        )
+
+
 def reward_names(chosen: RewardConfig) -> list[str]:
     """Return what rewards are logged as: functions by their names, then reward models, then environments."""
     several = len(chosen.reward_model) > 1

@@ -12,6 +12,10 @@ class RolloutConfig:
     num_generations: int = setting(
         8, "completions of each prompt: a group; they share out --global_batch_size"
     )
+    num_generations_eval: int | None = setting(
+        None,
+        "completions of each held-back prompt, whose rewards validations report; num_generations by default",
+    )
     max_completion_length: int = setting(
         512, "tokens of a completion, of each turn", aliases=("max_new_tokens",)
     )

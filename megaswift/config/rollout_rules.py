@@ -85,6 +85,7 @@ def rollout_numbers_are_in_range(run: RunConfig) -> None:
     chosen = run.rollout
     for name, value, least in (
         ("num_generations", chosen.num_generations, 1),
+        ("num_generations_eval", chosen.num_generations_eval, 1),
         ("max_completion_length", chosen.max_completion_length, 1),
         ("num_iterations", chosen.num_iterations, 1),
         ("max_resample_times", chosen.max_resample_times, 1),
@@ -117,18 +118,12 @@ def rollout_numbers_are_in_range(run: RunConfig) -> None:
 
 
 def what_rollouts_do_not_reach(run: RunConfig) -> None:
-    """Completions are rows of the step's own: not padded, not validated."""
+    """Completions are rows of the step's own, not padded."""
     if not generates(run):
         return
     data = run.data
     for asked, what, instead in (
         (not data.padding_free, "padding_free=false", "Leave it out."),
-        (bool(data.val_dataset), "val_dataset", "Leave it out; rewards are logged at every step."),
-        (
-            data.split_dataset_ratio > 0,
-            "split_dataset_ratio",
-            "Leave it out; rewards are logged at every step.",
-        ),
         (
             data.truncation_strategy != "delete",
             f"truncation_strategy={data.truncation_strategy}",

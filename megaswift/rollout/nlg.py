@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 ROUGE = ("rouge-1", "rouge-2", "rouge-l")
+SCORES = (*ROUGE, "bleu-4")
 MORE_FRAMES = 200  # what rouge needs beside one frame for each word: a handful
 
 

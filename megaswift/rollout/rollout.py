@@ -21,6 +21,8 @@ FILE = "rollout.npz"
 # Arrays of a Rollout by what their entries are of.
 OF_COMPLETIONS = ("prompt_lengths", "stopped", "targets", "rewards", "advantages")
 OF_TOKENS = ("input_ids", "own", "old_logps", "reference_logps", "sampler_logps", "teacher_logps", "experts")
+# What is logged of completions' lengths, under TRL's names.
+LENGTHS = ("completions/mean_length", "completions/max_length", "completions/clipped_ratio")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +74,9 @@ class Completions:
         yield from batches
 
     def length_figures(self) -> dict[str, float]:
-        """Return what is logged of the lengths, under TRL's names."""
-        return {
-            "completions/mean_length": float(self.lengths.mean()),
-            "completions/max_length": float(self.lengths.max()),
-            "completions/clipped_ratio": float(1 - self.stopped.mean()),
-        }
+        """Return what is logged of the lengths."""
+        found = self.lengths.mean(), self.lengths.max(), 1 - self.stopped.mean()
+        return dict(zip(LENGTHS, map(float, found), strict=True))
 
 
 def joined(prompts: Sequence[np.ndarray], answers: Sequence[Answer]) -> dict[str, Any]:
@@ -181,19 +180,16 @@ class Rollout(Completions):
         if not names:
             return self.length_figures()
         total_PG = (self.rewards @ np.array(weights)).reshape(-1, self.group)
-        spread_P = total_PG.std(1, ddof=1)
-        each = {
-            f"rewards/{name}/{what}": float(value)
-            for name, column in zip(names, self.rewards.T, strict=True)
-            for what, value in (("mean", column.mean()), ("std", column.std(ddof=1)))
-        }
-        return {
-            "reward": float(total_PG.mean()),
-            "reward_std": float(spread_P.mean()),
-            "frac_reward_zero_std": float((spread_P == 0).mean()),
-            **each,
-            **self.length_figures(),
-        }
+        found = {"reward": float(total_PG.mean())}
+        if self.group > 1:
+            spread_P = total_PG.std(1, ddof=1)
+            found["reward_std"] = float(spread_P.mean())
+            found["frac_reward_zero_std"] = float((spread_P == 0).mean())
+        for name, column in zip(names, self.rewards.T, strict=True):
+            found[f"rewards/{name}/mean"] = float(column.mean())
+            if len(column) > 1:
+                found[f"rewards/{name}/std"] = float(column.std(ddof=1))
+        return {**found, **self.length_figures()}
 
     def save(self, folder: Path) -> None:
         """Write the arrays into `folder`."""

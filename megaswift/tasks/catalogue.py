@@ -119,6 +119,12 @@ def make_task(
     )
 
 
+def logged_beside_the_loss(run: RunConfig, meta: ModelMeta) -> list[str]:
+    """Return the names of what the task of a resolved run logs, but for channels, which are in the rows; arguments as make_task's."""
+    task = make_task(run, meta)
+    return list(task.summary(dict.fromkeys(task.metrics, 0.0)))
+
+
 def _document_scores(
     loss: ScoresLoss, metrics: Sequence[str], meta: ModelMeta, run_model: RunModel
 ) -> DocumentScores:

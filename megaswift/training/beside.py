@@ -87,7 +87,7 @@ def observers(
         )
     if run.training.spike_factor is not None:
         callbacks.append(SpikeGuard(run.training.spike_factor))
-    if validation is not None:
+    if validation is not None or predict is not None:
         patience = run.logging.early_stop_interval
         callbacks.append(
             Evaluate(

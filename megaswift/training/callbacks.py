@@ -62,13 +62,13 @@ class Log:
 
 
 class Evaluate:
-    """Reports the loss on the validation set when it is due, and at the end; ends a run that learns no more."""
+    """Reports figures of the validation set when it is due, and at the end; ends a run that learns no more."""
 
     def __init__(
         self,
         engine: Engine,
         feed: TrainFeed,
-        validation: ValidationFeed,
+        validation: ValidationFeed | None,
         reporters: Sequence[Reporter],
         *,
         due: Due,
@@ -76,7 +76,7 @@ class Evaluate:
         patience: int | None,
         predict: Predict | None = None,
     ) -> None:
-        """`found` takes every loss; `patience` is how many without a lower one end the run; `predict` finds further figures."""
+        """`found` takes all figures; `patience` is how many without a better one end the run; `predict` finds further ones."""
         self._engine, self._feed, self._validation = engine, feed, validation
         self._reporters, self._due = reporters, due
         self._found, self._patience, self._predict = found, patience, predict
@@ -89,26 +89,30 @@ class Evaluate:
         enough = self._found.are_enough(self._patience)
         if enough:
             logger.info(
-                "the run ends at step %d: for %d validations eval_loss has not been lower than before (early_stop_interval)",
+                "the run ends at step %d: for %d validations eval_%s has not been better than before (early_stop_interval)",
                 step.progress.step,
                 self._found.since,
+                self._found.criterion.metric,
             )
         return enough
 
-    def _report(self, progress: Progress) -> float:
-        """Validate now and return the loss."""
-        found = self._engine.evaluate(self._validation.batches())
-        predicted = {} if self._predict is None else self._predict(progress.step)
+    def _report(self, progress: Progress) -> dict[str, float]:
+        """Validate now and return the figures."""
+        figures: dict[str, float] = {}
+        if self._validation is not None:
+            found = self._engine.evaluate(self._validation.batches())
+            figures = {"loss": found.loss, **found.metrics}
+        if self._predict is not None:
+            figures |= self._predict(progress.step)
         line = {
             "step": progress.step,
             "epoch": self._feed.epoch(progress.consumed_samples),
             "consumed_samples": progress.consumed_samples,
-            "eval_loss": found.loss,
-            **{f"eval_{name}": value for name, value in (found.metrics | predicted).items()},
+            **{f"eval_{name}": value for name, value in figures.items()},
         }
         for reporter in self._reporters:
             reporter.report(line)
-        return found.loss
+        return figures
 
 
 class Save:

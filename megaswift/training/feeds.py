@@ -49,9 +49,19 @@ def make_feed(
 
 
 def make_predictions(
-    run: RunConfig, meta: ModelMeta, layout: Layout, engine: Engine, sets: Sets, **shared: Any
+    run: RunConfig,
+    meta: ModelMeta,
+    layout: Layout,
+    engine: Engine,
+    sets: Sets,
+    feed: TrainFeed,
+    **shared: Any,
 ) -> Predict | None:
     """Return what answers held-back rows at validations, if something does; `shared` as in make_feed. Every rank calls it."""
+    if sets.held_back is not None and run.logging.eval_iters:
+        from megaswift.training.held_back import held_back_rewards
+
+        return held_back_rewards(sets.held_back, feed)
     if sets.questions is None:
         return None
     from megaswift.training.predictions import predictions_of  # waits for transformers' models, too

@@ -77,9 +77,9 @@ def load_judge(
 
 
 def load_talks(
-    run: RunConfig, rows: PromptRows, tokenizer: Any, *, stop_ids: tuple[int, ...]
+    run: RunConfig, rows: Sequence[PromptRows], tokenizer: Any, *, stop_ids: tuple[int, ...]
 ) -> Talks | None:
-    """Return what leads conversations of several turns, where there are any; raises UserError."""
+    """Return what leads conversations of several turns about any of `rows`, where there are any; raises UserError."""
     environments = _environments(run, rows) if has_environments(run.reward) else None
     scheduler = load_scheduler(run.rollout) if environments is None else None
     if scheduler is None and environments is None:
@@ -95,8 +95,8 @@ def load_talks(
     )
 
 
-def _environments(run: RunConfig, rows: PromptRows) -> Environments:
+def _environments(run: RunConfig, rows: Sequence[PromptRows]) -> Environments:
     environments = load_environments(run.reward)
-    if dist.get_rank() == 0:  # one looks at the rows for all
-        environments.check(rows)
+    for some in rows if dist.get_rank() == 0 else ():  # one looks at the rows for all
+        environments.check(some)
     return environments

@@ -8,7 +8,6 @@ Letters: N completions, T tokens of all prompts with their completions.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,8 @@ from megaswift.config.reward_rules import reward_names, reward_weights
 from megaswift.config.rollout_rules import uses_of_a_generation
 from megaswift.config.run import RunConfig
 from megaswift.data.batches import BatchSettings, TrainData
-from megaswift.data.prompts import PromptRow, PromptRows
+from megaswift.data.prompt_set import PromptSet
+from megaswift.data.prompts import PromptRows
 from megaswift.data.tokenizer import load_tokenizer, pad_id_of
 from megaswift.metadata.meta import ModelMeta
 from megaswift.models.lora import adapters_off
@@ -50,7 +50,8 @@ class Roller:
     layout: Layout
     engine: Engine
     prompts: TrainData
-    rows: PromptRows
+    rows: PromptRows  # behind the prompts
+    held_back: PromptSet | None = None  # prompts that are not learnt from
     settings: BatchSettings
     run_model: RunModel
     group: Any
@@ -58,6 +59,7 @@ class Roller:
     table: JsonLines | None  # of completions; rank 0's, where they are logged
 
     def __post_init__(self) -> None:
+        self.asked = PromptSet(encoded=self.prompts.encoded, rows=self.rows)
         self.names, self.weights = reward_names(self.run.reward), reward_weights(self.run.reward)
         folder, trust = str(self.meta.folder), self.run.model.trust_remote_code
         self.tokenizer = load_tokenizer(folder, trust_remote_code=trust)
@@ -83,18 +85,18 @@ class Roller:
         return load_judge(self.run, self.meta, self.tokenizer, device=device, reports=reports)
 
     def _load_talks(self) -> Talks | None:
-        return load_talks(self.run, self.rows, self.tokenizer, stop_ids=self.author.sampling.stop_ids)
+        rows = [self.rows] if self.held_back is None else [self.rows, self.held_back.rows]
+        return load_talks(self.run, rows, self.tokenizer, stop_ids=self.author.sampling.stop_ids)
 
     def roll(self, entries: np.ndarray, *, position: int, step: int) -> Rollout:
         """Return rewarded completions of these prompts; every rank of the world calls it. Raises UserError."""
         with self.engine.settled_parameters():
             found = self._completions(entries, position)
             entries, found = self._lively(entries, found, position)
-            rollout = self._joined(entries, position, found)
-            rollout = self._with_logps(rollout)
+            rollout = self._with_logps(self.joined(self.asked, entries, found, position=position))
         rollout = self._with_advantages(rollout)
         if self.table is not None:
-            self._write(entries, found, rollout, step)
+            self.write(self.asked, entries, found, step=step, advantages=rollout.advantages)
         return rollout
 
     def _lively(
@@ -128,37 +130,33 @@ class Roller:
         return np.flatnonzero(rewards_PG.max(1) == rewards_PG.min(1)).tolist()
 
     def _completions(self, entries: np.ndarray, position: int, *, again: int = 0) -> list[Completion]:
-        group = self.run.rollout.num_generations
-        prompts = [
-            Prompt(ids=self._prompt(entries[place // group]), key=self._key(place, position, again))
-            for place in range(len(entries) * group)
-        ]
+        places = range(len(entries) * self.run.rollout.num_generations)
+        return self.completions(self.asked, entries, [self._key(place, position, again) for place in places])
+
+    def completions(
+        self, asked: PromptSet, entries: np.ndarray, keys: Sequence[tuple[int, ...]]
+    ) -> list[Completion]:
+        """Return rewarded completions of prompts, a group for each; every key decides one, those of a prompt next to each other."""
+        group = len(keys) // len(entries)
+        prompts = [Prompt(ids=asked.ids(entries[place // group]), key=key) for place, key in enumerate(keys)]
+
+        def judged(places: Sequence[int], answers: Sequence[Answer]) -> list[Completion]:
+            return [
+                one
+                for start in range(0, len(places), group)
+                for one in self.judge.judged(
+                    asked.row(entries[places[start] // group]), answers[start : start + group]
+                )
+            ]
+
         talks = self.talks
         if talks is None:
-            return self.author.write(prompts, partial(self._judged, entries), together=group)
+            return self.author.write(prompts, judged, together=group)
 
         def lead(places: Sequence[int], prompts: Sequence[Prompt], *how: Any) -> list[Talked]:
-            return talks.lead(prompts, [self._row(entries[place // group]) for place in places], *how)
+            return talks.lead(prompts, [asked.row(entries[place // group]) for place in places], *how)
 
-        return self.author.write(prompts, partial(self._judged, entries), together=group, lead=lead)
-
-    def _judged(
-        self, entries: np.ndarray, places: Sequence[int], answers: Sequence[Answer]
-    ) -> list[Completion]:
-        """Return completions of whole groups with their rewards."""
-        group = self.run.rollout.num_generations
-        found: list[Completion] = []
-        for start in range(0, len(places), group):
-            row = self._row(entries[places[start] // group])
-            found += self.judge.judged(row, answers[start : start + group])
-        return found
-
-    def _prompt(self, entry: int) -> np.ndarray:
-        encoded = self.prompts.encoded
-        return np.asarray(encoded.input_ids[encoded.starts[entry] : encoded.starts[entry + 1]])
-
-    def _row(self, entry: int) -> PromptRow:
-        return self.rows[int(self.prompts.encoded.samples[entry])]
+        return self.author.write(prompts, judged, together=group, lead=lead)
 
     def _key(self, place: int, position: int, again: int) -> tuple[int, ...]:
         """Return what decides a completion: the prompt's place in the endless stream of prompts, and its own in the group."""
@@ -166,12 +164,14 @@ class Roller:
         key = self.run.training.seed, position + prompt, generation
         return (*key, 0, again) if again else key  # a fourth number counts turns
 
-    def _joined(self, entries: np.ndarray, position: int, found: list[Completion]) -> Rollout:
-        group, targets = self.run.rollout.num_generations, self.prompts.encoded.targets
+    def joined(
+        self, asked: PromptSet, entries: np.ndarray, found: list[Completion], *, position: int
+    ) -> Rollout:
+        """Return completions of prompts as they are learnt from, but for what is found out about them yet."""
+        group, targets = len(found) // len(entries), asked.encoded.targets
         replays = self.run.rollout.router_replay_mode == "R3"
         prompts = [
-            one.prompt(self._prompt(entry))
-            for entry, one in zip(np.repeat(entries, group), found, strict=True)
+            one.prompt(asked.ids(entry)) for entry, one in zip(np.repeat(entries, group), found, strict=True)
         ]
         return Rollout(
             targets=None if targets is None else np.repeat(targets[entries], group),
@@ -222,11 +222,19 @@ class Roller:
         found_PG = advantages(torch.from_numpy(totals_N).view(-1, rollout.group), self.run.rollout)
         return replace(rollout, advantages=found_PG.flatten().float().numpy())
 
-    def _write(self, entries: np.ndarray, found: list[Completion], rollout: Rollout, step: int) -> None:
-        assert self.table is not None and rollout.advantages is not None
-        rows = np.repeat(entries, rollout.group)
-        for entry, one, advantage in zip(rows, found, rollout.advantages.tolist(), strict=True):
-            row, judged = self._row(entry), one.judged
+    def write(
+        self,
+        asked: PromptSet,
+        entries: np.ndarray,
+        found: list[Completion],
+        *,
+        step: int,
+        advantages: np.ndarray | None = None,
+    ) -> None:
+        """Write a line into the table for every completion; those of held-back prompts have no advantages."""
+        assert self.table is not None
+        for place, one in enumerate(found):
+            row, judged = asked.row(entries[place * len(entries) // len(found)]), one.judged
             self.table.report(
                 {
                     "step": step,
@@ -237,7 +245,9 @@ class Roller:
                     **({"environment": judged.record} if judged.record is not None else {}),
                     "tokens": len(judged.ids),
                     "rewards": dict(zip(self.names, one.rewards, strict=True)),
-                    "advantage": advantage,
+                    **(
+                        {"held_back": True} if advantages is None else {"advantage": float(advantages[place])}
+                    ),
                 }
             )
 

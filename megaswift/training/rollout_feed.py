@@ -65,7 +65,7 @@ class RolloutFeed(TrainFeed):
     ) -> None:
         """`data` are the prompts, `settings` those of batches of completions; `kept` may be what a checkpoint was amidst."""
         super().__init__(data, dp_rank=dp_rank, dp=dp)
-        self._roller, self._settings, self._rollout = roller, settings, kept
+        self.roller, self._settings, self._rollout = roller, settings, kept
         chosen = roller.run.rollout
         self._iterations, self._uses = chosen.num_iterations, uses_of_a_generation(chosen)
 
@@ -75,13 +75,13 @@ class RolloutFeed(TrainFeed):
         size, parts = self._settings.global_batch_size, self._uses // self._iterations
         if self._rollout is None or (self._rollout.position, len(self._rollout)) != (position, parts * size):
             firsts = range(position, position + parts * self.items_per_step, self.items_per_step)
-            entries = np.concatenate([self._roller.prompts.items(first) for first in firsts])
+            entries = np.concatenate([self.roller.prompts.items(first) for first in firsts])
             step = consumed // self.items_per_step + 1
             self._rollout = None  # memory for the next one
-            self._rollout = self._roller.roll(entries, position=position, step=step)
+            self._rollout = self.roller.roll(entries, position=position, step=step)
         return list(
             self._rollout.parts(size)[part].micro_batches(
-                self._settings, dp_rank=self._dp_rank, dp=self._dp, pad_id=self._roller.pad_id
+                self._settings, dp_rank=self._dp_rank, dp=self._dp, pad_id=self.roller.pad_id
             )
         )
 
@@ -110,7 +110,7 @@ class RolloutFeed(TrainFeed):
     def figures(self) -> dict[str, float]:
         """Return rewards and lengths of the newest completions."""
         assert self._rollout is not None, "asked after a step"
-        return self._rollout.figures(self._roller.names, self._roller.weights)
+        return self._rollout.figures(self.roller.names, self.roller.weights)
 
     def writers(self) -> dict[str, Callable[[Path], None]]:
         """Return what writes the completions that later steps use again."""
@@ -119,7 +119,7 @@ class RolloutFeed(TrainFeed):
     def _save(self, folder: Path) -> None:
         if self._rollout is not None and dist.get_rank() == 0:
             self._rollout.save(folder)
-            made = json.dumps(made_with(self._roller.run), indent=1)
+            made = json.dumps(made_with(self.roller.run), indent=1)
             (folder / MADE_WITH).write_text(made + "\n", encoding="utf-8")
 
 
@@ -144,6 +144,7 @@ def rollout_feed(
         engine=engine,
         prompts=sets.train,
         rows=sets.rows,
+        held_back=sets.held_back,
         settings=sets.settings,
         run_model=run_model,
         group=group,

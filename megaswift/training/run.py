@@ -72,7 +72,7 @@ from megaswift.training.setup import (
 )
 from megaswift.training.signals import Interrupt
 from megaswift.training.stream import load_stream
-from megaswift.training.validations import Validations
+from megaswift.training.validations import check_metric, criterion_of, resumed_validations
 
 logger = get_logger(__name__)
 
@@ -145,7 +145,7 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
 
     output_dir = Path(run.checkpoint.output_dir)
     share_folder(output_dir)
-    store = Store(output_dir)
+    store = Store(output_dir, criterion=criterion_of(run))
     checkpoint = agree_on_first(lambda: _checkpoint_to_resume(store, run, meta))
     if run.data.streaming:
         sets = load_stream(run, meta, layout, output_dir=output_dir, group=patient, checkpoint=checkpoint)
@@ -235,7 +235,7 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
         run_model=forward,
         group=patient,
     )
-    validations = Validations(**((checkpoint.manifest.validations if checkpoint else None) or {}))
+    validations = resumed_validations(run, checkpoint)
     if validations.are_enough(run.logging.early_stop_interval):
         total_steps = start.step  # it has ended
     reporters = [*reporters_of(run, output_dir, start=start, total_steps=total_steps), *services]
@@ -257,12 +257,13 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
     validation = None
     if sets.val is not None and run.logging.eval_iters:
         validation = ValidationFeed(sets.val, dp_rank=dp_rank, dp=layout.dp, limit=run.logging.eval_iters)
+    predict = make_predictions(run, meta, layout, engine, sets, feed, checkpoint=checkpoint, group=patient)
+    validates = validation is not None or predict is not None
     interrupt = Interrupt()
-    wall_time = wall_time_of(run, interrupt, feed, start=start, validates=validation is not None)
+    wall_time = wall_time_of(run, interrupt, feed, start=start, validates=validates)
     account = account_of(run, output_dir, start, on_gpus=platform.name == "cuda")
     save = wall_time.timed(saver if account is None else account.timed(saver))
     log = log_of(run, platform, feed, reporters)
-    predict = make_predictions(run, meta, layout, engine, sets, checkpoint=checkpoint, group=patient)
     looking = observers(run, platform, engine, feed, validation, reporters, heartbeat, validations, predict)
     callbacks = [
         log,
@@ -316,6 +317,7 @@ def _resolve(run: RunConfig, platform: Platform) -> tuple[ModelMeta, ResolvedRun
     meta = trained_model(run, meta)
     adapted_modules(meta, run.tuner)  # names that the model does not have are found here
     whole_tensors(meta, run.tuner)
+    check_metric(resolved.config, meta)
     notes = [*resolved.notes, *([note] if note else [])]
     if run.freeze.chooses:
         trained, everything = (

@@ -32,6 +32,7 @@ from megaswift.data.encode import EncodedSet
 from megaswift.data.forms import form_of
 from megaswift.data.load import load_data, with_prompts
 from megaswift.data.mismatched import mismatched_answers
+from megaswift.data.prompt_set import PromptSet
 from megaswift.data.prompts import PromptRows, save_rows
 from megaswift.data.questions import Questions, questions_of
 from megaswift.data.stream_batches import StreamData
@@ -53,7 +54,7 @@ from megaswift.training.validations import Validations
 logger = get_logger(__name__)
 
 TOKENISED = ".tokenised"  # where rank 0 leaves the token ids for the ranks beside it
-QUESTIONS = "questions"  # below that
+QUESTIONS, HELD_BACK = "questions", "held_back"  # below that
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,7 @@ class Sets:
     settings: BatchSettings  # of batches of samples, or of completions where the samples are prompts
     pad_id: int
     rows: PromptRows | None = None  # behind the prompts
+    held_back: PromptSet | None = None  # prompts whose completions are rewarded at validations
     prompts: EncodedSet | None = (
         None  # of the training entries, where some steps are on completions of theirs
     )
@@ -137,6 +139,7 @@ def load_sets(
                 questions_of(data.read.val, template, run.data).save(folder / QUESTIONS)
             else:
                 save_rows(folder, data.read.train)
+                save_rows(folder / HELD_BACK, data.read.val)
         estimates_kl = (
             run.task == "rlhf" and run.preference.rlhf_type == "kto" and run.preference.calculate_kl
         )
@@ -163,6 +166,9 @@ def load_sets(
             asked = settings.global_batch_size // run.rollout.num_generations
             of_prompts = replace(settings, global_batch_size=asked, micro_batch_size=1, packing=False)
             prompts = TrainData(encoded["train"], of_prompts, pad_id=pad_id)
+            held_back = None
+            if "val" in encoded:
+                held_back = PromptSet(encoded=encoded["val"], rows=PromptRows(folder / HELD_BACK))
             return Sets(
                 train=prompts,
                 val=None,
@@ -171,6 +177,7 @@ def load_sets(
                 settings=settings,
                 pad_id=pad_id,
                 rows=PromptRows(folder),
+                held_back=held_back,
             )
         sets = _sets([encoded[name] for name in ("train", "val") if name in encoded], settings, pad_id=pad_id)
         if run.logging.predict_with_generate:

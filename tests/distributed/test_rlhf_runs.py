@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from megaswift.config.parse import parse_run
+from megaswift.config.rules import resolve
 from megaswift.config.run import RunConfig
 from megaswift.data.encode import EncodedSet
 from megaswift.data.forms import form_of
@@ -22,8 +23,10 @@ from megaswift.data.load import load_data
 from megaswift.data.tokenizer import load_tokenizer, pad_id_of
 from megaswift.kernels.linear_divergence.reference import generalised_jsd
 from megaswift.mcore import process_groups
+from megaswift.metadata.read import get_model_meta
 from megaswift.platforms.platform import select_platform
 from megaswift.rollout.reward_models import load_reward_models
+from megaswift.tasks.catalogue import logged_beside_the_loss, trained_model
 from megaswift.training.run import train_in_world
 from tests.harness.distributed import run_distributed
 from tests.harness.tiny_run import make_tiny_run
@@ -197,6 +200,19 @@ def opened(name: str) -> tuple[Any, Any]:
     if (newest / "adapter").exists():
         return PeftModel.from_pretrained(base, str(newest / "adapter")).eval(), start
     return AutoModelForCausalLM.from_pretrained(newest / "hf", dtype=torch.float32).eval(), start
+
+
+@pytest.mark.slow
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("name", [name for name in RUNS if "after" not in name and "pre" not in name])
+def test_figures_of_validations_are_known_before(name: str) -> None:
+    run, meta = run_of(name), get_model_meta(str(folder() / "model"))
+    resolved = resolve(run, meta, RUNS[name][0], "cpu").config
+    known = {"loss", *logged_beside_the_loss(resolved, trained_model(run, meta))}
+    line = next(line for line in lines(output_of(name).name) if "eval_loss" in line)
+    found = {word.removeprefix("eval_") for word in line if word.startswith("eval_")}
+    # DPO has a likelihood of its own only with --rpo_alpha or loss_type=sft.
+    assert found == known - ({"nll_loss"} if name.startswith("dpo") else set())
 
 
 @pytest.mark.slow

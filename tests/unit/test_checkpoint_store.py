@@ -9,7 +9,7 @@ import pytest
 
 from megaswift.checkpoint import store as store_module
 from megaswift.checkpoint.resume import check_identity, find_checkpoint, named_folder
-from megaswift.checkpoint.store import Checkpoint, Manifest, Store, read_checkpoint
+from megaswift.checkpoint.store import Checkpoint, Criterion, Manifest, Store, read_checkpoint
 from megaswift.errors import CheckpointError
 
 
@@ -159,6 +159,28 @@ def test_the_best_checkpoint_is_named_and_kept(tmp_path: Path) -> None:
     store.rotate(1)
     assert names(tmp_path) == {"checkpoint-7", "latest", "best"}
     assert (tmp_path / "best").read_text() == "checkpoint-7\n"
+
+
+def test_the_best_checkpoint_is_that_of_another_figure(tmp_path: Path) -> None:
+    """An older manifest, which has the loss alone, has no say; equal figures leave the older one the best."""
+    store = Store(tmp_path, criterion=Criterion(metric="token_acc", greater_is_better=True))
+    save(store, 1, validations={"step": 1, "loss": 0.1, "lowest": 0.1, "since": 0})
+    assert not (tmp_path / "best").exists()
+    for step, accuracy in enumerate((0.5, 0.75, 0.75, float("nan"), 0.25), start=2):
+        save(store, step, validations={"step": step, "figures": {"loss": 1 / step, "token_acc": accuracy}})
+        store.rotate(1)
+    assert (tmp_path / "best").read_text() == "checkpoint-3\n"
+    assert [checkpoint.manifest.step for checkpoint in store.complete()] == [3, 6]
+    by_loss = Store(tmp_path).best()
+    assert by_loss is not None and by_loss.manifest.step == 6
+
+
+def test_no_checkpoint_is_named_the_best_that_lacks_the_figure(tmp_path: Path) -> None:
+    save(Store(tmp_path), 1, validations={"step": 1, "figures": {"loss": 1.0}})
+    assert (tmp_path / "best").read_text() == "checkpoint-1\n"
+    store = Store(tmp_path, criterion=Criterion(metric="accuracy", greater_is_better=True))
+    save(store, 2, validations={"step": 2, "figures": {"loss": 0.5}})
+    assert store.best() is None and not (tmp_path / "best").exists()
 
 
 def test_a_named_checkpoint_is_gone_back_to_once(tmp_path: Path) -> None:

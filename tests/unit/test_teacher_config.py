@@ -55,6 +55,7 @@ def test_temperatures_that_differ_are_told() -> None:
     ("words", "message"),
     [
         ("", "reward_funcs is not set.*or a --teacher_model"),
+        ("--teacher_model t --val_dataset v.jsonl", "Held-back prompts are for rewards, and this run has none"),
         ("--reward_funcs format --teacher_kl_coef 2", "teacher_kl_coef=2 needs a teacher"),
         ("--reward_funcs format --offload_teacher_model true", "offload_teacher_model=true moves --teacher_model"),
         (f"{SERVED} --offload_teacher_model true", "offload_teacher_model=true moves --teacher_model"),
