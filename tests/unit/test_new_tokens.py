@@ -21,6 +21,7 @@ from megaswift.converters.new_tokens import (
 )
 from megaswift.data.first_rows import template_of
 from megaswift.errors import ConfigError
+from megaswift.launch.preflight import check_run
 from megaswift.metadata.new_tokens import with_new_tokens
 from megaswift.metadata.read import get_model_meta
 from tests.harness.tiny import save_tiny
@@ -216,8 +217,9 @@ def test_vocabularies_that_cannot_grow_are_refused_unless_they_have_rows(tmp_pat
 def test_embeddings_of_layers_cannot_grow(tmp_path: Path) -> None:
     model = save_tiny("gemma4_text-small", tmp_path)
     small_tokenizer("x").save_pretrained(model)
+    run = parse_run("sft", ["--model", str(model), "--dataset", "rows.jsonl", "--new_special_tokens", "<a>"])
     with pytest.raises(ConfigError, match="its layers have embeddings of tokens of their own"):
-        view_of(get_model_meta(model), ["<a>"], with_weights=True)
+        check_run(run, world_size=1, platform_name="cpu")  # before ranks start, or a job waits
 
 
 @pytest.mark.parametrize(
