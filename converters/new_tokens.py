@@ -1,7 +1,7 @@
 """A model folder with more special tokens: links to its files, its own tokenizer, and longer matrices where ids go beyond them.
 
-The new rows are the mean of the old ones, which gives new tokens no say of their own (Hewitt, "Initializing New Word Embeddings for
-Pretrained Language Models", 2021). transformers' resize_token_embeddings draws them around it with 1e-9 of the rows' covariance;
+The new rows are the mean of the old ones, which leaves the probabilities of old tokens nearly as they are (Hewitt, "Initializing New
+Word Embeddings for Pretrained Language Models", 2021). transformers' resize_token_embeddings draws them around it with 1e-9 of the rows' covariance;
 without the noise a run that starts again finds the same model. Letters: V rows before, D model. No torch.
 """
 

@@ -144,6 +144,8 @@ def find_source(config: ExportConfig) -> Checkpoint | None:
         return None
     if source.adapters:
         raise ConfigError("adapters is for --model; a checkpoint has its own.")
+    if source.new_special_tokens:
+        raise ConfigError("new_special_tokens is for --model; a checkpoint has its own.")
     folder = Path(source.checkpoint)
     newest = Store(folder).latest_complete()
     checkpoint = newest or read_checkpoint(folder)

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megaswift.config.export import ExportConfig
 from megaswift.config.parse import parse_run, take_flags
+from megaswift.errors import ConfigError
 from megaswift.platforms.platform import select_platform
 from megaswift.training.export import export
 from megaswift.training.run import train_in_world
@@ -128,3 +129,5 @@ def test_adapters_open_in_peft_with_as_many_rows(tmp_path: Path, name: str) -> N
         assert (found - merged).abs().max() < 2e-5, place
         assert len(AutoTokenizer.from_pretrained(tmp_path / place)) == rows + 3
     assert not list(tmp_path.glob(".model-*"))
+    with pytest.raises(ConfigError, match="new_special_tokens is for --model"):
+        exported(*sources["from_run"], "--new_special_tokens", "<a>", "--output_dir", str(tmp_path / "other"))
