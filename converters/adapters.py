@@ -38,6 +38,7 @@ from megaswift.converters.export import (
 from megaswift.converters.live import TORCH_DTYPES, LiveParameter, as_matrix, live_parameters, rows_of
 from megaswift.converters.load import LoadReport
 from megaswift.converters.lora_targets import whole_tensors
+from megaswift.converters.model_files import copy_tokenizer
 from megaswift.converters.output_folder import OutputFolder
 from megaswift.converters.peft_folder import (
     CONFIG_FILE,
@@ -152,11 +153,12 @@ def save_peft(
     tuner: TunerConfig,
     dtype: str,
     base_model: str | None = None,
+    with_tokenizer: bool = False,
 ) -> ExportReport:
     """Write the adapters, and what trains whole beside them, as a PEFT folder that appears complete or not at all; every rank of the world calls it.
 
-    `dtype` is the name of the dtype in the file, `base_model` the id or folder that peft is told. Raises WeightsError on
-    every rank when any rank cannot write.
+    `dtype` is the name of the dtype in the file, `base_model` the id or folder that peft is told. Beside a tokenizer peft's
+    AutoPeftModelForCausalLM gives the base as many rows. Raises WeightsError on every rank when any rank cannot write.
     """
     started = time.monotonic()
     folder = OutputFolder(Path(output), rank=rank, world=layout.world)
@@ -204,7 +206,13 @@ def save_peft(
     base = base_model or str(meta.folder)
     saved = {module_of(name.removeprefix(PREFIX)) for both in names.values() for name in both}
     text = config_json(adapted, tuner, base_model=base, scores=bool(meta.scores), saved=saved)
-    folder.publish(lambda path: (path / CONFIG_FILE).write_text(text, encoding="utf-8"))
+
+    def add_small_files(path: Path) -> None:
+        if with_tokenizer and meta.folder is not None:
+            copy_tokenizer(meta.folder, path)
+        (path / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+    folder.publish(add_small_files)
     return ExportReport(
         folder=folder.output, bytes_written=writer.bytes_written, seconds=time.monotonic() - started
     )

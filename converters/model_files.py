@@ -11,6 +11,13 @@ from megaswift.metadata.meta import ModelMeta
 # Tokenizer, generation settings, chat template, remote code, licence. Weights in any format are left behind.
 COPIED_SUFFIXES = frozenset({".json", ".jinja", ".txt", ".model", ".tiktoken", ".py", ".md"})
 WRITTEN_ANEW = frozenset({"config.json", "README.md"})
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 MAX_COPIED_BYTES = 200_000_000  # the largest tokenizer files are some tens of megabytes
 
 
@@ -33,6 +40,13 @@ def copy_model_files(source: Path, target: Path) -> list[str]:
     for path in files:
         shutil.copyfile(path, target / path.name)
     return [path.name for path in files]
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the tokenizer of a model folder, and its chat template."""
+    for path in model_files(source):
+        if path.name in TOKENIZER_FILES:
+            shutil.copyfile(path, target / path.name)
 
 
 def config_json(meta: ModelMeta, *, dtype: str, quantization: Mapping[str, Any] | None = None) -> str:

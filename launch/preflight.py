@@ -36,6 +36,7 @@ def check_run(run: RunConfig, *, world_size: int, platform_name: str) -> tuple[M
     meta = model_of(run)
     trained_of(run, meta)  # names that the model does not have are found here
     check_checkpoints(run, meta)
+    check_new_tokens(run, meta)
     resolved = resolve(run, meta, world_size, platform_name)
     check_teacher(resolved.config, world_size=world_size, platform_name=platform_name)
     return meta, resolved
@@ -86,6 +87,14 @@ def check_checkpoints(run: RunConfig, meta: ModelMeta) -> None:
         checkpoint = find_checkpoint(Path(name))
         if name == run.model.mcore_model or run.preference.ref_model is None:
             stored_parameters(replace(meta, scores=0), checkpoint)
+
+
+def check_new_tokens(run: RunConfig, meta: ModelMeta) -> None:
+    """Raise ConfigError where the vocabulary would have to grow for --new_special_tokens, and cannot."""
+    if run.model.new_special_tokens and meta.folder is not None:
+        from megaswift.converters.new_tokens import view_of  # numpy
+
+        view_of(meta, run.model.new_special_tokens, with_weights=run.model.reads_safetensors)
 
 
 def check_rows(run: RunConfig) -> None:

@@ -41,6 +41,11 @@ def run(argv: list[str]) -> int:
         )
     if chosen.model.model is None:
         raise ConfigError("model is not set. Name a folder or a hub id with --model.")
+    if chosen.model.new_special_tokens:
+        raise ConfigError(
+            "new_special_tokens is not for servers. Make a folder that has them with `megaswift export --model M "
+            "--new_special_tokens ... --output_dir FOLDER`, and name it with --model."
+        )
     check_engine(chosen.vllm)
     meta = get_model_meta(
         chosen.model.model,

@@ -15,6 +15,10 @@ class SourceConfig:
     )
     model: str | None = setting(None, "Hugging Face folder or hub id", aliases=("model_id_or_path",))
     adapters: list[str] = setting([], "PEFT adapter to merge into --model")
+    new_special_tokens: list[str] = setting(
+        [],
+        "special tokens that --model gets: words, and files .txt of them; a checkpoint has those of its run",
+    )
     trust_remote_code: bool = setting(False, "allow code from the model folder to run")
 
 

@@ -50,6 +50,11 @@ class ModelConfig:
         "core attention: auto lets Transformer Engine choose on a GPU and uses SDPA on a CPU",
         choices=("auto", "flash", "fused", "unfused", "local"),
     )
+    new_special_tokens: list[str] = setting(
+        [],
+        "special tokens that the model gets: words, and files .txt of them, separated by blanks. Where their ids go beyond the rows of the "
+        "embedding and the output layer, these get more, which begin as the mean of the others",
+    )
     random_init: bool = setting(
         False, "start from random weights instead of reading safetensors (pre-training)"
     )

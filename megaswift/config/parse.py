@@ -10,6 +10,7 @@ from megaswift.config.aliases import ALWAYS_SO, TRANSLATIONS, join_cached_sets, 
 from megaswift.config.field import Setting, declared
 from megaswift.config.refused import REFUSED, check_refused
 from megaswift.config.run import RunConfig
+from megaswift.config.tokens import tokens_of
 from megaswift.config.value import Raw, text_of, value_of
 from megaswift.errors import ConfigError, nearest
 from megaswift.logs import get_logger
@@ -194,7 +195,7 @@ def _build(task: str, given: dict[str, Given]) -> RunConfig:
     values = {**TASK_DEFAULTS[task], **{flag: one.value for flag, one in given.items()}}
     if LAYOUT_FLAGS & given.keys():
         values["auto_layout"] = False
-    return _with_model(fill(RunConfig(task=task), values))
+    return _with_tokens(_with_model(fill(RunConfig(task=task), values)))
 
 
 def _with_model(config: RunConfig) -> RunConfig:
@@ -209,6 +210,14 @@ def _with_model(config: RunConfig) -> RunConfig:
             "model that the checkpoint is of."
         )
     return replace(config, model=replace(config.model, model=str(beside)))
+
+
+def _with_tokens(config: RunConfig) -> RunConfig:
+    """Return `config` with the tokens that stand in the files of --new_special_tokens; raises ConfigError."""
+    given = config.model.new_special_tokens
+    return (
+        replace(config, model=replace(config.model, new_special_tokens=tokens_of(given))) if given else config
+    )
 
 
 def with_flags(config: RunConfig, words: dict[str, Raw]) -> RunConfig:

@@ -44,7 +44,6 @@ REFUSED: dict[str, Refused] = {
         rope_scaling="none",
         max_model_len="none",
     ),
-    **_refuse("resizing the embedding", "Add the tokens to the model folder first.", new_special_tokens=""),
     **_refuse(
         "running code files of your own",
         custom_register_path="",

@@ -44,6 +44,7 @@ REQUEST_RULES = (
     training.random_weights_are_for_pre_training,
     muon.muon_settings_belong_to_muon,
     weights.weights_have_one_source,
+    weights.new_tokens_have_rows_everywhere,
     tuner.parts_of_the_model_train_in_full,
     tuner.layers_are_drawn_in_full_training,
     head.heads_are_for_fine_tuning,

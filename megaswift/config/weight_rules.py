@@ -13,6 +13,23 @@ def weights_have_one_source(run: RunConfig) -> None:
         )
 
 
+def new_tokens_have_rows_everywhere(run: RunConfig) -> None:
+    """Weights that other programs hold, or that lie in another layout, keep their rows."""
+    model, sampler = run.model, run.sampler
+    if not model.new_special_tokens:
+        return
+    others = {
+        f"mcore_model={model.mcore_model}": model.mcore_model is not None,
+        "vllm_mode=server": sampler.use_vllm and sampler.vllm_mode == "server",
+    }
+    for other, holds in others.items():
+        if holds:
+            raise ConfigError(
+                f"new_special_tokens does not reach the weights of {other}. Make a folder that has them, `megaswift export --model M "
+                "--new_special_tokens ... --output_dir FOLDER`, and go on from that."
+            )
+
+
 def adapters_name_a_base_without_these_weights(case: Case) -> Case | None:
     """PEFT reads no Megatron-Core checkpoint."""
     tuner, checkpoint = case.run.tuner, case.run.model.mcore_model

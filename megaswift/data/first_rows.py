@@ -7,6 +7,7 @@ A process of its own, started before a job is queued by a program that loads nei
 import json
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from megaswift.config.parse import parse_saved
@@ -22,6 +23,7 @@ from megaswift.data.template import Template
 from megaswift.data.tokenizer import load_tokenizer
 from megaswift.errors import DataError, UserError
 from megaswift.metadata.hub import Files
+from megaswift.metadata.new_tokens import link_folder, with_new_tokens
 from megaswift.metadata.read import get_model_meta
 
 FIRST_ROWS = 32  # of each set: enough for every kind of row that people mix, and read in no time
@@ -37,10 +39,21 @@ def template_of(run: RunConfig) -> tuple[Template, tuple[int, ...]]:
         trust_remote_code=run.model.trust_remote_code,
         files=Files.FACTS,
     )
-    tokenizer = load_tokenizer(meta.folder or run.model.model, trust_remote_code=run.model.trust_remote_code)
+    tokenizer = _tokenizer(run, meta.folder or Path(run.model.model))
     max_length = run.data.max_length or meta.max_length
     template = Template.from_config(run.data, tokenizer, max_length=max_length, stop_ids=meta.eos_token_ids)
     return template, tuple(meta.eos_token_ids)
+
+
+def _tokenizer(run: RunConfig, folder: Path) -> Any:
+    """Return the tokenizer of the model's folder, with the run's new tokens."""
+    trust = run.model.trust_remote_code
+    if not run.model.new_special_tokens:
+        return load_tokenizer(folder, trust_remote_code=trust)
+    with TemporaryDirectory(prefix="megaswift-") as home:
+        view = Path(home) / "model"
+        link_folder(folder, view, with_new_tokens(folder, run.model.new_special_tokens).texts)
+        return load_tokenizer(view, trust_remote_code=trust)
 
 
 def check_first_rows(run: RunConfig) -> dict[str, Any]:

@@ -1,8 +1,11 @@
 """From a training checkpoint, or from a model and an adapter, to a Hugging Face or PEFT folder, in this one process."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -17,11 +20,13 @@ from megaswift.config.model import ModelConfig
 from megaswift.config.parallel import ParallelConfig
 from megaswift.config.parse import parse_saved
 from megaswift.config.run import RunConfig
+from megaswift.config.tokens import tokens_of
 from megaswift.config.tuner import TunerConfig
 from megaswift.converters.adapters import load_peft, save_peft
 from megaswift.converters.export import ExportReport, export_hf
 from megaswift.converters.load import load_weights
 from megaswift.converters.lora_targets import adapted_modules
+from megaswift.converters.new_tokens import read_with_new_tokens
 from megaswift.converters.peft_folder import PeftAdapter, read_adapter
 from megaswift.data.chatml import added_chat_template
 from megaswift.errors import CheckpointError, ConfigError
@@ -51,10 +56,14 @@ def export(config: ExportConfig) -> ExportReport:
     output = check_target(config)
     checkpoint = find_source(config)
     run = _run_of(config, checkpoint)
-    meta = get_model_meta(
-        locate(str(run.model.model), files=Files.ALL if run.model.reads_safetensors else Files.FACTS),
-        trust_remote_code=run.model.trust_remote_code,
-    )
+    with _folder_of(run, output.absolute().parent) as folder:
+        meta = get_model_meta(folder, trust_remote_code=run.model.trust_remote_code)
+        return _export(config, output, checkpoint, run, meta)
+
+
+def _export(
+    config: ExportConfig, output: Path, checkpoint: Checkpoint | None, run: RunConfig, meta: ModelMeta
+) -> ExportReport:
     meta = trained_model(run, meta)
     dtype = config.target.torch_dtype or run.model.torch_dtype or meta.dtype
     adapter = read_adapter(run.tuner.adapters[0], meta) if run.tuner.adapters else None
@@ -71,7 +80,15 @@ def export(config: ExportConfig) -> ExportReport:
     _fill(chunks, meta, layout, run, adapter=adapter, checkpoint=checkpoint)
     if run.tuner.tuner_type == "lora" and not config.target.merge_lora:
         report = save_peft(
-            chunks, meta, layout, 0, output, tuner=run.tuner, dtype=dtype, base_model=run.model.model
+            chunks,
+            meta,
+            layout,
+            0,
+            output,
+            tuner=run.tuner,
+            dtype=dtype,
+            base_model=run.model.model,
+            with_tokenizer=bool(run.model.new_special_tokens),
         )
     else:
         report = export_hf(
@@ -89,6 +106,17 @@ def export(config: ExportConfig) -> ExportReport:
     process_groups.destroy()
     dist.destroy_process_group()
     return report
+
+
+@contextmanager
+def _folder_of(run: RunConfig, beside: Path) -> Iterator[Path]:
+    """Yield the folder of the run's model; one with new tokens lies `beside` the output for a moment, where there is room."""
+    if not run.model.new_special_tokens:
+        yield locate(str(run.model.model), files=Files.ALL if run.model.reads_safetensors else Files.FACTS)
+        return
+    beside.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".model-", dir=beside) as home:
+        yield read_with_new_tokens(run.model, Path(home))
 
 
 def check_target(config: ExportConfig) -> Path:
@@ -116,6 +144,8 @@ def find_source(config: ExportConfig) -> Checkpoint | None:
         return None
     if source.adapters:
         raise ConfigError("adapters is for --model; a checkpoint has its own.")
+    if source.new_special_tokens:
+        raise ConfigError("new_special_tokens is for --model; a checkpoint has its own.")
     folder = Path(source.checkpoint)
     newest = Store(folder).latest_complete()
     checkpoint = newest or read_checkpoint(folder)
@@ -131,7 +161,11 @@ def _run_of(config: ExportConfig, checkpoint: Checkpoint | None) -> RunConfig:
     source = config.source
     if checkpoint is None:
         tuner = TunerConfig(tuner_type="lora" if source.adapters else "full", adapters=source.adapters)
-        model = ModelConfig(model=source.model, trust_remote_code=source.trust_remote_code)
+        model = ModelConfig(
+            model=source.model,
+            new_special_tokens=tokens_of(source.new_special_tokens),
+            trust_remote_code=source.trust_remote_code,
+        )
         return RunConfig(model=model, tuner=tuner)
     trained = parse_saved(checkpoint.folder / RUN_FILE)
     if config.target.merge_lora and trained.tuner.tuner_type != "lora":

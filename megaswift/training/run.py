@@ -16,6 +16,7 @@ from megaswift.config.reference import compares, distils
 from megaswift.config.rules import ResolvedRun, resolve
 from megaswift.config.run import RunConfig
 from megaswift.converters.lora_targets import adapted_modules, whole_tensors
+from megaswift.converters.new_tokens import rows_that_do_not_train
 from megaswift.converters.peft_folder import read_adapter
 from megaswift.converters.selection import trained_elements
 from megaswift.data.batches import TrainData
@@ -67,6 +68,7 @@ from megaswift.training.setup import (
     identity_of,
     load_sets,
     measurer,
+    model_folder,
     share_folder,
     with_references,
 )
@@ -134,7 +136,8 @@ def _with_layout(run: RunConfig, platform: Platform, here: RankEnv, given: froze
 def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
     """Train as one rank of the world of torch.distributed; every rank calls it. Raises UserError."""
     patient = dist.new_group(backend="gloo", timeout=PATIENCE)
-    meta, resolved = agree(lambda: _resolve(run, platform), group=patient)
+    folder = model_folder(run, group=patient)
+    meta, resolved = agree(lambda: _resolve(run, platform, folder), group=patient)
     asked, run, layout = run, resolved.config, resolved.layout
     adapter = alike(lambda: read_adapter(run.tuner.adapters[0], meta)) if run.tuner.adapters else None
     if adapter is not None:
@@ -295,10 +298,9 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
     return _summary(store, progress, total_steps)
 
 
-def _resolve(run: RunConfig, platform: Platform) -> tuple[ModelMeta, ResolvedRun]:
-    assert run.model.model is not None, "checked by config/rules.py"
+def _resolve(run: RunConfig, platform: Platform, folder: str | Path) -> tuple[ModelMeta, ResolvedRun]:
     meta = get_model_meta(
-        run.model.model,
+        folder,
         revision=run.model.model_revision,
         use_hf=run.model.use_hf,
         trust_remote_code=run.model.trust_remote_code,
@@ -316,9 +318,9 @@ def _resolve(run: RunConfig, platform: Platform) -> tuple[ModelMeta, ResolvedRun
     check_teacher(resolved.config, world_size=world_size, platform_name=platform.name)
     meta = trained_model(run, meta)
     adapted_modules(meta, run.tuner)  # names that the model does not have are found here
-    whole_tensors(meta, run.tuner)
+    whole = whole_tensors(meta, run.tuner)
     check_metric(resolved.config, meta)
-    notes = [*resolved.notes, *([note] if note else [])]
+    notes = [*resolved.notes, *([note] if note else []), *rows_that_do_not_train(run, meta, whole)]
     if run.freeze.chooses:
         trained, everything = (
             trained_elements(meta, run.freeze).total,

@@ -25,6 +25,7 @@ from megaswift.config.run import RunConfig
 from megaswift.converters.adapters import save_peft
 from megaswift.converters.export import export_hf
 from megaswift.converters.lora_targets import whole_tensors
+from megaswift.converters.new_tokens import read_with_new_tokens
 from megaswift.converters.selection import drawn_elements, elements_of, trained_elements
 from megaswift.data.batches import BatchSettings, MicroBatch, TrainData, ValidationData
 from megaswift.data.chatml import added_chat_template
@@ -100,6 +101,16 @@ def share_folder(output_dir: Path) -> None:
     agree(lambda: look(mark))
     if dist.get_rank() == 0:
         mark.unlink()
+
+
+def model_folder(run: RunConfig, *, group: Any) -> str | Path:
+    """Return what is read as the model: --model, or the folder that adds new tokens to it. Every rank calls it, and waits in `group`."""
+    assert run.model.model is not None, "checked by config/rules.py"
+    if not run.model.new_special_tokens:
+        return run.model.model
+    output_dir = Path(run.checkpoint.output_dir)
+    share_folder(output_dir)
+    return agree_on_first(lambda: read_with_new_tokens(run.model, output_dir), group=group)
 
 
 def load_sets(
@@ -281,6 +292,7 @@ def identity_of(run: RunConfig, meta: ModelMeta) -> dict[str, Any]:
     }
     return {
         "model_type": meta.model_type,
+        "new_special_tokens": run.model.new_special_tokens,
         "num_layers": meta.num_layers,
         "hidden_size": meta.hidden_size,
         "vocab_size": meta.vocab_size,
@@ -323,7 +335,10 @@ def export_writers(
 
     def adapter(folder: Path) -> None:
         base = run.model.model
-        save_peft(chunks, meta, layout, rank, folder, tuner=run.tuner, dtype=dtype, base_model=base)
+        tokens = bool(run.model.new_special_tokens)
+        save_peft(
+            chunks, meta, layout, rank, folder, tuner=run.tuner, dtype=dtype, base_model=base, with_tokenizer=tokens
+        )
 
     if run.tuner.tuner_type == "full":
         return {"hf": model}

@@ -118,7 +118,6 @@ def test_a_flag_that_asks_for_nothing_is_accepted(words: str) -> None:
         "--deepspeed ds.json",
         "--mcore_adapter d",
         "--finetune maybe",
-        "--new_special_tokens <x>",
         "--mcore_ref_adapter x",
         "--ref_adapter_load x",
         "--use_ray true",
