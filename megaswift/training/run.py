@@ -58,10 +58,10 @@ from megaswift.training.loop import Progress, train_loop
 from megaswift.training.model import load_model, weights_of
 from megaswift.training.optimizer import build_optimizer, shards_optimizer, wrap_chunks
 from megaswift.training.reference import References
+from megaswift.training.saver import Saver
 from megaswift.training.schedule import build_schedule
 from megaswift.training.setup import (
     TOKENISED,
-    Saver,
     Sets,
     export_writers,
     identity_of,
@@ -252,15 +252,22 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
             **reference_writers(run, meta, layout, guides.reference),
         },
         validations=validations,
+        group=patient,
     )
     moving = movers(run, engine, guides.reference)
     validation = None
     if sets.val is not None and run.logging.eval_iters:
         validation = ValidationFeed(sets.val, dp_rank=dp_rank, dp=layout.dp, limit=run.logging.eval_iters)
     interrupt = Interrupt()
-    wall_time = wall_time_of(run, interrupt, feed, start=start, validates=validation is not None)
+    wall_time = wall_time_of(
+        run,
+        interrupt,
+        feed,
+        start=start,
+        validates=validation is not None,
+        under_way=lambda: saver.is_under_way,
+    )
     account = account_of(run, output_dir, start, on_gpus=platform.name == "cuda")
-    save = wall_time.timed(saver if account is None else account.timed(saver))
     log = log_of(run, platform, feed, reporters)
     predict = make_predictions(run, meta, layout, engine, sets, checkpoint=checkpoint, group=patient)
     looking = observers(run, platform, engine, feed, validation, reporters, heartbeat, validations, predict)
@@ -269,7 +276,12 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
         *looking,
         *moving,
         *([] if account is None else [account]),
-        Save(save, due=saving(run, feed), stop_after_first=run.checkpoint.exit_after_save),
+        Save(
+            saver,
+            timed=lambda save: wall_time.timed(save if account is None else account.timed(save)),
+            due=saving(run, feed),
+            stop_after_first=run.checkpoint.exit_after_save,
+        ),
         wall_time,
     ]
     _announce(meta, layout, run, start=start, total_steps=total_steps)
