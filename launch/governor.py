@@ -40,16 +40,23 @@ class Governor:
         """Return the seconds to set aside for the last save."""
         return self._expected(self.saves)
 
-    def must_stop(self, now: float, *, save_due: bool = False, validation_due: bool = False) -> bool:
+    def must_stop(
+        self,
+        now: float,
+        *,
+        save_due: bool = False,
+        save_under_way: bool = False,
+        validation_due: bool = False,
+    ) -> bool:
         """Return, before a step, whether the run must save and end after it.
 
         It may go on if all of this fits: this step, the validation and the save that are due after it, one more step and
-        the last save.
+        the last save. One that is still being written in the background has to end before another can begin.
         """
         if self.end is None:
             return False
         needed_s = 2 * self._expected(self.steps) if self.steps else 0.0
-        needed_s += self.save_s() * (2 if save_due else 1)
+        needed_s += self.save_s() * (1 + save_due + save_under_way)
         needed_s += self._expected(self.validations) if validation_due else 0.0
         return now + needed_s + LEAVING_S >= self.end
 

@@ -1,18 +1,23 @@
 """Saving: every rank writes its part, and either all of them are in the checkpoint or there is none."""
 
 import errno
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedBase
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch.distributed.checkpoint import CheckpointException
 
 from megaswift.checkpoint.state import local_bytes
 from megaswift.checkpoint.store import Checkpoint, Manifest, Store
-from megaswift.checkpoint.torch_dist import save_tensors
+from megaswift.checkpoint.torch_dist import begin_tensors
 from megaswift.errors import CheckpointError, UserError
 from megaswift.parallel.agreement import agree, agree_on_first
 
@@ -24,7 +29,24 @@ Writer = Callable[[Path], None]
 T = TypeVar("T")
 
 
-def save_checkpoint(
+@dataclass(frozen=True, kw_only=True)
+class BegunSave:
+    """A save whose tensors may still be on their way to the disk; finish_save() makes a checkpoint of it."""
+
+    store: Store
+    manifest: Manifest
+    folder: Path
+    keep: int | None
+    tensors: AsyncRequest | None  # none: no state to resume from
+    thread: Thread | None  # writes the tensors
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this rank has written its part, or has failed to: finish_save() would not wait for it."""
+        return self.thread is None or not self.thread.is_alive()
+
+
+def begin_save(
     store: Store,
     manifest: Manifest,
     *,
@@ -32,28 +54,60 @@ def save_checkpoint(
     writers: Mapping[str, Writer],
     texts: Mapping[str, str],
     keep: int | None,
-) -> Checkpoint:
-    """Save `tensors` (none: no state to resume from), what `writers` write into folders of their names, and small `texts`.
+    in_background: bool,
+) -> BegunSave:
+    """Write what `writers` write into folders of their names, and small `texts`; then `tensors` (none: no state to resume from).
 
-    Every rank of the world calls it. Raises CheckpointError where the disk is full or refuses; nothing of the save is then
-    left, and older checkpoints are as they were. Once the new one is complete, those beyond `keep` are deleted.
+    Every rank of the world calls it, and finish_save() before it begins another one. `in_background`, the tensors may change
+    from now on: copies in host memory are written by a thread that takes part in no collective. Raises CheckpointError where
+    the disk is full or refuses; nothing of the save is then left, and older checkpoints are as they were.
     """
     expected = torch.tensor([local_bytes(dict(tensors))], device=torch.cuda.current_device())
     dist.all_reduce(expected)
-    parts: dict[str, Writer] = dict(writers)
-    if tensors:
-        parts = {SHARDS: lambda folder: save_tensors(folder, tensors), **parts}
-    folder = agree_on_first(lambda: _begin(store, manifest.step, int(expected), list(parts), texts))
+    parts = [*writers, *([SHARDS] if tensors else [])]
+    folder = agree_on_first(lambda: _begin(store, manifest.step, int(expected), parts, texts))
+    request, thread = None, None
+    with _discarded_on_failure(store, folder):
+        for name, write in writers.items():
+            _together(partial(write, folder / name), step=manifest.step)
+        if tensors:
+            shards = folder / SHARDS
+            request = _together(
+                lambda: begin_tensors(shards, tensors, copies=in_background), step=manifest.step
+            )
+            if in_background:
+                thread = Thread(target=request.async_fn, name="checkpoint")
+                thread.start()
+            else:
+                request.async_fn()
+    return BegunSave(store=store, manifest=manifest, folder=folder, keep=keep, tensors=request, thread=thread)
+
+
+def finish_save(save: BegunSave) -> Checkpoint:
+    """Wait until all ranks have written their parts and make the save a checkpoint; every rank of the world calls it.
+
+    Raises CheckpointError as begin_save() does. Once the new one is complete, those beyond `keep` are deleted.
+    """
+    step = save.manifest.step
+    with _discarded_on_failure(save.store, save.folder):
+        if save.tensors is not None:
+            for end in save.tensors.finalize_fns:
+                _together(end, step=step)
+        checkpoint = agree_on_first(
+            lambda: _told(lambda: save.store.commit(save.folder, save.manifest), step=step)
+        )
+    agree_on_first(lambda: save.store.rotate(save.keep))
+    return checkpoint
+
+
+@contextmanager
+def _discarded_on_failure(store: Store, folder: Path) -> Iterator[None]:
     try:
-        for name, write in parts.items():
-            _write(write, folder / name, step=manifest.step)
-        checkpoint = agree_on_first(lambda: _told(lambda: store.commit(folder, manifest), step=manifest.step))
+        yield
     except BaseException:
         if dist.get_rank() == 0:
             store.discard(folder)
         raise
-    agree_on_first(lambda: store.rotate(keep))
-    return checkpoint
 
 
 def _begin(store: Store, step: int, expected_bytes: int, parts: list[str], texts: Mapping[str, str]) -> Path:
@@ -76,9 +130,9 @@ def _begin(store: Store, step: int, expected_bytes: int, parts: list[str], texts
     return _told(begin, step=step)
 
 
-def _write(write: Writer, folder: Path, *, step: int) -> None:
-    # A writer's collectives come before its files, so that ranks meet again here when one of them cannot write.
-    agree(lambda: _told(lambda: write(folder), step=step))
+def _together(action: Callable[[], T], *, step: int) -> T:
+    # The collectives of an action come before its files, so that ranks meet again here when one of them cannot write.
+    return agree(lambda: _told(action, step=step))
 
 
 def _told(action: Callable[[], T], *, step: int) -> T:

@@ -30,3 +30,9 @@ class CheckpointConfig:
         aliases=("resume_from_checkpoint",),
     )
     exit_after_save: bool = setting(False, "stop after the first checkpoint")
+    async_save: bool = setting(
+        False,
+        "write the state to resume from in the background: training waits for a copy of it in host memory, where it takes as "
+        "many bytes as on the disk (with GPUs up to twice as many, as it is pinned), and for the export, as without",
+        aliases=("use_flash_ckpt",),
+    )

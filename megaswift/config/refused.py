@@ -194,7 +194,6 @@ REFUSED: dict[str, Refused] = {
         no_load_rng="false",
         ignore_data_skip="false",
     ),
-    **_refuse("writing checkpoints in the background", async_save="false", use_flash_ckpt="false"),
     **_refuse(
         "adapters in a Megatron-Core checkpoint",
         "Adapters are PEFT folders here: give --adapters; --resume continues a run.",

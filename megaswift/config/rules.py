@@ -124,6 +124,7 @@ RULES: tuple[Rule, ...] = (
     tuner.adapters_need_lora,
     tuner.as_many_layers_are_drawn_as_there_are,
     report.reports_have_a_place_and_a_time,
+    training.what_is_saved_in_the_background_is_there,
     training.a_run_without_optimizer_state_does_not_resume,
     training.router_losses_have_a_kind,
     weights.adapters_name_a_base_without_these_weights,

@@ -306,6 +306,15 @@ def a_run_without_optimizer_state_does_not_resume(case: Case) -> Case | None:
     return case.change("checkpoint", "save_optim=false: a run that stops cannot resume from its checkpoints.")
 
 
+def what_is_saved_in_the_background_is_there(case: Case) -> None:
+    """An export is gathered from all ranks, and written before training goes on."""
+    if case.run.checkpoint.async_save and not case.run.checkpoint.save_optim:
+        raise ConfigError(
+            "async_save=true writes the state to resume from in the background, but save_optim=false saves none. "
+            "Leave one of them out."
+        )
+
+
 def router_losses_have_a_kind(case: Case) -> Case | None:
     """A load-balancing loss is computed where it has a weight."""
     moe = case.run.moe

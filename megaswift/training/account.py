@@ -3,11 +3,13 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megaswift.launch.ledger import FILE
 from megaswift.training.loop import Progress, Step
 from megaswift.training.metrics import Window
+
+T = TypeVar("T")
 
 
 class Account:
@@ -29,14 +31,15 @@ class Account:
             self._settle()
         return False
 
-    def timed(self, save: Callable[[Progress], object]) -> Callable[[Progress], None]:
-        """Return `save`, measured."""
+    def timed(self, save: Callable[[Progress], T]) -> Callable[[Progress], T]:
+        """Return `save`, measured: how long training stands still for it."""
 
-        def measured(progress: Progress) -> None:
+        def measured(progress: Progress) -> T:
             self._settle()
             began = self._clock()
-            save(progress)
+            result = save(progress)
             self._write("save", step=progress.step, seconds=self._clock() - began)
+            return result
 
         return measured
 

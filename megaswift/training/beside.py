@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,13 @@ def account_of(run: RunConfig, output_dir: Path, start: Progress, *, on_gpus: bo
 
 
 def wall_time_of(
-    run: RunConfig, interrupt: Interrupt, feed: TrainFeed, *, start: Progress, validates: bool
+    run: RunConfig,
+    interrupt: Interrupt,
+    feed: TrainFeed,
+    *,
+    start: Progress,
+    validates: bool,
+    under_way: Callable[[], bool],
 ) -> WallTime:
     """Return what tells the run to stop: a signal, or the end of its time on a cluster."""
     # One rank watches the clock: its word reaches the others with the step's totals.
@@ -136,6 +142,7 @@ def wall_time_of(
         start=start,
         saves=saving(run, feed),
         validates=validating(run, feed) if validates else Due(feed),
+        under_way=under_way,
         clock=time.time,
     )
 

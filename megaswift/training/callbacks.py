@@ -11,11 +11,14 @@ from megaswift.training.feed import TrainFeed, ValidationFeed
 from megaswift.training.loop import Progress, Step
 from megaswift.training.metrics import Window, peak_memory_gib, step_line
 from megaswift.training.reporters import Reporter
+from megaswift.training.saver import Saver
 from megaswift.training.validations import Validations
 
 logger = get_logger(__name__)
 
 Predict = Callable[[int], dict[str, float]]  # step after which held-back rows are answered -> figures
+# Saves after a step; returns the seconds that a save has taken from its beginning on, where one is complete now.
+Saving = Callable[[Progress], float | None]
 
 
 class Log:
@@ -116,14 +119,21 @@ class Evaluate:
 
 
 class Save:
-    """Saves when it is due, at the end, and when the run is told to stop."""
+    """Saves when it is due, at the end, and when the run is told to stop; completes what was saved in the background."""
 
-    def __init__(self, save: Callable[[Progress], object], *, due: Due, stop_after_first: bool) -> None:
-        self._save, self._due, self._stop = save, due, stop_after_first
+    def __init__(
+        self, saver: Saver, *, timed: Callable[[Saving], Saving], due: Due, stop_after_first: bool
+    ) -> None:
+        """`timed` returns a way of saving that is measured."""
+        self._saver, self._due, self._stop = saver, due, stop_after_first
+        self._save, self._finish = timed(saver), timed(lambda _: saver.finish())
 
     def after_step(self, step: Step) -> bool:
         """Save where it is due; True where the run was to end with its first checkpoint."""
         due = step.is_last or self._due.at(step.progress)
+        stop = due and self._stop
         if due:
             self._save(step.progress)
-        return due and self._stop
+        if self._saver.is_under_way and (step.is_last or stop or self._saver.is_written()):
+            self._finish(step.progress)
+        return stop

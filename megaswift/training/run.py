@@ -59,10 +59,10 @@ from megaswift.training.loop import Progress, train_loop
 from megaswift.training.model import load_model, weights_of
 from megaswift.training.optimizer import build_optimizer, shards_optimizer, wrap_chunks
 from megaswift.training.reference import References
+from megaswift.training.saver import Saver
 from megaswift.training.schedule import build_schedule
 from megaswift.training.setup import (
     TOKENISED,
-    Saver,
     Sets,
     export_writers,
     identity_of,
@@ -255,6 +255,7 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
             **reference_writers(run, meta, layout, guides.reference),
         },
         validations=validations,
+        group=patient,
     )
     moving = movers(run, engine, guides.reference)
     validation = None
@@ -263,9 +264,10 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
     predict = make_predictions(run, meta, layout, engine, sets, feed, checkpoint=checkpoint, group=patient)
     validates = validation is not None or predict is not None
     interrupt = Interrupt()
-    wall_time = wall_time_of(run, interrupt, feed, start=start, validates=validates)
+    wall_time = wall_time_of(
+        run, interrupt, feed, start=start, validates=validates, under_way=lambda: saver.is_under_way
+    )
     account = account_of(run, output_dir, start, on_gpus=platform.name == "cuda")
-    save = wall_time.timed(saver if account is None else account.timed(saver))
     log = log_of(run, platform, feed, reporters)
     looking = observers(run, platform, engine, feed, validation, reporters, heartbeat, validations, predict)
     callbacks = [
@@ -273,7 +275,12 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
         *looking,
         *moving,
         *([] if account is None else [account]),
-        Save(save, due=saving(run, feed), stop_after_first=run.checkpoint.exit_after_save),
+        Save(
+            saver,
+            timed=lambda save: wall_time.timed(save if account is None else account.timed(save)),
+            due=saving(run, feed),
+            stop_after_first=run.checkpoint.exit_after_save,
+        ),
         wall_time,
     ]
     _announce(meta, layout, run, start=start, total_steps=total_steps)

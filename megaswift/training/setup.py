@@ -1,24 +1,16 @@
 """The parts of a run, made in order: folder, data, model, and what is saved of them."""
 
-import platform as python_platform
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 
-from megaswift.checkpoint.resume import named_folder
-from megaswift.checkpoint.save import Writer, save_checkpoint
-from megaswift.checkpoint.state import loss_scale, model_tensors, optimizer_tensors, states_of_the_rank
-from megaswift.checkpoint.store import Checkpoint, Manifest, Store
-from megaswift.config.dump import dump_run
+from megaswift.checkpoint.save import Writer
 from megaswift.config.precision import token_multiple
 from megaswift.config.rollout_rules import distils_completions, distils_nothing_else, generates
 from megaswift.config.run import RunConfig
@@ -46,11 +38,8 @@ from megaswift.models.lora import resolve_targets
 from megaswift.parallel.agreement import agree, agree_on_first
 from megaswift.parallel.context import pad_multiple
 from megaswift.parallel.layout import Layout
-from megaswift.training.engine import Engine
 from megaswift.training.flops import StepCost, step_cost
-from megaswift.training.loop import Progress
 from megaswift.training.reference import References
-from megaswift.training.validations import Validations
 
 logger = get_logger(__name__)
 
@@ -346,59 +335,3 @@ def export_writers(
         "adapter": adapter,
         **({"merged": partial(model, merge_lora=True)} if run.tuner.merge_lora else {}),
     }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Saver:
-    """Everything that a save needs to know; called with the progress, on every rank."""
-
-    run: RunConfig
-    meta: ModelMeta
-    layout: Layout
-    store: Store
-    engine: Engine
-    writers: dict[str, Writer]
-    validations: Validations
-
-    def __call__(self, progress: Progress) -> Checkpoint:
-        """Save the run as it is after `progress`; raises CheckpointError."""
-        settings, engine, began = self.run.checkpoint, self.engine, perf_counter()
-        with engine.settled_parameters():
-            tensors = {}
-            if settings.save_optim or not self.writers:
-                tensors = model_tensors([chunk.module for chunk in engine.chunks])
-            if settings.save_optim:
-                tensors |= {
-                    **optimizer_tensors(engine.optimizer, tensors),
-                    **states_of_the_rank(engine.optimizer),
-                }
-            checkpoint = save_checkpoint(
-                self.store,
-                self._manifest(progress),
-                tensors=tensors,
-                writers=self.writers,
-                texts={"run.yaml": dump_run(self.run)},
-                keep=settings.save_total_limit,
-            )
-        size = sum(checkpoint.manifest.files.values()) / 1e6
-        logger.info("saved %s: %.1f MB in %.1f s", checkpoint.folder, size, perf_counter() - began)
-        return checkpoint
-
-    def _manifest(self, progress: Progress) -> Manifest:
-        return Manifest(
-            **asdict(progress),
-            resumable=self.run.checkpoint.save_optim,
-            layout=asdict(self.layout),
-            identity=identity_of(self.run, self.meta),
-            seed=self.run.training.seed,
-            versions=versions(),
-            loss_scale=loss_scale(self.engine.optimizer),
-            resumed_from=named_folder(self.run.checkpoint.resume),
-            validations=None if self.validations.step is None else asdict(self.validations),
-        )
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a checkpoint was written with."""
-    found = {name: version(name) for name in ("megaswift", "megatron-core", "transformers")}
-    return {"python": python_platform.python_version(), "torch": torch.__version__, **found}

@@ -22,11 +22,16 @@ class WallTime:
         start: Progress,
         saves: Due,
         validates: Due,
+        under_way: Callable[[], bool],
         clock: Callable[[], float],
     ) -> None:
-        """`signals` are the other reasons to stop; the run is at `start`; `clock` gives seconds since the epoch."""
+        """`signals` are the other reasons to stop; the run is at `start`; `under_way` says whether a save is.
+
+        `clock` gives seconds since the epoch.
+        """
         self._signals, self._governor, self._clock = signals, governor, clock
         self._progress, self._saves, self._validates = start, saves, validates
+        self._under_way = under_way
         self._mark = governor.start
         self._saving_s = 0.0
         self._told = False
@@ -37,6 +42,7 @@ class WallTime:
         late = self._governor.must_stop(
             self._clock(),
             save_due=self._saves.may_be_after(self._progress),
+            save_under_way=self._under_way(),
             validation_due=self._validates.may_be_after(self._progress),
         )
         if late and not self._told:
@@ -53,14 +59,19 @@ class WallTime:
         """Whether a signal told this rank to stop."""
         return self._signals.seen
 
-    def timed(self, save: Callable[[Progress], object]) -> Callable[[Progress], None]:
-        """Return `save`, measured."""
+    def timed(self, save: Callable[[Progress], float | None]) -> Callable[[Progress], float | None]:
+        """Return `save`, measured; it returns the seconds that a save has taken, where one is complete now.
 
-        def measured(progress: Progress) -> None:
+        These are what the last save takes. Until then, one in the background has not been measured.
+        """
+
+        def measured(progress: Progress) -> float | None:
             began = self._clock()
-            save(progress)
-            self._saving_s = self._clock() - began
-            self._governor = self._governor.after_save(self._saving_s)
+            whole_s = save(progress)
+            self._saving_s += self._clock() - began
+            if whole_s is not None:
+                self._governor = self._governor.after_save(whole_s)
+            return whole_s
 
         return measured
 

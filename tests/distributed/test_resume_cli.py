@@ -117,3 +117,44 @@ def test_a_disk_that_fills_up_while_saving_is_one_clear_error(folder: Path) -> N
     assert [path.name for path in (folder / "full").glob("checkpoint-*")] == ["checkpoint-4"]
     assert "resumed from" in finish(args)
     assert [line["step"] for line in lines(folder, "full")] == list(range(1, 9))
+
+
+# Runs the command, whose second save is never written to its end.
+STUCK = """
+import sys, threading
+from torch.distributed.checkpoint import FileSystemWriter
+from megaswift.cli.main import main
+write, saves = FileSystemWriter.write_data, []
+def stuck(self, *args):
+    saves.append(self)
+    if len(saves) == 2:
+        (self.path / "half.distcp").write_bytes(b"half")
+        threading.Event().wait()
+    return write(self, *args)
+FileSystemWriter.write_data = stuck
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+def test_a_run_killed_while_it_writes_in_the_background_goes_on_from_the_save_before(folder: Path) -> None:
+    args = command(folder, "beside", "--async_save", "true")
+    stuck = [sys.executable, "-c", STUCK, *args[3:]]
+    code, _ = stop_at(stuck, lambda: len(lines(folder, "beside")) >= 10, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    output, before = folder / "beside", lines(folder, "beside")
+    assert (output / "checkpoint-8.partial" / "megatron" / "half.distcp").exists()
+    assert sorted(path.name for path in output.glob("checkpoint-*")) == [
+        "checkpoint-4",
+        "checkpoint-8.partial",
+    ]
+    assert (output / "latest").read_text() == "checkpoint-4\n"
+    assert "checkpoint-4 at step 4" in finish(args)
+    found = lines(folder, "beside")
+    assert [line["step"] for line in found] == list(range(1, TOTAL_STEPS + 1))
+    for name in EXACT:
+        assert [line[name] for line in found[: len(before)]] == [line[name] for line in before], name
+    assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-20", "checkpoint-24"]
+    assert (output / "latest").read_text() == "checkpoint-24\n"
+    saves = [json.loads(line) for line in (output / "ledger.jsonl").read_text().splitlines()]
+    assert {event["step"] for event in saves if event["event"] == "save"} >= {4, 8, 12, 16, 20, 24}

@@ -48,8 +48,8 @@ from megaswift.training.lisa import DrawLayers, open_layers
 from megaswift.training.loop import Progress, Step
 from megaswift.training.optimizer import build_optimizer, wrap_chunks
 from megaswift.training.reference import reference_copy, teacher_copy
+from megaswift.training.saver import Saver
 from megaswift.training.schedule import build_schedule
-from megaswift.training.setup import Saver
 from megaswift.training.validations import Validations
 
 WORDS = (119, 5)  # of generative rerankers; with tp=2 each on another rank

@@ -45,6 +45,7 @@ def test_no_name_means_two_things() -> None:
         ("--max_grad_norm 0.5", "--clip_grad 0.5"),
         ("--no_save_optim true", "--save_optim false"),
         ("--save_only_model false", "--save_optim true"),
+        ("--use_flash_ckpt true", "--async_save true"),
         ("--deepspeed zero2", "--use_distributed_optimizer true"),
         ("--deepspeed zero3", "--use_distributed_optimizer true"),
         ("--deepspeed zero3_offload", "--use_distributed_optimizer true --optimizer_cpu_offload true"),

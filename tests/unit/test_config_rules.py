@@ -108,6 +108,7 @@ def resolved(
         ("--fp8_format hybrid --first_last_layers_bf16", dense(), 1, "does not go with fp8_recipe=delayed"),
         ("--fp8_format hybrid --fp8_amax_history_len 0", dense(), 1, "fp8_amax_history_len=0 is too small"),
         ("--ep 2", dense(), 2, "expert_model_parallel_size=2 but llama has no experts"),
+        ("--async_save true --save_optim false", dense(), 1, "the state to resume from in the background, but save_optim=false"),
         ("--etp 2", dense(), 2, "expert_tensor_parallel_size=2 but llama has no experts"),
         ("--moe_aux_loss_coeff 0.1", dense(), 1, "moe_aux_loss_coeff is set but llama has no experts"),
         ("--ep 3", moe(), 3, "ep=3 does not divide num_experts=8 (llama). Choose ep from 1, 2, 4, 8."),

@@ -17,6 +17,8 @@ def test_one_more_step_and_a_save_must_fit() -> None:
     assert not governor.must_stop(929)  # this step and the next, 15 each, 30 for the save and 10 to leave
     assert governor.must_stop(930)
     assert governor.must_stop(900, save_due=True)
+    assert not governor.must_stop(869, save_due=True, save_under_way=True)
+    assert governor.must_stop(870, save_due=True, save_under_way=True)
     assert not governor.after_validation(100).must_stop(779, validation_due=True)
     assert governor.after_validation(100).must_stop(780, validation_due=True)
 
