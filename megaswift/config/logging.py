@@ -38,7 +38,8 @@ class LoggingConfig:
     eval_metric: str | None = setting(
         None,
         "ms-swift's name of what validations report beside the loss, which they do in any case: acc for next tokens and seq_cls, "
-        "infonce, reranker; nlg: what --predict_with_generate adds",
+        "infonce, paired (of embeddings with labels: the correlations of similarities with them, eval_pearson_cosine, eval_spearman_cosine "
+        "and those of euclidean, manhattan, dot_product), reranker; nlg: what --predict_with_generate adds",
     )
     predict_with_generate: bool = setting(
         False,

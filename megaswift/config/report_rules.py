@@ -42,8 +42,9 @@ def reports_are_known(run: RunConfig) -> None:
 def metrics_belong_to_the_task(run: RunConfig) -> None:
     """What validations report follows from the task; who asks for something else is told so."""
     asked, task = run.logging.eval_metric, run.model.task_type
-    by_task = {"seq_cls": "acc", "embedding": "infonce", **dict.fromkeys(TASK_TYPES, "reranker")}
-    reported = by_task.get(task) if task != "embedding" or embedding_loss_of(run) == "infonce" else None
+    of_texts = "infonce" if embedding_loss_of(run) == "infonce" else "paired"
+    by_task = {"seq_cls": "acc", "embedding": of_texts, **dict.fromkeys(TASK_TYPES, "reranker")}
+    reported = by_task.get(task)
     if task == "seq_cls" and run.model.problem == "regression":
         reported = None
     if predicts_tokens(run):

@@ -205,7 +205,7 @@ def resolved(
         ("--acc_strategy sequence", dense(), 1, "acc_strategy=sequence"),
         ("--eval_metric acc --task_type seq_cls --num_labels 1", dense(), 1, "eval_metric=acc is not built for this task: validations report the loss."),
         ("--eval_metric paired --task_type embedding", dense(), 1, "validations report the loss and eval_metric=infonce. Leave"),
-        ("--eval_metric infonce --task_type embedding --loss_type contrastive", dense(), 1, "eval_metric=infonce is not built for this task"),
+        ("--eval_metric infonce --task_type embedding --loss_type contrastive", dense(), 1, "validations report the loss and eval_metric=paired. Leave"),
         ("--early_stop_interval 0 --val_dataset v.jsonl", dense(), 1, "early_stop_interval=0 is too small"),
         ("--report_to wandbb", dense(), 1, "report_to=wandbb is not known. Choose from tensorboard, wandb, swanlab and none"),
         ("--wandb_project p", dense(), 1, "wandb_project=p is for --report_to wandb. Add it, or leave the name out."),
