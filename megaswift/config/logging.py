@@ -67,4 +67,10 @@ class LoggingConfig:
         None,
         "validations in a row without a better --metric_for_best_model after which the run ends; default: never",
     )
+    callbacks: list[str] = setting(
+        [],
+        "callbacks of your own: FILE.py:NAME, or entry points of the group megaswift.callbacks. NAME(run) gets the settings and returns an "
+        "object with some of the methods after_step(step), after_validation(line) and after_save(folder), which every rank calls; the first "
+        "two may return True to end the run",
+    )
     verbose: bool = setting(False, "log debugging facts too")

@@ -48,7 +48,6 @@ REFUSED: dict[str, Refused] = {
     **_refuse(
         "running code files of your own",
         custom_register_path="",
-        callbacks="",
         megatron_extra_kwargs="none {}",
     ),
     **_refuse(

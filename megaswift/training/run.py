@@ -54,9 +54,10 @@ from megaswift.training.following import reference_writers
 from megaswift.training.gradient_starts import start_from_gradients
 from megaswift.training.guides import load_guides
 from megaswift.training.lisa import open_layers
-from megaswift.training.loop import Progress, train_loop
+from megaswift.training.loop import Callback, Progress, train_loop
 from megaswift.training.model import load_model, weights_of
 from megaswift.training.optimizer import build_optimizer, shards_optimizer, wrap_chunks
+from megaswift.training.own_callbacks import load_own_callbacks
 from megaswift.training.reference import References
 from megaswift.training.schedule import build_schedule
 from megaswift.training.setup import (
@@ -165,6 +166,7 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
     process_groups.nest_context(layout, timeout_min=run.parallel.ddp_timeout_min)
     start = _progress(checkpoint)
     services = agree(lambda: services_of(run, output_dir, start=start), group=patient)
+    own = load_own_callbacks(run, device=platform.device, group=patient)
     if compares(run) and run.preference.precompute_ref_log_probs:
         references = References(
             run=run, meta=meta, layout=layout, platform=platform, output_dir=output_dir, group=patient
@@ -260,12 +262,16 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
     interrupt = Interrupt()
     wall_time = wall_time_of(run, interrupt, feed, start=start, validates=validation is not None)
     account = account_of(run, output_dir, start, on_gpus=platform.name == "cuda")
-    save = wall_time.timed(saver if account is None else account.timed(saver))
+    told = saver if own is None else own.told(saver)
+    save = wall_time.timed(told if account is None else account.timed(told))
     log = log_of(run, platform, feed, reporters)
     predict = make_predictions(run, meta, layout, engine, sets, checkpoint=checkpoint, group=patient)
-    looking = observers(run, platform, engine, feed, validation, reporters, heartbeat, validations, predict)
-    callbacks = [
+    looking = observers(
+        run, platform, engine, feed, validation, reporters, heartbeat, validations, predict, own
+    )
+    callbacks: list[Callback] = [
         log,
+        *([] if own is None else [own]),
         *looking,
         *moving,
         *([] if account is None else [account]),
@@ -284,7 +290,7 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
             pulse=heartbeat,
         )
         log.finish()
-    if validations.are_enough(run.logging.early_stop_interval):
+    if validations.are_enough(run.logging.early_stop_interval) or (own is not None and own.have_ended):
         total_steps = progress.step
     feed.close()
     for reporter in reporters:
