@@ -38,7 +38,8 @@ class LoggingConfig:
     eval_metric: str | None = setting(
         None,
         "ms-swift's name of what validations report beside the loss, which they do in any case: acc for next tokens and seq_cls, "
-        "infonce, reranker; nlg: what --predict_with_generate adds",
+        "infonce, paired (of embeddings with labels: the correlations of similarities with them, eval_pearson_cosine, eval_spearman_cosine "
+        "and those of euclidean, manhattan, dot_product), reranker; nlg: what --predict_with_generate adds",
     )
     predict_with_generate: bool = setting(
         False,
@@ -65,5 +66,11 @@ class LoggingConfig:
     early_stop_interval: int | None = setting(
         None,
         "validations in a row without a better --metric_for_best_model after which the run ends; default: never",
+    )
+    callbacks: list[str] = setting(
+        [],
+        "callbacks of your own: FILE.py:NAME, or entry points of the group megaswift.callbacks. NAME(run) gets the settings and returns an "
+        "object with some of the methods after_step(step), after_validation(line) and after_save(folder), which every rank calls; the first "
+        "two may return True to end the run",
     )
     verbose: bool = setting(False, "log debugging facts too")

@@ -47,7 +47,6 @@ REFUSED: dict[str, Refused] = {
     **_refuse(
         "running code files of your own",
         custom_register_path="",
-        callbacks="",
         megatron_extra_kwargs="none {}",
     ),
     **_refuse(

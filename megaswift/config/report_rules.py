@@ -1,5 +1,6 @@
 """Rules between the settings that say where figures go, and when."""
 
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 
 from megaswift.config.case import Case
@@ -8,9 +9,17 @@ from megaswift.config.reranker import TASK_TYPES
 from megaswift.config.rollout_rules import generates
 from megaswift.config.rows import embedding_loss_of
 from megaswift.config.run import RunConfig
-from megaswift.errors import ConfigError
+from megaswift.errors import ConfigError, nearest
 
 NLG = ("jieba", "rouge", "nltk")  # what scores generated text: rollout/nlg.py
+CALLBACK_GROUP = "megaswift.callbacks"  # of entry points
+CALLBACKS_OF_EVERY_RUN = ("print", "default_flow")  # ms-swift's names of what happens without them
+# ms-swift's callbacks -> the flag of what they do
+FLAGS_OF_CALLBACKS = {
+    **{name: f"--report_to {name}" for name in ("tensorboard", "wandb", "swanlab")},
+    "early_stop": "--early_stop_interval",
+    "lisa": "--lisa_activated_layers",
+}
 SERVICES = ("wandb", "swanlab")  # packages of their own: training/services.py
 
 
@@ -43,8 +52,9 @@ def reports_are_known(run: RunConfig) -> None:
 def metrics_belong_to_the_task(run: RunConfig) -> None:
     """What validations report follows from the task; who asks for something else is told so."""
     asked, task = run.logging.eval_metric, run.model.task_type
-    by_task = {"seq_cls": "acc", "embedding": "infonce", **dict.fromkeys(TASK_TYPES, "reranker")}
-    reported = by_task.get(task) if task != "embedding" or embedding_loss_of(run) == "infonce" else None
+    of_texts = "infonce" if embedding_loss_of(run) == "infonce" else "paired"
+    by_task = {"seq_cls": "acc", "embedding": of_texts, **dict.fromkeys(TASK_TYPES, "reranker")}
+    reported = by_task.get(task)
     if task == "seq_cls" and run.model.problem == "regression":
         reported = None
     if predicts_tokens(run):
@@ -114,6 +124,21 @@ def the_best_checkpoint_follows_from_validations(run: RunConfig) -> None:
 def _usual_metric(run: RunConfig) -> str:
     """Return the figure of validations that says what is best where nobody chose one."""
     return "reward" if generates(run) else "loss"
+
+
+def callbacks_are_named(run: RunConfig) -> None:
+    """Callbacks are of one's own; what ms-swift calls one is done without, or has a flag."""
+    known = entry_points(group=CALLBACK_GROUP).names
+    for name in run.logging.callbacks:
+        if name in known or name in CALLBACKS_OF_EVERY_RUN or ".py:" in name:
+            continue
+        if name in FLAGS_OF_CALLBACKS:
+            raise ConfigError(
+                f"callbacks={name} has a flag of its own here. Give {FLAGS_OF_CALLBACKS[name]} instead."
+            )
+        raise ConfigError(
+            f"callbacks={name} is neither FILE.py:NAME nor an entry point of {CALLBACK_GROUP}.{nearest(name, known)}"
+        )
 
 
 def validations_have_a_time(run: RunConfig) -> None:

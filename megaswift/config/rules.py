@@ -34,6 +34,7 @@ REQUEST_RULES = (
     report.an_early_end_follows_from_validations,
     report.the_best_checkpoint_follows_from_validations,
     report.reports_are_known,
+    report.callbacks_are_named,
     report.metrics_belong_to_the_task,
     report.answers_are_generated_for_held_back_rows,
     data.the_loss_scale_is_known,

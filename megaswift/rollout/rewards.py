@@ -62,6 +62,17 @@ def load_rewards(chosen: RewardConfig) -> dict[str, RewardFunction]:
     return found
 
 
+def function_named(text: str, *, asked: str, group: str) -> Callable[..., Any]:
+    """Return what FILE.py:NAME, or the name of an entry point of `group`, stands for; raises ConfigError, which says what was `asked` for."""
+    file, _, name = text.rpartition(":")
+    if not file:
+        return loaded(entry_points(group=group)[name], asked=asked)
+    own = functions_of(Path(file).expanduser(), asked=asked)
+    if name not in own:
+        raise ConfigError(f"{asked}={text}: {file} has no {name}.{nearest(name, own)}")
+    return own[name]
+
+
 def loaded(offered: EntryPoint, *, asked: str) -> Callable[..., Any]:
     """Return what an installed package offers under a name; raises ConfigError, which says what was `asked` for."""
     try:

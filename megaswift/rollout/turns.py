@@ -11,8 +11,6 @@ say what a conversation begins with, too, and what its turns are worth.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib.metadata import entry_points
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,11 +20,11 @@ from megaswift.config.rollout_rules import SCHEDULER_GROUP
 from megaswift.data.prompts import PromptRow, encode_prompts
 from megaswift.data.sample import ROLES, Message, RowError
 from megaswift.data.template import Template
-from megaswift.errors import ConfigError, TrainingError, nearest
+from megaswift.errors import TrainingError
 from megaswift.rollout.engine import Answer, Prompt, Sampling
 from megaswift.rollout.environments import Environments
 from megaswift.rollout.episodes import Episode, Episodes, begun
-from megaswift.rollout.rewards import functions_of, loaded
+from megaswift.rollout.rewards import function_named
 
 Scheduler = Callable[..., Any]
 Complete = Callable[[Sequence[Prompt], Sampling], list[Answer]]
@@ -40,14 +38,7 @@ def load_scheduler(chosen: RolloutConfig) -> Scheduler | None:
     asked = chosen.multi_turn_scheduler
     if asked is None:
         return None
-    file, _, name = asked.rpartition(":")
-    if file:
-        own = functions_of(Path(file).expanduser(), asked="multi_turn_scheduler")
-        if name not in own:
-            raise ConfigError(f"multi_turn_scheduler={asked}: {file} has no {name}.{nearest(name, own)}")
-        found = own[name]
-    else:
-        found = loaded(entry_points(group=SCHEDULER_GROUP)[name], asked="multi_turn_scheduler")
+    found = function_named(asked, asked="multi_turn_scheduler", group=SCHEDULER_GROUP)
     return found() if isinstance(found, type) else found
 
 

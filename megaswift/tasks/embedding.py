@@ -30,8 +30,10 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megaswift.config.embedding import EmbeddingConfig
 from megaswift.data.batches import MicroBatch
 from megaswift.metadata.meta import ModelMeta
+from megaswift.tasks import paired
 from megaswift.tasks.answers import Outcome
 from megaswift.tasks.everyone import of_all_ranks
+from megaswift.tasks.paired import HeldBackPairs
 from megaswift.tasks.preference import rows_loss
 from megaswift.tasks.scores import NO_TOKEN, last_scores
 from megaswift.tasks.task import Loss, RunModel, look, run_model
@@ -57,11 +59,15 @@ class Embedding:
 
     def __init__(self, loss_type: str, settings: EmbeddingConfig, *, run: RunModel = run_model) -> None:
         self._loss_type, self._settings, self._run = loss_type, settings, run
-        self.metrics = METRICS[loss_type]
+        self._pairs = None if loss_type == "infonce" else HeldBackPairs()
+        self.metrics = METRICS[loss_type] + (paired.METRICS if self._pairs else ())
 
     def prepare(self, batches: list[MicroBatch], chunks: Sequence[Any]) -> list[MicroBatch]:
         """Return the batches with their part of the global batch's loss and gradient."""
         trains = torch.is_grad_enabled()
+        held_back = None if trains else self._pairs
+        if held_back is not None:
+            held_back.begin(next(chunks[0].parameters()).device)
         with _same_random_numbers():
             found = look(chunks, batches, embeddings_of, run=self._run, training=trains)
         if not found:
@@ -72,6 +78,8 @@ class Embedding:
         if batches[0].targets is not None:
             own = torch.cat([batch.targets for batch in batches if batch.targets is not None])
             labels_R, _ = of_all_ranks(own.to(everyone_ND), group)
+            if held_back is not None:
+                held_back.add(everyone_ND, labels_R)
         with torch.enable_grad():
             outcome = embedding_loss(
                 everyone_ND.requires_grad_(), labels_R, loss_type=self._loss_type, settings=self._settings
@@ -96,8 +104,8 @@ class Embedding:
         return self._run(batch, model), partial(self._pulled, batch)
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
-        """Return the means as they are."""
-        return means
+        """Return the means, and after a validation the correlations of pairs with labels; every rank of the world calls it."""
+        return means if self._pairs is None else means | self._pairs.end()
 
     def _pulled(self, batch: MicroBatch, states_BSD: torch.Tensor) -> Loss:
         pull = batch.prepared

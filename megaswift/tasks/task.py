@@ -29,7 +29,7 @@ class Task(Protocol):
 
     @property
     def metrics(self) -> Sequence[str]:
-        """Names of the means and maxima that are logged beside the loss; the same on every rank."""
+        """Names of what is logged beside the loss: means and maxima, and what `summary` adds itself; the same on every rank."""
         ...
 
     def prepare(self, batches: list[MicroBatch], chunks: Sequence[Any]) -> list[MicroBatch]:
@@ -47,7 +47,9 @@ class Task(Protocol):
         ...
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
-        """Return what is logged, given the means over a global batch; a metric that nothing entered is absent."""
+        """Return what is logged, given the means over a global batch or a validation; a metric that nothing entered is absent.
+
+        Every rank of the world calls it once for each."""
         ...
 
 

@@ -25,6 +25,7 @@ from megaswift.training.feed import TrainFeed, ValidationFeed
 from megaswift.training.following import FollowReference
 from megaswift.training.lisa import DrawLayers
 from megaswift.training.loop import Callback, Progress
+from megaswift.training.own_callbacks import OwnCallbacks
 from megaswift.training.reporters import JsonLines, PlainLines, ProgressBar, Reporter, TensorBoard
 from megaswift.training.services import SERVICES
 from megaswift.training.signals import Interrupt
@@ -71,6 +72,7 @@ def observers(
     heartbeat: Heartbeat,
     validations: Validations,
     predict: Predict | None,
+    own: OwnCallbacks | None,
 ) -> list[Callback]:
     """Return what looks at every step beside the log and changes nothing in it; a spike ends the run."""
     callbacks: list[Callback] = []
@@ -99,6 +101,7 @@ def observers(
                 found=validations,
                 patience=patience,
                 predict=predict,
+                tell=None if own is None else own.after_validation,
             )
         )
     return callbacks

@@ -1,6 +1,7 @@
 """What happens between steps: log, validate, save. Every rank runs every callback."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ from megaswift.training.validations import Validations
 logger = get_logger(__name__)
 
 Predict = Callable[[int], dict[str, float]]  # step after which held-back rows are answered -> figures
+Tell = Callable[[dict[str, Any]], bool]  # a line -> whether the run is to end
 # Saves after a step; returns the seconds that a save has taken from its beginning on, where one is complete now.
 Saving = Callable[[Progress], float | None]
 
@@ -78,17 +80,21 @@ class Evaluate:
         found: Validations,
         patience: int | None,
         predict: Predict | None = None,
+        tell: Tell | None = None,
     ) -> None:
-        """`found` takes all figures; `patience` is how many without a better one end the run; `predict` finds further ones."""
+        """`found` takes all figures; `patience` is how many without a better one end the run; `predict` finds further ones; `tell` gets
+        the line on every rank, and may end the run too."""
         self._engine, self._feed, self._validation = engine, feed, validation
         self._reporters, self._due = reporters, due
-        self._found, self._patience, self._predict = found, patience, predict
+        self._found, self._patience, self._predict, self._tell = found, patience, predict, tell
 
     def after_step(self, step: Step) -> bool:
         """Validate where it is due, not on the way out of an interrupted run; True where the run is to end."""
         if step.result.interrupted or not (step.is_last or self._due.at(step.progress)):
             return False
-        self._found.add(step.progress.step, self._report(step.progress))
+        figures = self._figures(step.progress)
+        self._found.add(step.progress.step, figures)
+        told_to_end = self._report(step.progress, figures)
         enough = self._found.are_enough(self._patience)
         if enough:
             logger.info(
@@ -97,16 +103,20 @@ class Evaluate:
                 self._found.since,
                 self._found.criterion.metric,
             )
-        return enough
+        return enough or told_to_end
 
-    def _report(self, progress: Progress) -> dict[str, float]:
-        """Validate now and return the figures."""
+    def _figures(self, progress: Progress) -> dict[str, float]:
+        """Validate now."""
         figures: dict[str, float] = {}
         if self._validation is not None:
             found = self._engine.evaluate(self._validation.batches())
             figures = {"loss": found.loss, **found.metrics}
         if self._predict is not None:
             figures |= self._predict(progress.step)
+        return figures
+
+    def _report(self, progress: Progress, figures: dict[str, float]) -> bool:
+        """Pass a line on; True where the run is to end."""
         line = {
             "step": progress.step,
             "epoch": self._feed.epoch(progress.consumed_samples),
@@ -115,7 +125,7 @@ class Evaluate:
         }
         for reporter in self._reporters:
             reporter.report(line)
-        return figures
+        return self._tell is not None and self._tell(line)
 
 
 class Save:

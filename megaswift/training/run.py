@@ -55,9 +55,10 @@ from megaswift.training.following import reference_writers
 from megaswift.training.gradient_starts import start_from_gradients
 from megaswift.training.guides import load_guides
 from megaswift.training.lisa import open_layers
-from megaswift.training.loop import Progress, train_loop
+from megaswift.training.loop import Callback, Progress, train_loop
 from megaswift.training.model import load_model, weights_of
 from megaswift.training.optimizer import build_optimizer, shards_optimizer, wrap_chunks
+from megaswift.training.own_callbacks import load_own_callbacks
 from megaswift.training.reference import References
 from megaswift.training.saver import Saver
 from megaswift.training.schedule import build_schedule
@@ -168,6 +169,7 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
     process_groups.nest_context(layout, timeout_min=run.parallel.ddp_timeout_min)
     start = _progress(checkpoint)
     services = agree(lambda: services_of(run, output_dir, start=start), group=patient)
+    own = load_own_callbacks(run, device=platform.device, group=patient)
     if compares(run) and run.preference.precompute_ref_log_probs:
         references = References(
             run=run, meta=meta, layout=layout, platform=platform, output_dir=output_dir, group=patient
@@ -256,6 +258,7 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
         },
         validations=validations,
         group=patient,
+        tell=None if own is None else own.after_save,
     )
     moving = movers(run, engine, guides.reference)
     validation = None
@@ -269,9 +272,12 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
     )
     account = account_of(run, output_dir, start, on_gpus=platform.name == "cuda")
     log = log_of(run, platform, feed, reporters)
-    looking = observers(run, platform, engine, feed, validation, reporters, heartbeat, validations, predict)
-    callbacks = [
+    looking = observers(
+        run, platform, engine, feed, validation, reporters, heartbeat, validations, predict, own
+    )
+    callbacks: list[Callback] = [
         log,
+        *([] if own is None else [own]),
         *looking,
         *moving,
         *([] if account is None else [account]),
@@ -295,7 +301,7 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
             pulse=heartbeat,
         )
         log.finish()
-    if validations.are_enough(run.logging.early_stop_interval):
+    if validations.are_enough(run.logging.early_stop_interval) or (own is not None and own.have_ended):
         total_steps = progress.step
     feed.close()
     for reporter in reporters:

@@ -1,8 +1,10 @@
 """What is saved of a run, all at once or while the training goes on."""
 
 import platform as python_platform
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -41,6 +43,7 @@ class Saver:
     writers: dict[str, Writer]
     validations: Validations
     group: Any = None  # of all ranks, for tensors in host memory; None: the world
+    tell: Callable[[Path], object] | None = None  # gets the folder of each complete checkpoint, on every rank
 
     _begun: BegunSave | None = field(default=None, init=False)
     _since: float = field(default=0.0, init=False)  # of perf_counter()
@@ -102,6 +105,8 @@ class Saver:
         size = sum(checkpoint.manifest.files.values()) / 1e6
         beside = f", of which training stood still for {stood_s:.1f} s" if begun.thread else ""
         logger.info("saved %s: %.1f MB in %.1f s%s", checkpoint.folder, size, seconds, beside)
+        if self.tell is not None:
+            self.tell(checkpoint.folder)
         return seconds
 
     def _manifest(self, progress: Progress) -> Manifest:

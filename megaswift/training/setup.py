@@ -326,7 +326,15 @@ def export_writers(
         base = run.model.model
         tokens = bool(run.model.new_special_tokens)
         save_peft(
-            chunks, meta, layout, rank, folder, tuner=run.tuner, dtype=dtype, base_model=base, with_tokenizer=tokens
+            chunks,
+            meta,
+            layout,
+            rank,
+            folder,
+            tuner=run.tuner,
+            dtype=dtype,
+            base_model=base,
+            with_tokenizer=tokens,
         )
 
     if run.tuner.tuner_type == "full":

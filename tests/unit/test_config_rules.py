@@ -207,9 +207,12 @@ def resolved(
         ("--acc_strategy sequence", dense(), 1, "acc_strategy=sequence"),
         ("--eval_metric acc --task_type seq_cls --num_labels 1", dense(), 1, "eval_metric=acc is not built for this task: validations report the loss."),
         ("--eval_metric paired --task_type embedding", dense(), 1, "validations report the loss and eval_metric=infonce. Leave"),
-        ("--eval_metric infonce --task_type embedding --loss_type contrastive", dense(), 1, "eval_metric=infonce is not built for this task"),
+        ("--eval_metric infonce --task_type embedding --loss_type contrastive", dense(), 1, "validations report the loss and eval_metric=paired. Leave"),
         ("--early_stop_interval 0 --val_dataset v.jsonl", dense(), 1, "early_stop_interval=0 is too small"),
         ("--report_to wandbb", dense(), 1, "report_to=wandbb is not known. Choose from tensorboard, wandb, swanlab and none"),
+        ("--callbacks early_stop", dense(), 1, "callbacks=early_stop has a flag of its own here. Give --early_stop_interval instead."),
+        ("--callbacks print wandb", dense(), 1, "Give --report_to wandb instead."),
+        ("--callbacks adalora", dense(), 1, "callbacks=adalora is neither FILE.py:NAME nor an entry point of megaswift.callbacks"),
         ("--wandb_project p", dense(), 1, "wandb_project=p is for --report_to wandb. Add it, or leave the name out."),
         ("--swanlab_exp_name n", dense(), 1, "swanlab_exp_name=n is for --report_to swanlab"),
         ("--random_init", dense(), 1, "random_init=true is for pre-training"),
@@ -222,6 +225,11 @@ def test_a_broken_rule_says_what_to_do(words: str, meta: ModelMeta, world: int, 
     with pytest.raises(ConfigError) as caught:
         resolved(words, meta, world=world)
     assert message in str(caught.value)
+
+
+def test_callbacks_of_every_run_and_of_files_are_taken() -> None:
+    run = resolved("--callbacks print default_flow watch.py:Watch", dense()).config
+    assert run.logging.callbacks == ["print", "default_flow", "watch.py:Watch"]
 
 
 @pytest.mark.parametrize("task", ["sft", "pt"])

@@ -305,6 +305,7 @@ def test_the_words_of_a_judge_are_tokens_of_the_model(tmp_path: Path) -> None:
         f"{RERANKER} --eval_metric reranker",
         f"{JUDGE} --eval_metric reranker",
         "--task_type embedding --eval_metric infonce",
+        "--task_type embedding --eval_metric paired --loss_type cosine_similarity",
         "--task_type seq_cls --num_labels 2 --eval_metric acc",
     ],
 )

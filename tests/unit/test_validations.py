@@ -10,6 +10,7 @@ import pytest
 from megaswift.checkpoint.store import Checkpoint, Criterion
 from megaswift.config.run import RunConfig
 from megaswift.errors import ConfigError
+from megaswift.tasks.paired import METRICS as PAIRED
 from megaswift.training.validations import Validations, check_metric, criterion_of, resumed_validations
 from tests.unit.test_checkpoint_store import manifest
 from tests.unit.test_config_rules import dense, resolved
@@ -49,6 +50,7 @@ def test_the_greatest_is_best_unless_it_is_a_loss(words: str, metric: str, great
         ("--acc_strategy seq", {}, "loss, seq_acc."),
         ("--task_type seq_cls --num_labels 1 --problem_type regression", {}, "loss, mse, mae."),
         ("--task_type embedding", {}, "loss, accuracy, similarity/positive, similarity/negative, margin."),
+        ("--task_type embedding --loss_type contrastive", {}, f"loss, similarity/positive, {', '.join(PAIRED)}."),
         ("--rlhf_type kto", {"task": "rlhf"}, "loss, rewards/chosen, rewards/rejected, logps/chosen, logps/rejected, kl, rewards/margins."),
         ("--rlhf_type gkd --teacher_model t --lmbda 0", {"task": "rlhf"}, "loss."),
         (
