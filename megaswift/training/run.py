@@ -290,7 +290,7 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
         wall_time,
     ]
     _announce(meta, layout, run, start=start, total_steps=total_steps)
-    with interrupt, heartbeat:
+    with interrupt, heartbeat, saver.completing():
         progress = train_loop(
             engine,
             feed,

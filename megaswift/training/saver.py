@@ -1,7 +1,8 @@
 """What is saved of a run, all at once or while the training goes on."""
 
 import platform as python_platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +18,7 @@ from megaswift.checkpoint.state import loss_scale, model_tensors, optimizer_tens
 from megaswift.checkpoint.store import Manifest, Store
 from megaswift.config.dump import dump_run
 from megaswift.config.run import RunConfig
+from megaswift.errors import UserError
 from megaswift.logs import get_logger
 from megaswift.metadata.meta import ModelMeta
 from megaswift.parallel.layout import Layout
@@ -108,6 +110,15 @@ class Saver:
         if self.tell is not None:
             self.tell(checkpoint.folder)
         return seconds
+
+    @contextmanager
+    def completing(self) -> Iterator[None]:
+        """Make the save that is under way a checkpoint also where a run ends by an error, which all ranks leave with together."""
+        try:
+            yield
+        except (UserError, SystemExit):  # of the rank that tells, and of the others: parallel/agreement.py
+            self.finish()
+            raise
 
     def _manifest(self, progress: Progress) -> Manifest:
         return Manifest(

@@ -1,18 +1,22 @@
 """Callbacks of one's own in whole runs: what they are told, how they end a run, and that ranks fail together."""
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch.distributed as dist
 
+from megaswift.checkpoint.store import Store
 from megaswift.config.parse import parse_run
 from megaswift.config.run import RunConfig
 from megaswift.errors import ConfigError, TrainingError, UserError
 from megaswift.platforms.platform import select_platform
 from megaswift.training.run import RunSummary, train_in_world
+from megaswift.training.saver import Saver
 from tests.distributed.test_rlhf_runs import train_all
 from tests.harness.distributed import run_distributed
 from tests.harness.tiny_run import make_tiny_run
@@ -53,6 +57,12 @@ class FailsOnOne:
     def __init__(self, run): pass
     def after_step(self, step):
         if dist.get_rank() == 1:
+            raise ValueError("no more")
+
+class FailsLater:
+    def __init__(self, run): pass
+    def after_step(self, step):
+        if dist.get_rank() == 1 and step.progress.step == 3:
             raise ValueError("no more")
 
 class FailsAfterSave:
@@ -132,6 +142,22 @@ def message_of(rank: int, world_size: int, run: RunConfig) -> str:
         dist.barrier()  # nobody waits elsewhere
         return str(error)
     return "trained"
+
+
+def message_amid_a_save(rank: int, world_size: int, run: RunConfig) -> str:
+    with patch.object(Saver, "is_written", lambda self: False):
+        return message_of(rank, world_size, run)
+
+
+@pytest.mark.slow
+@pytest.mark.ranks(2)
+def test_a_save_in_the_background_survives_an_error_after_it() -> None:
+    run = run_of("amid", "FailsLater")
+    run = replace(run, checkpoint=replace(run.checkpoint, async_save=True))
+    ends = run_distributed(message_amid_a_save, 2, run)
+    assert "FailsLater fails in after_step on rank 1: ValueError: no more" in ends[1]
+    newest = Store(folder() / "amid").latest_complete()
+    assert newest is not None and newest.manifest.step == 2
 
 
 @pytest.mark.slow
