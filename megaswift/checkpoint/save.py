@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Thread
+from time import perf_counter
 from typing import TypeVar
 
 import torch
@@ -29,6 +30,18 @@ Writer = Callable[[Path], None]
 T = TypeVar("T")
 
 
+class Writing(Thread):
+    """Writes in the background, and knows how long it took."""
+
+    seconds = 0.0
+
+    def run(self) -> None:
+        """Write."""
+        began = perf_counter()
+        super().run()
+        self.seconds = perf_counter() - began
+
+
 @dataclass(frozen=True, kw_only=True)
 class BegunSave:
     """A save whose tensors may still be on their way to the disk; finish_save() makes a checkpoint of it."""
@@ -38,12 +51,17 @@ class BegunSave:
     folder: Path
     keep: int | None
     tensors: AsyncRequest | None  # none: no state to resume from
-    thread: Thread | None  # writes the tensors
+    thread: Writing | None  # of the tensors, in the background
 
     @property
     def is_written(self) -> bool:
         """Whether this rank has written its part, or has failed to: finish_save() would not wait for it."""
         return self.thread is None or not self.thread.is_alive()
+
+    @property
+    def writing_s(self) -> float:
+        """How long this rank has written in the background, once it has."""
+        return 0.0 if self.thread is None else self.thread.seconds
 
 
 def begin_save(
@@ -76,7 +94,7 @@ def begin_save(
                 lambda: begin_tensors(shards, tensors, copies=in_background), step=manifest.step
             )
             if in_background:
-                thread = Thread(target=request.async_fn, name="checkpoint")
+                thread = Writing(target=request.async_fn, name="checkpoint")
                 thread.start()
             else:
                 request.async_fn()

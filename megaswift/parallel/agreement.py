@@ -10,6 +10,10 @@ from megaswift.errors import UserError
 T = TypeVar("T")
 
 
+class TakenAlong(SystemExit):
+    """How a rank leaves that others take with them, one of which tells why."""
+
+
 def agree(action: Callable[[], T], *, group: Any = None) -> T:
     """Run `action` on every rank and return its result once it has succeeded on all of them.
 
@@ -35,7 +39,7 @@ def agree(action: Callable[[], T], *, group: Any = None) -> T:
         if isinstance(failure, UserError):
             failure.is_known = True
         raise failure
-    raise SystemExit(codes[first])
+    raise TakenAlong(codes[first])
 
 
 def agree_on_first(action: Callable[[], T], *, group: Any = None) -> T:
@@ -55,8 +59,9 @@ def alike(action: Callable[[], T]) -> T:
         return action()
     except UserError as error:
         if dist.get_rank() == 0 or error.is_known:
+            error.is_known = True
             raise
-        raise SystemExit(error.exit_code) from error
+        raise TakenAlong(error.exit_code) from error
 
 
 def _exit_code(failure: Exception | None) -> int | None:

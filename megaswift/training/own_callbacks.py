@@ -42,9 +42,9 @@ class Own:
 class OwnCallbacks:
     """All of them; ranks meet after each call, where any of them has such a method on some rank, and fail or end together."""
 
-    def __init__(self, each: Sequence[Own], *, methods: set[str], device: torch.device) -> None:
-        """`methods` are those that are called, the same on every rank."""
-        self._each, self._methods, self._device = each, methods, device
+    def __init__(self, each: Sequence[Own], *, methods: set[str], group: Any) -> None:
+        """`methods` are those that are called, the same on every rank; `group` holds all ranks, on processors, and is patient."""
+        self._each, self._methods, self._group = each, methods, group
         self.have_ended = False  # the run
 
     def after_step(self, step: Step) -> bool:
@@ -63,8 +63,8 @@ class OwnCallbacks:
         if method not in self._methods:
             return False
         # What moves: an exit code and a truth by each rank.
-        ends = torch.tensor(agree(lambda: self._call(method, what)), dtype=torch.int32, device=self._device)
-        dist.all_reduce(ends, op=dist.ReduceOp.MAX)
+        ends = torch.tensor(agree(lambda: self._call(method, what), group=self._group), dtype=torch.int32)
+        dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=self._group)
         ended = bool(ends)
         if ended and method != "after_save":
             self.have_ended = True
@@ -78,14 +78,14 @@ class OwnCallbacks:
                 continue
             try:
                 ends |= bool(getattr(own.callback, method)(what))
-            except Exception as error:  # whatever a person's callback raises is his to mend
+            except (Exception, SystemExit) as error:  # whatever a person's callback raises is his to mend
                 raise TrainingError(
                     f"callbacks={own.asked} fails in {method} on rank {dist.get_rank()}: {type(error).__name__}: {error}. Mend it."
                 ) from error
         return ends
 
 
-def load_own_callbacks(run: RunConfig, *, device: torch.device, group: Any) -> OwnCallbacks | None:
+def load_own_callbacks(run: RunConfig, *, group: Any) -> OwnCallbacks | None:
     """Return the callbacks of a resolved run, None where there are none. Every rank calls it; raises ConfigError."""
     asked = [name for name in run.logging.callbacks if name not in CALLBACKS_OF_EVERY_RUN]
     if not asked:
@@ -103,14 +103,14 @@ def load_own_callbacks(run: RunConfig, *, device: torch.device, group: Any) -> O
                 )
 
     agree(check, group=group)
-    return OwnCallbacks(each, methods=set().union(*methods), device=device)
+    return OwnCallbacks(each, methods=set().union(*methods), group=group)
 
 
 def _made(asked: str, run: RunConfig) -> Own:
     make = function_named(asked, asked="callbacks", group=CALLBACK_GROUP)
     try:
         return Own(asked=asked, callback=make(run))
-    except Exception as error:  # whatever a person's file raises is his to mend
+    except (Exception, SystemExit) as error:  # whatever a person's file raises is his to mend
         raise ConfigError(
             f"callbacks={asked} fails when it gets the RunConfig: {type(error).__name__}: {error}. Mend it."
         ) from error

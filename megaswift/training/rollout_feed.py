@@ -27,7 +27,7 @@ from megaswift.training.setup import Sets
 
 KEPT = "rollout"  # the folder of a checkpoint with completions that are not used up
 MADE_WITH = "made_with.json"  # there
-# Settings of RolloutConfig that completions are only learnt with.
+# Settings of RolloutConfig that completions are only learnt with, or that are of others.
 OF_THE_LOSS = (
     "importance_sampling_level",
     "epsilon",
@@ -37,6 +37,7 @@ OF_THE_LOSS = (
     "top_entropy_quantile",
     "log_entropy",
     "log_completions",
+    "num_generations_eval",
 )
 GUIDES = (
     "ref_model",

@@ -169,7 +169,7 @@ def train_in_world(run: RunConfig, platform: Platform) -> RunSummary:
     process_groups.nest_context(layout, timeout_min=run.parallel.ddp_timeout_min)
     start = _progress(checkpoint)
     services = agree(lambda: services_of(run, output_dir, start=start), group=patient)
-    own = load_own_callbacks(run, device=platform.device, group=patient)
+    own = load_own_callbacks(run, group=patient)
     if compares(run) and run.preference.precompute_ref_log_probs:
         references = References(
             run=run, meta=meta, layout=layout, platform=platform, output_dir=output_dir, group=patient

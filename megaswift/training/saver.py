@@ -21,6 +21,7 @@ from megaswift.config.run import RunConfig
 from megaswift.errors import UserError
 from megaswift.logs import get_logger
 from megaswift.metadata.meta import ModelMeta
+from megaswift.parallel.agreement import TakenAlong
 from megaswift.parallel.layout import Layout
 from megaswift.training.engine import Engine
 from megaswift.training.loop import Progress
@@ -93,9 +94,10 @@ class Saver:
         return bool(written)
 
     def finish(self) -> float | None:
-        """Make the save that is under way a checkpoint, and return the seconds since it began; None where there is none.
+        """Make the save that is under way a checkpoint; None where there is none.
 
-        Every rank calls it. Raises CheckpointError where its writing has failed.
+        Returns the seconds that it takes who waits for it, as far as this rank knows. Every rank calls it; raises CheckpointError
+        where its writing has failed.
         """
         if self._begun is None:
             return None
@@ -103,21 +105,24 @@ class Saver:
         came = perf_counter()
         checkpoint = finish_save(begun)
         now = perf_counter()
-        seconds, stood_s = now - self._since, self._stood_s + now - came
+        stood_s = self._stood_s + now - came
+        # Who waits here waits for the writing; who comes later stood still beside it.
+        seconds = min(now - self._since, stood_s + begun.writing_s)
         size = sum(checkpoint.manifest.files.values()) / 1e6
         beside = f", of which training stood still for {stood_s:.1f} s" if begun.thread else ""
         logger.info("saved %s: %.1f MB in %.1f s%s", checkpoint.folder, size, seconds, beside)
         if self.tell is not None:
             self.tell(checkpoint.folder)
-        return seconds
+        return seconds + perf_counter() - now
 
     @contextmanager
     def completing(self) -> Iterator[None]:
         """Make the save that is under way a checkpoint also where a run ends by an error, which all ranks leave with together."""
         try:
             yield
-        except (UserError, SystemExit):  # of the rank that tells, and of the others: parallel/agreement.py
-            self.finish()
+        except (UserError, TakenAlong) as error:
+            if isinstance(error, TakenAlong) or error.is_known:  # else others may be amid collectives
+                self.finish()
             raise
 
     def _manifest(self, progress: Progress) -> Manifest:

@@ -17,6 +17,7 @@ from megaswift.data.tokenizer import load_tokenizer
 from megaswift.rollout.engine import Sampling
 from megaswift.rollout.generate import chances, complete
 from megaswift.training.held_back import HELD_BACK
+from megaswift.training.rollout_feed import made_with
 from tests.distributed.test_grpo_runs import LAYOUTS, LOSS_TOLERANCE, STEPS, TIMED, flags, folder
 from tests.distributed.test_rlhf_runs import train_all
 from tests.harness.distributed import run_distributed
@@ -132,6 +133,9 @@ def test_figures_are_those_of_what_transformers_samples_from_the_export() -> Non
 
 
 def test_training_does_not_know_of_it() -> None:
+    assert made_with(parse_run("rlhf", words_of("grpo one"))) == made_with(
+        parse_run("rlhf", words_of("grpo one, silent"))
+    )
     found = [line for line in table("grpo one", "logging.jsonl") if "loss" in line]
     assert found == table("grpo one, silent", "logging.jsonl") and len(found) == STEPS
     learnt = [row for row in table("grpo one", "completions.jsonl") if "advantage" in row]

@@ -65,6 +65,12 @@ class FailsLater:
         if dist.get_rank() == 1 and step.progress.step == 3:
             raise ValueError("no more")
 
+class LeavesOnOne:
+    def __init__(self, run): pass
+    def after_step(self, step):
+        if dist.get_rank() == 1:
+            raise SystemExit(0)
+
 class FailsAfterSave:
     def __init__(self, run): pass
     def after_save(self, folder):
@@ -166,6 +172,7 @@ def test_a_save_in_the_background_survives_an_error_after_it() -> None:
     ("name", "rank", "kind", "message"),
     [
         ("FailsOnOne", 1, TrainingError, "fails in after_step on rank 1: ValueError: no more. Mend it."),
+        ("LeavesOnOne", 1, TrainingError, "fails in after_step on rank 1: SystemExit: 0. Mend it."),
         ("FailsAfterSave", 0, TrainingError, "fails in after_save on rank 0: OSError: no route. Mend it."),
         ("Refuses", 0, ConfigError, "fails when it gets the RunConfig: KeyError: 'token'. Mend it."),
         ("nothing", 0, ConfigError, "returned nothing with one of after_step, after_validation, after_save."),
