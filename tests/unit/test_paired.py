@@ -54,18 +54,6 @@ def test_figures_are_those_of_numpy_for_each_similarity() -> None:
         assert found[f"spearman_{name}"] == pytest.approx(np.corrcoef(order, places)[0, 1], abs=1e-12)
 
 
-def test_figures_are_those_of_scipy() -> None:
-    stats = pytest.importorskip("scipy.stats", reason="scipy is no dependency")
-    embeddings_ND, labels_R = random_pairs(30)
-    similarities_KR = similarities(embeddings_ND)
-    expected = [
-        float(function(labels_R.numpy(), similarity.numpy())[0])
-        for function in (stats.pearsonr, stats.spearmanr)
-        for similarity in similarities_KR
-    ]
-    assert correlations(similarities_KR, labels_R).tolist() == pytest.approx(expected, abs=1e-12)
-
-
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "broadcast", lambda values, src: None)
