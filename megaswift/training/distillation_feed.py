@@ -18,6 +18,7 @@ from megaswift.checkpoint.store import Checkpoint
 from megaswift.config.run import RunConfig
 from megaswift.data.batches import BatchSettings, MicroBatch, TrainData
 from megaswift.data.encode import EncodedSet
+from megaswift.data.prompt_set import PromptSet
 from megaswift.data.prompts import PromptRows
 from megaswift.data.tokenizer import load_tokenizer
 from megaswift.metadata.meta import ModelMeta
@@ -79,7 +80,7 @@ class DistillationFeed(TrainFeed):
         completions, which `table` takes on rank 0; `call_in` brings a teacher to memory who writes."""
         super().__init__(data, dp_rank=dp_rank, dp=dp)
         self._train, self._authors, self._run, self._engine = data, authors, run, engine
-        self._prompts, self._rows, self._pad_id = prompts, rows, pad_id
+        self._asked, self._pad_id = PromptSet(encoded=prompts, rows=rows), pad_id
         self._settings = settings
         self._tokenizer, self._table, self._call_in = tokenizer, table, call_in
         self._figures: dict[str, float] = {}
@@ -93,7 +94,7 @@ class DistillationFeed(TrainFeed):
         if writer is Writer.ROWS:
             return super().batch(consumed)
         prompts = [
-            Prompt(ids=self._prompt(entry), key=(seed, epoch, entry))
+            Prompt(ids=self._asked.ids(entry), key=(seed, epoch, entry))
             for epoch, entry in self._entries(consumed)
         ]
         with self._engine.settled_parameters() if writer is Writer.STUDENT else self._call_in():
@@ -121,10 +122,6 @@ class DistillationFeed(TrainFeed):
             for entry in ([item] if packs is None else packs[int(item)])
         ]
 
-    def _prompt(self, entry: int) -> np.ndarray:
-        starts = self._prompts.starts
-        return np.asarray(self._prompts.input_ids[starts[entry] : starts[entry + 1]])
-
     def _targets(self, consumed: int) -> np.ndarray | None:
         """Return what the rows of a global batch say beside their text: the numbers of their teachers, if there are several."""
         targets = self._train.encoded.targets
@@ -133,7 +130,7 @@ class DistillationFeed(TrainFeed):
     def _write(self, table: JsonLines, consumed: int, writer: Writer, answers: Sequence[Answer]) -> None:
         texts = self._tokenizer.batch_decode([one.ids for one in answers], skip_special_tokens=True)
         for (_, entry), text, answer in zip(self._entries(consumed), texts, answers, strict=True):
-            row = self._rows[int(self._prompts.samples[entry])]
+            row = self._asked.row(entry)
             table.report(
                 {
                     "step": consumed // self.items_per_step + 1,

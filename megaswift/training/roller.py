@@ -233,8 +233,9 @@ class Roller:
     ) -> None:
         """Write a line into the table for every completion; those of held-back prompts have no advantages."""
         assert self.table is not None
-        for place, one in enumerate(found):
-            row, judged = asked.row(entries[place * len(entries) // len(found)]), one.judged
+        rows = np.repeat(entries, len(found) // len(entries))
+        for place, (entry, one) in enumerate(zip(rows, found, strict=True)):
+            row, judged = asked.row(entry), one.judged
             self.table.report(
                 {
                     "step": step,
